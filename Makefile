@@ -1,0 +1,65 @@
+# The commands of a fresh machine. Each makes .venv first, and again only when the pins or the package's needs change.
+.PHONY: train test test-nightly lint format bench clean help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# On Linux, PyPI's wheel of torch brings 3 GB of CUDA libraries, of no use without an NVIDIA driver.
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+
+train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (4 minutes)
+	$(BIN)/shoal train recipes/quickstart.toml
+
+test: $(VENV)/.installed-dev  ## install, then run the tests
+	$(BIN)/python -m pytest
+
+test-nightly: $(VENV)/.installed-dev  ## the long tests too
+	$(BIN)/python -m pytest -m "nightly or not nightly"
+
+lint: $(VENV)/.installed-dev  ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-dev  ## one training step against hand-written DDP and the Hugging Face Trainer
+	$(BIN)/python benchmarks/step.py
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' Makefile
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: shoal needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1)"; \
+	    echo "  → make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "error: $(PYTHON) cannot make virtual environments"; \
+	    echo "  → on Debian and Ubuntu: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch first and by name: the pinned release, from the CPU index where there is no NVIDIA driver, else from anywhere.
+$(VENV)/.torch: constraints.txt | $(VENV)/.python
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
+	   echo "installing torch for CPU"; \
+	   $(PIP) install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU) --constraint constraints.txt torch || \
+	   echo "$(TORCH_CPU) does not answer, torch comes from the usual index"; \
+	 fi
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@touch $@

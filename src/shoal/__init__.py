@@ -1,0 +1,44 @@
+"""Shoal trains, fine-tunes and serves language models on more than one device.
+
+    import shoal
+    run = shoal.train(shoal.job.read("recipes/quickstart.toml"))
+    model = shoal.load(run.folder)
+
+Names are loaded when first used, so that `import shoal` does not import torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Job": "shoal.job",
+    "Layout": "shoal.job",
+    "ShoalError": "shoal.errors",
+    "train": "shoal.launch.train",
+    "load": "shoal.serving.load",
+    "generate": "shoal.serving.generate",
+}
+
+if TYPE_CHECKING:
+    from shoal.errors import ShoalError
+    from shoal.job import Job, Layout
+    from shoal.launch.train import train
+    from shoal.serving.generate import generate
+    from shoal.serving.load import load
+
+__all__ = ["Job", "Layout", "ShoalError", "generate", "load", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shoal' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,65 @@
+"""`shoal train`: default < recipe (or the job of the run to resume) < command line, then `shoal.train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from signal import Signals
+from typing import Annotated
+
+import msgspec
+import tyro
+
+from shoal.cli import flags
+from shoal.cli.answer import Answer
+from shoal.errors import JobError
+from shoal.job import Job, read
+
+SHORT = {
+    "--data": "--data.source",
+    "--steps": "--train.steps",
+    "--minutes": "--train.minutes",
+    "--run-dir": "--run.dir",
+}
+
+
+@dataclass(frozen=True)
+class Train(Job):
+    """Trains a language model. Leaves a run folder: job.toml, metrics, log, checkpoints, report.html, model.
+
+    $ shoal train                                            a small model on the source of Python's library
+    $ shoal train recipes/quickstart.toml --optim.lr 3e-4    a recipe, one option changed
+    $ shoal train --data my.txt folder/ --steps 500          your own text
+    $ shoal train --resume runs/quickstart-...               go on where a run stopped
+
+    What is not given on the command line comes from the recipe, and what is not in the recipe is the default.
+    --data, --steps, --minutes, --run-dir: short for --data.source, --train.steps, --train.minutes, --run.dir.
+    """
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE.toml]")] = ""
+    """TOML file of options, in the tables and names below: [optim] lr = 3e-4."""
+    resume: str = ""
+    """Folder of a run to go on with: its job, with what the command line changes (a longer run, another
+    layout), from its newest undamaged checkpoint."""
+    format: str = "text"
+    """`json` prints one JSON object as the last line on standard output, all else on standard error."""
+
+
+def run(args: list[str]) -> Answer:
+    """Trains. Where a signal stopped the run, the exit code is 128 + its number."""
+    options = flags.parse(Train, args, "shoal train", short=SHORT)
+    if options.recipe and options.resume:
+        raise JobError(
+            "a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them"
+        )
+    if options.resume and not (Path(options.resume) / "job.toml").is_file():
+        raise JobError("no run to resume: it has no job.toml", where=options.resume, fix="see `shoal runs`")
+    if file := f"{options.resume}/job.toml" if options.resume else options.recipe:
+        options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(read(file))))
+    job = Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
+
+    from shoal.launch.train import train
+
+    result = train(job, resume=options.resume or None)
+    stopped = Signals.__members__.get(result.stopped_by, Signals.SIGTERM) if result.stopped_by else 0
+    return Answer(msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)

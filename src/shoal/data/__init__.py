@@ -1,0 +1,1 @@
+"""Raw text -> clean -> tokens -> store -> order -> pack -> batch. Pure functions of (seed, position)."""

@@ -1,0 +1,94 @@
+"""Batches of packed tokens, as a pure function of the position in the data."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from shoal.data.batch import Batch
+from shoal.data.order import permute
+from shoal.data.prepared import Prepared
+from shoal.errors import DataError
+from shoal.job.data import DataOptions
+
+
+class Loader:
+    """Reads a split of a prepared corpus.
+
+    The data's position is one integer, the number of global samples before it. It has the same sample
+    wherever a run was stopped and however many ranks read; epoch e is positions e·samples … (e + 1)·samples −
+    1, and a global batch may reach from one into the next. samples: rows an epoch. tokens: predictions an
+    epoch (weights that are 1).
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        options: DataOptions,
+        split: str = "train",
+        global_batch: int = 1,
+        seed: int = 0,
+    ):
+        """Raises DataError if the split holds nothing, or training less than one sequence."""
+        if prepared.counts(split).predictions == 0:
+            fix = "give more text, or another data.validation"
+            raise DataError(f"there is no {split} text", where=str(prepared.folder), fix=fix)
+        plan = prepared.plan(split, options.sequence_length, options.pack)
+        self._start_P, self._length_P, self._first_R = plan.start_P, plan.length_P, plan.first_R
+        self._stored = prepared.store(split).tokens
+        self._length, self._end = options.sequence_length, prepared.end_token
+        self._random, self._seed = options.order == "random", seed
+        self._global_batch = global_batch
+        self.samples, self.tokens = plan.rows, plan.predictions
+
+    def batch(self, position: int, part: int, parts: int) -> Batch:
+        """Part `part` of `parts` equal parts of the global batch that starts at global sample `position`."""
+        assert self._global_batch % parts == 0, f"{self._global_batch} samples in {parts} parts"
+        size = self._global_batch // parts
+        return self.rows(self.order(position + part * size + np.arange(size)))
+
+    def order(self, position_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The row at each global sample position, 0 ≤ row < samples."""
+        epoch_N, row_N = np.divmod(position_N, self.samples)
+        if self._random:
+            for epoch in np.unique(epoch_N).tolist():
+                here = epoch_N == epoch
+                row_N[here] = permute(row_N[here], self.samples, self._seed, epoch)
+        return row_N
+
+    def rows(self, row_B: NDArray[np.int64]) -> Batch:
+        """The batch of these rows."""
+        B, L = len(row_B), self._length
+        row_B = np.array(row_B, np.int64)
+        # One more piece fills up each row, so that the pieces cover the batch without a gap: one running
+        # index gathers all of it. The filler reads from the store's start, and is overwritten.
+        first_B, count_B = self._first_R[row_B], self._first_R[row_B + 1] - self._first_R[row_B]
+        filler_B = np.cumsum(count_B + 1) - 1
+        number_P = np.arange(filler_B[-1] + 1) - np.repeat(filler_B - count_B, count_B + 1)
+        piece_P = np.repeat(first_B, count_B + 1) + number_P
+        piece_P[filler_B] = 0
+        start_P, length_P = self._start_P[piece_P], self._length_P[piece_P].astype(np.int64)
+        start_P[filler_B] = length_P[filler_B] = 0
+        length_P[filler_B] = L - np.add.reduceat(length_P, filler_B - count_B)
+        begin_P = np.cumsum(length_P) - length_P
+        position_N = np.arange(B * L) - np.repeat(begin_P, length_P)
+        source_N = np.repeat(start_P, length_P) + position_N
+        document_N = np.repeat(number_P, length_P)
+        weight_N = document_N != np.repeat(count_B, L)
+        tokens_N = self._stored.take(source_N, mode="clip")
+        labels_N = self._stored.take(source_N + 1, mode="clip")
+        tokens_N[~weight_N] = self._end
+        labels_N[~weight_N] = 0
+
+        def tensor(array_N: NDArray, dtype: type[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(array_N.astype(dtype).reshape(B, L))
+
+        return Batch(
+            tokens_BL=tensor(tokens_N, np.int64),
+            labels_BL=tensor(labels_N, np.int64),
+            document_BL=tensor(document_N, np.int32),
+            position_BL=tensor(position_N, np.int32),
+            sample_B=torch.from_numpy(row_B),
+            weight_BL=tensor(weight_N, np.float32),
+        )

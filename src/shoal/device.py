@@ -1,0 +1,137 @@
+"""The only file that names a backend: which device a rank computes on, and how ranks talk to each other.
+
+Importing it touches no device: the process that ranks are forked from does so, and a GPU that was opened
+before the fork is lost to the child.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from shoal.errors import ShoalError
+
+# What collectives say when the trouble is another rank's, not ours.
+_PEER_GONE = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "connection was likely closed",
+    "broken pipe",
+    "socket closed",
+    "socket timeout",
+    "timed out waiting",
+    "failed to recv",
+    "gloo connectfullmesh failed",
+    "remote process exited",
+)
+
+
+def kind() -> str:
+    """`cuda` where torch finds such a GPU, else `cpu`. Opens the driver: not for a process that will fork."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def count() -> int:
+    """Devices of this machine; a CPU is one, however many cores it has."""
+    return torch.cuda.device_count() if kind() == "cuda" else 1
+
+
+def of_rank(local: int) -> torch.device:
+    """The device of the rank with this index on its machine; a GPU becomes the process's current one."""
+    if kind() == "cpu":
+        return torch.device("cpu")
+    if local >= count():
+        raise ShoalError(
+            f"worker {local + 1} of this machine finds no GPU left: there are {count()}",
+            fix=f"start at most {count()} workers, or compute on the CPU with CUDA_VISIBLE_DEVICES= (empty)",
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def backend(where: torch.device) -> str:
+    """What `torch.distributed` calls the library that moves this device's tensors."""
+    return "nccl" if where.type == "cuda" else "gloo"
+
+
+def loopback_environment() -> dict[str, str]:
+    """Environment variables that keep every backend on the loopback interface. Set before the first group."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    return {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, "TP_SOCKET_IFNAME": loopback}
+
+
+def require_interface() -> None:
+    """ShoalError unless the environment names the network interface for ranks on several machines."""
+    variable = f"{backend(torch.device(kind())).upper()}_SOCKET_IFNAME"
+    if not os.environ.get(variable):
+        raise ShoalError(
+            "ranks are on several machines, and no network interface is named",
+            where=variable,
+            fix=f"export {variable}=eth0 (`ip -brief address` lists them); tensors travel there unencrypted",
+        )
+
+
+def peer_gone(error: BaseException) -> bool:
+    """Whether the error, or one that led to it, only says that another rank is gone or late."""
+    chain: BaseException | None = error
+    while chain is not None:
+        text = str(chain).lower()
+        if isinstance(chain, (dist.DistNetworkError, dist.DistStoreError, ConnectionError)):
+            return True
+        if isinstance(chain, RuntimeError) and any(said in text for said in _PEER_GONE):
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def synchronize(where: torch.device) -> None:
+    """Waits until the device has done all that it was given. A CPU is never behind."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def memory_peak(where: torch.device) -> int:
+    """Most bytes in use so far: tensors on a GPU; on a CPU the resident memory of the process."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def name(where: torch.device) -> str:
+    """What its maker calls the device, e.g. `NVIDIA H200` or `AMD EPYC 7B13`."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def misfit() -> tuple[str, str] | None:
+    """(what, what to do) where this torch cannot use the GPUs that it was built for, or the machine's."""
+    if torch.cuda.is_available():
+        return None
+    if torch.version.cuda:
+        return (
+            f"torch is built for CUDA {torch.version.cuda} but finds no GPU, so everything runs on the CPU",
+            "see whether `nvidia-smi` lists a GPU; if there is none, torch's CPU build takes 2 GB less disk",
+        )
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return (
+            "this machine has an NVIDIA GPU, but torch is built for the CPU only",
+            "install torch with CUDA: https://pytorch.org/get-started/locally",
+        )
+    return None
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []

@@ -1,0 +1,7 @@
+"""A job is layout × sync × recipe: torch-free frozen dataclasses, one file of options per room."""
+
+from shoal.job.job import Job
+from shoal.job.layout import Layout
+from shoal.job.toml import read, write
+
+__all__ = ["Job", "Layout", "read", "write"]

@@ -1,0 +1,50 @@
+"""How weights follow gradients: optimizer, learning-rate schedule, clipping."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.job.check import at_least, one_of, positive, require
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    name: str = "adamw"
+    """Optimizer: `adamw`, or `sgd` (with `momentum`)."""
+    lr: float = 2e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW: decay of the first and second moment."""
+    eps: float = 1e-8
+    """AdamW: added to the root of the second moment."""
+    momentum: float = 0.9
+    """SGD: decay of the velocity."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices (norms and biases have none), times the learning rate."""
+    schedule: str = "cosine"
+    """`cosine`: warm-up, then half a cosine; `wsd`: warm-up, stable, then linear decay; `constant`: warm-up
+    only."""
+    warmup: float = 0.02
+    """Share of the steps with linearly rising learning rate."""
+    decay: float = 0.2
+    """wsd: share of the steps, at the end, with falling learning rate."""
+    final_lr: float = 0.1
+    """Learning rate at the end, as a share of the peak."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient; larger ones are scaled down to it. 0 = never."""
+
+    def validate(self) -> None:
+        one_of("optim.name", self.name, ("adamw", "sgd"))
+        one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
+        positive("optim.lr", self.lr)
+        positive("optim.eps", self.eps)
+        for name in ("weight_decay", "warmup", "decay", "final_lr", "clip"):
+            at_least(f"optim.{name}", getattr(self, name), 0)
+        for name in ("warmup", "decay"):
+            require(
+                getattr(self, name) <= 1, f"optim.{name}={getattr(self, name)} is not a share", "from 0 to 1"
+            )
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+            require(0 <= value < 1, f"optim.{name}: {value} is not in [0, 1)", "e.g. 0.9")

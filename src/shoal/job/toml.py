@@ -1,0 +1,126 @@
+"""Job <-> TOML. Unknown keys and values of the wrong type are refused: file, line, nearest known key."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from shoal.errors import JobError
+from shoal.job.check import fit, kinds, nearest
+from shoal.job.job import Job, parts
+from shoal.job.layout import Layout
+
+
+def read(path: str | Path, base: Job | None = None) -> Job:
+    """The job in a TOML file, over `base` (default: Job()). Not validated: the command line may change it."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise JobError(f"cannot read the recipe: {reason}", where=str(path), fix="give a TOML file") from None
+    return parse(text, str(path), base)
+
+
+def parse(text: str, path: str = "<text>", base: Job | None = None) -> Job:
+    """The job in a TOML text, over `base` (default: Job()); `path` is named in errors."""
+    file = _File(path, text)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"line (\d+)", str(error))
+        where = f"{path}:{line[1]}" if line else f"{path}:{len(text.splitlines())}"
+        fix = 'write `key = value`, and text in "quotes"'
+        raise JobError(f"not valid TOML: {error}", where=where, fix=fix) from None
+    job = base or Job()
+    changes: dict[str, Any] = {}
+    for key, value in table.items():
+        if key == "layout":
+            if not isinstance(value, str):
+                fix = 'write layout = "replicas=2" above all tables'
+                raise JobError(f"layout={value!r} is not text", where=file.where(key), fix=fix)
+            with file.at(key):
+                changes[key] = layout(value)
+        elif key not in dict(parts(job)):
+            # A table was meant to be a table; anything else may be an option that lacks its table.
+            known = [f.name for f in fields(Job)] if isinstance(value, dict) else kinds(Job)
+            raise JobError(f"unknown key '{key}'", where=file.where(key), fix=nearest(key, known))
+        elif isinstance(value, dict):
+            changes[key] = _part(getattr(job, key), key, value, file)
+        else:
+            fix = f"write [{key}] above its options"
+            raise JobError(f"'{key}' is a table, not {value!r}", where=file.where(key), fix=fix)
+    return replace(job, **changes)
+
+
+def layout(text: str) -> Layout | None:
+    """`replicas=2,fsdp=2` -> Layout, `auto` -> None. Raises LayoutError."""
+    return None if text == "auto" else Layout.parse(text)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A TOML text, to say where in it something stands; tomllib does not tell."""
+
+    path: str
+    text: str
+
+    def where(self, *keys: str) -> str:
+        """`path:line` of a key: the first line without which the text before it does not hold that key."""
+        lines = self.text.split("\n")
+        start = 1
+        for end in range(1, len(lines) + 1):
+            try:
+                value: Any = tomllib.loads("\n".join(lines[:end]))
+            except tomllib.TOMLDecodeError:
+                continue  # the end of this value comes on a later line
+            for key in keys:
+                value = value.get(key) if isinstance(value, dict) else None
+            if value is not None:
+                break
+            start = end + 1
+        return f"{self.path}:{start}"
+
+    @contextlib.contextmanager
+    def at(self, *keys: str) -> Iterator[None]:
+        """Errors raised inside are errors of that key's line."""
+        try:
+            yield
+        except JobError as error:
+            raise type(error)(error.what, where=self.where(*keys), fix=error.fix) from None
+
+
+def _part(part: Any, table: str, values: dict[str, Any], file: _File) -> Any:
+    known = kinds(Job)
+    changes = {}
+    for key, value in values.items():
+        name = f"{table}.{key}"
+        if name not in known:
+            raise JobError(f"unknown key '{name}'", where=file.where(table, key), fix=nearest(name, known))
+        with file.at(table, key):
+            changes[key] = fit(name, value, known[name])
+    return replace(part, **changes)
+
+
+def write(job: Job) -> str:
+    """The job as TOML, every option in it; `parse` of it gives the same job."""
+    lines = [f"layout = {_text(str(job.layout or 'auto'))}"]
+    for name, part in parts(job):
+        lines += ["", f"[{name}]"]
+        lines += [f"{f.name} = {_text(getattr(part, f.name))}" for f in fields(part)]
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, str):
+        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\u{ord(m[0]):04x}", escaped) + '"'
+    return repr(value)

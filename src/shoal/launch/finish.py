@@ -1,0 +1,102 @@
+"""What follows the last step of a run: the model in Hugging Face's format, a sample, result.json and the report."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from shoal import models
+from shoal.checkpoint import huggingface
+from shoal.data.describe import compressed_bits_per_byte
+from shoal.data.prepare import Prepared
+from shoal.errors import ShoalError
+from shoal.job import read
+from shoal.mesh import Seat
+from shoal.models.decoder import Decoder
+from shoal.models.spec import count
+from shoal.observe import metrics, report, result, summary
+from shoal.observe.log import Log
+from shoal.observe.result import Result
+from shoal.serving.generate import generate
+from shoal.serving.load import load
+
+# Beginnings to go on from: of source code, and of a new document for any other text.
+_PROMPT = "def main("
+_SAMPLE_TOKENS = 120
+
+
+def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> None:
+    """Closes a run from what its checkpoint and metrics say. figures: what the worker returned.
+
+    Nothing here can fail the run: training has ended and its state is saved.
+    """
+    run, corpus = Path(folder), Prepared.load(Path(prepared))
+    log = Log(run)
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        log.write(text)
+
+    prompt, sample = "", ""
+    try:
+        model = load(run, say)
+        _export(model, run, corpus)
+        prompt, sample = _sample(model, run)
+    except (ShoalError, OSError) as error:
+        say(f"warning: the trained model was not written to {run / 'model'}: {error}")
+    outcome = _result(run, corpus, figures, prompt, sample)
+    result.write(run, outcome)
+    try:
+        report.write(run)
+    except OSError as error:
+        say(f"warning: no report: {error}")
+    for line in summary.lines(outcome):
+        say(line)
+    log.close()
+
+
+def _export(model: Decoder, run: Path, corpus: Prepared) -> None:
+    huggingface.export(
+        model.options,
+        model.named_parameters(),
+        run / "model",
+        tokenizer=corpus.tokenizer,
+        end_token=corpus.end_token,
+    )
+
+
+def _sample(model: Decoder, run: Path) -> tuple[str, str]:
+    python = read(run / "job.toml").data.source == ("python",)
+    prompt = _PROMPT if python else ""
+    return prompt, generate(model, prompt, tokenizer=run, max_tokens=_SAMPLE_TOKENS)
+
+
+def _result(run: Path, corpus: Prepared, figures: dict[str, Any], prompt: str, sample: str) -> Result:
+    rows = metrics.read(run)
+    tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
+    validation = figures["validation"]
+    job = read(run / "job.toml")
+    rivals = compressed_bits_per_byte(corpus) if validation else {}
+    loss = validation["nats"] if validation and math.isfinite(validation["nats"]) else None
+    mfus = [row["mfu"] * row["seconds"] for row in rows if row.get("mfu")]
+    return Result(
+        run=str(run),
+        steps=rows[-1]["step"] if rows else 0,
+        tokens=tokens,
+        loss_first=rows[0]["loss"] if rows else None,
+        loss_last=rows[-1]["loss"] if rows else None,
+        val_loss=loss,
+        bits_per_byte=loss and loss * corpus.validation.predictions / math.log(2) / corpus.validation.bytes,
+        tokens_per_second=tokens / seconds if seconds else None,
+        mfu=sum(mfus) / seconds if mfus else None,
+        seconds=figures["seconds"],
+        stopped_by=figures["stopped_by"],
+        parameters=count(job.model),
+        devices=figures["devices"],
+        mfu_note=figures["mfu_note"],
+        prompt=prompt,
+        sample=sample,
+        gzip_bits_per_byte=rivals.get("gzip -9"),
+        xz_bits_per_byte=rivals.get("xz -9"),
+    )

@@ -1,0 +1,82 @@
+"""A run on this machine: ranks are started for one function and end with it, or with Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from shoal.launch.call import call
+from shoal.launch.failure import Terminated
+from shoal.launch.ranks import Ranks
+
+
+def run(
+    entry: str,
+    args: dict[str, Any],
+    world: int,
+    threads: int = 0,
+    on_signal: Callable[[str], None] | None = None,
+    ranks: Ranks | None = None,
+) -> Any:
+    """What `entry(seat, **args)` returned in rank 0 of `world` ranks, as `shoal.launch.call.call` says.
+
+    The first SIGINT or SIGTERM is passed on to all ranks as SIGTERM, which asks them to finish their step and
+    save, and on_signal is called with its name; the second kills them. KeyboardInterrupt if they end without
+    an answer because of it. Signals are caught in the main thread only; elsewhere they do what they did.
+    """
+    own = ranks is None
+    ranks = ranks or Ranks([entry.partition(":")[0]])
+    try:
+        with _Interrupts(ranks, on_signal) as interrupts:
+            try:
+                value = call(ranks, entry, args, world, threads=threads)[0]
+            except Terminated:
+                if interrupts.count:
+                    raise KeyboardInterrupt from None
+                raise
+            if own:
+                ranks.hang_up()
+            return value
+    finally:
+        if own:
+            ranks.close()
+
+
+class _Interrupts:
+    """Signals that come while ranks work, handled between their messages."""
+
+    def __init__(self, ranks: Ranks, on_signal: Callable[[str], None] | None):
+        self.ranks, self.on_signal = ranks, on_signal
+        self.count = 0
+        self.wake, self._waker = socket.socketpair()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Interrupts:
+        self.ranks.watch(self.wake, self._pass_on)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self.ranks.forget(self.wake)
+        self.wake.close()
+        self._waker.close()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._waker.send(bytes([number]))
+
+    def _pass_on(self) -> None:
+        for number in self.wake.recv(64):
+            self.count += 1
+            if self.count > 1:
+                raise KeyboardInterrupt
+            self.ranks.signal(signal.SIGTERM)
+            if self.on_signal is not None:
+                self.on_signal(signal.Signals(number).name)

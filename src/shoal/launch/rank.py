@@ -1,0 +1,68 @@
+"""What a forked rank does: takes its seat, then calls what the launcher names until that hangs up."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from shoal import device, errors
+from shoal.errors import ShoalError
+from shoal.launch.channel import Channel
+from shoal.launch.forkserver import resolve, set_name
+from shoal.launch.messages import Call, Failed, Returned
+from shoal.launch.store import HOST
+from shoal.mesh import Seat
+
+
+def main(sock: socket.socket, member: int, port: int) -> int:
+    """Serves calls over `sock`. port: of the group's store."""
+    set_name(f"shoal-rank-{member}")
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1)
+    channel = Channel(sock, Call)
+    store = dist.TCPStore(HOST, port, is_master=False)
+    while True:
+        try:
+            call = channel.wait()
+        except EOFError:
+            return 0
+        channel.send(_answer(call, member, store))
+        # A call may have asked for signals (SIGTERM = save and stop); the next one starts without.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _answer(call: Call, member: int, store: dist.Store) -> Returned | Failed:
+    torch.set_num_threads(call.threads)
+    os.environ["OMP_NUM_THREADS"] = str(call.threads)
+    seat = Seat(member, call.world, member, call.world, dist.PrefixStore(f"call-{call.number}", store))
+    try:
+        value = resolve(call.entry)(seat, **call.args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # Encoded here, so that a value that is not JSON fails like anything else the entry does.
+        return Returned(msgspec.Raw(msgspec.msgpack.encode(value)))
+    except BaseException as error:
+        return _failed(error)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def _failed(error: BaseException) -> Failed:
+    at, follows = time.monotonic(), device.peer_gone(error)
+    if isinstance(error, ShoalError):
+        known = next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
+        return Failed(known, error.what, error.where, error.fix, at, follows)
+    # The first frame is ours and says nothing.
+    frames = error.__traceback__.tb_next if error.__traceback__ else None
+    text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
+    return Failed("", text, "", "", at, follows)

@@ -1,0 +1,225 @@
+"""`shoal.train`: from a job to a finished run, on local ranks or as one of torchrun's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from shoal.data.prepare import Prepared, prepare
+from shoal.errors import CheckpointError, DataError, JobError, RankError
+from shoal.job import Job, Layout, write
+from shoal.launch import local, torchrun
+from shoal.launch.cores import cores, too_many_workers
+from shoal.launch.ranks import Ranks
+from shoal.models import config
+from shoal.observe import result
+from shoal.observe.hold import held
+from shoal.observe.log import Log
+from shoal.observe.result import Result
+
+if TYPE_CHECKING:
+    from shoal.mesh import Seat
+
+_WORKER, _FINISH = "shoal.training.worker", "shoal.launch.finish"
+_MOST_CPU_RANKS = 8
+# Which token store a run reads: folder and fingerprint.
+_DATA = "data.json"
+
+
+def train(job: Job, *, resume: str | Path | None = None) -> Result:
+    """Trains on this machine and returns what came out; `run` in it is the run folder.
+
+    resume: a run folder whose newest undamaged checkpoint is the start; `job` is then its job.toml with what shall
+    change, e.g. the layout or the number of steps. Under torchrun, this process becomes one of its ranks.
+    Raises ShoalError for the user's mistakes, RankError for a lost rank, KeyboardInterrupt where the run was killed
+    before it could save.
+    """
+    started = time.time()
+    job.validate()
+    if torchrun.is_worker():
+        arguments = {"job": job, "resume": resume, "started": started}
+        return _result(torchrun.run("shoal.launch.train:one_of_many", arguments, job.run.threads))
+    ranks = Ranks([_WORKER, _FINISH])  # imports torch while the text is prepared
+    try:
+        job, arguments = ready(job, resume, started)
+        assert job.layout is not None
+        folder = Path(arguments["folder"])
+        say = speaker(folder)
+        if warning := too_many_workers(job.layout.world):
+            say(f"warning: {warning}")
+
+        def stopping(name: str) -> None:
+            say(f"{name}: finishing this step, then saving; once more to kill")
+
+        figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
+        local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks)
+    finally:
+        ranks.close()
+    return _result(folder)
+
+
+def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: float) -> str:
+    """One rank of torchrun's: rank 0 prepares for all. Returns the run folder."""
+    from shoal.launch import finish
+    from shoal.training import worker
+
+    if seat.member == 0:
+        try:
+            job, arguments = ready(replace(job, layout=job.layout or Layout(replicas=seat.world)), resume, started)
+            _fits(job, seat.world)
+        except BaseException:
+            seat.store.set("ready", "")
+            raise
+        seat.store.set("ready", msgspec.json.encode(arguments))
+    told = seat.store.get("ready")
+    if not told:
+        raise RankError("rank 0 could not prepare the run", where=f"rank {seat.member}", fix="see its message")
+    arguments = msgspec.json.decode(told, type=dict[str, Any])
+    figures = worker.main(seat, **arguments)
+    if seat.member == 0:
+        finish.main(seat, **_afterwards(arguments, figures))
+        seat.store.set("finished", "")
+    seat.store.wait(["finished"])
+    return arguments["folder"]
+
+
+def _afterwards(arguments: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
+    return {"folder": arguments["folder"], "prepared": arguments["prepared"], "figures": figures}
+
+
+def _fits(job: Job, world: int) -> None:
+    assert job.layout is not None
+    if job.layout.world != world:
+        raise JobError(
+            f"layout {job.layout} has {job.layout.world} ranks, torchrun started {world}",
+            fix=f"torchrun --nproc-per-node {job.layout.world}, or another layout",
+        )
+
+
+def _result(folder: str | Path) -> Result:
+    found = result.read(Path(folder))
+    assert found is not None, "finish writes it"
+    return found
+
+
+def speaker(folder: Path | None = None) -> Callable[[str], None]:
+    """Prints a sentence, and writes it into the run's log once there is a run folder."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        if folder is not None:
+            log = Log(folder)
+            log.write(text)
+            log.close()
+
+    return say
+
+
+def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dict[str, Any]]:
+    """Text prepared, layout and architecture resolved, run folder made: the job and the worker's arguments."""
+    say = speaker()
+    job = _architecture(_paths(job))
+    if resume is None:
+        folder = _new_folder(job)
+        prepared = prepare(job.data, say=say)
+        job = _vocabulary(job, prepared)
+    else:
+        folder = Path(resume)
+        prepared = _same_data(job, folder, say)
+    job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.toml").write_text(write(job), encoding="utf-8")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(prepared.folder / name, folder / name)
+    data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
+    (folder / _DATA).write_bytes(msgspec.json.encode(data))
+    return job, {"folder": str(folder), "prepared": str(prepared.folder), "started": started}
+
+
+def _paths(job: Job) -> Job:
+    """Absolute paths, so that the run's job.toml means the same wherever it is read."""
+    source = tuple(s if s in ("python", "-") else os.path.abspath(s) for s in job.data.source)
+    tokenizer = job.data.tokenizer
+    if tokenizer not in ("auto", "bpe", "bytes"):
+        tokenizer = os.path.abspath(tokenizer)
+    weights = os.path.abspath(job.model.weights) if job.model.weights else ""
+    return replace(
+        job,
+        data=replace(job.data, source=source, tokenizer=tokenizer),
+        model=replace(job.model, weights=weights),
+    )
+
+
+def _architecture(job: Job) -> Job:
+    """With weights from a folder, the architecture is the folder's, and so is the tokenizer if none is named."""
+    tokenizer = job.data.tokenizer
+    if job.model.weights:
+        tokenizer = job.model.weights if tokenizer == "auto" else tokenizer
+        architecture = config.read(Path(job.model.weights))
+        job = replace(job, model=replace(architecture, weights=job.model.weights))
+    return replace(job, data=replace(job.data, tokenizer="bpe" if tokenizer == "auto" else tokenizer))
+
+
+def _vocabulary(job: Job, prepared: Prepared) -> Job:
+    if job.model.vocab_size == 0:
+        return replace(job, model=replace(job.model, vocab_size=prepared.vocab_size))
+    if job.model.vocab_size < prepared.vocab_size:
+        raise JobError(
+            f"the tokenizer has {prepared.vocab_size} tokens, the model's vocabulary only {job.model.vocab_size}",
+            fix="take the model's own tokenizer (data.tokenizer), or for a new model leave out model.vocab_size",
+        )
+    return job
+
+
+def _auto_layout(global_batch: int) -> Layout:
+    """One replica per GPU, else per core; as many as divide the global batch."""
+    gpus = _gpus()
+    most = gpus or min(cores(), _MOST_CPU_RANKS)
+    return Layout(replicas=max(n for n in range(1, most + 1) if global_batch % n == 0))
+
+
+def _gpus() -> int:
+    """GPUs that ranks will see. Torch is asked only where a driver is: importing it takes a second."""
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return 0
+    from shoal import device
+
+    return device.count() if device.kind() == "cuda" else 0
+
+
+def _new_folder(job: Job) -> Path:
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(job.run.dir or f"runs/{job.run.name}-{now}")
+    if (folder / "job.toml").exists():
+        raise JobError(
+            "there is a run in this folder already", where=str(folder), fix=f"shoal train --resume {folder}, or another --run-dir"
+        )
+    return folder
+
+
+def _same_data(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
+    """The token store that the run began with; made again where it has been deleted."""
+    if held(folder):
+        raise JobError("another process is training in this run folder", where=str(folder), fix="wait for it or stop it")
+    try:
+        known = msgspec.json.decode((folder / _DATA).read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        raise CheckpointError("the run cannot be resumed: data.json is missing or damaged", where=str(folder)) from None
+    if (Path(known["folder"]) / "meta.json").exists():
+        return Prepared.load(Path(known["folder"]))
+    prepared = prepare(job.data, say=say)
+    if prepared.fingerprint != known["fingerprint"]:
+        raise DataError(
+            "the text has changed since this run began, and its token store is gone",
+            where=", ".join(job.data.source),
+            fix="restore the text as it was, or start a new run from model/ of this one (model.weights)",
+        )
+    return prepared

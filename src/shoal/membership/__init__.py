@@ -1,0 +1,1 @@
+"""Who takes part: views, and how members agree on the next one."""

@@ -1,0 +1,51 @@
+"""One process at a time trains in a run folder, and others can see that it does.
+
+The kernel releases the lock whatever ends its holder, so there is no stale process number to misread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from shoal.errors import ShoalError
+from shoal.observe.log import FILE
+
+
+@contextlib.contextmanager
+def hold(folder: Path, patience: float = 5.0) -> Iterator[None]:
+    """Holds the run folder. ShoalError if somebody else still does after `patience` seconds.
+
+    The patience is for a run that was killed a moment ago and resumed at once.
+    """
+    deadline = time.monotonic() + patience
+    with (folder / FILE).open("ab") as file:
+        while not _lock(file.fileno(), fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise ShoalError(
+                    "another process is training in this run folder",
+                    where=str(folder),
+                    fix="wait for it or stop it, or give --run-dir another folder",
+                )
+            time.sleep(0.1)
+        yield
+
+
+def held(folder: Path) -> bool:
+    """Whether some process holds the run folder now."""
+    try:
+        with (folder / FILE).open("rb") as file:
+            return not _lock(file.fileno(), fcntl.LOCK_SH)
+    except OSError:
+        return False
+
+
+def _lock(file: int, kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

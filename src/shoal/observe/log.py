@@ -1,0 +1,24 @@
+"""log.txt: every sentence that a run says, with its time."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+FILE = "log.txt"
+
+
+class Log:
+    """Appends to the run's log.txt. Several processes may: each text is one write."""
+
+    def __init__(self, folder: Path):
+        self._file = (folder / FILE).open("ab", buffering=0)
+
+    def write(self, text: str) -> None:
+        """Every line of `text` with the local time before it. OSError when the disk is full."""
+        now = datetime.now().astimezone().isoformat(timespec="seconds")
+        lines = [f"{now} {line}\n" for line in text.splitlines() or [""]]
+        self._file.write("".join(lines).encode(errors="replace"))
+
+    def close(self) -> None:
+        self._file.close()

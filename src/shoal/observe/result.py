@@ -1,0 +1,72 @@
+"""result.json: what a run came to. Its first ten keys are the last line of `shoal train --format json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import msgspec
+
+FILE = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one run. None where there is none (no validation text, unknown peak, loss of NaN)."""
+
+    run: str
+    """The run folder."""
+    steps: int
+    tokens: int
+    """Trained on: valid tokens of all steps."""
+    loss_first: float | None
+    """Of the first and of the last step, in nats per token."""
+    loss_last: float | None
+    val_loss: float | None
+    """Nats per token."""
+    bits_per_byte: float | None
+    """The validation loss per byte of its text, so that tokenizers and compressors can be compared."""
+    tokens_per_second: float | None
+    """Of all devices together, over the steps' time."""
+    mfu: float | None
+    """A share of the measured matmul peak."""
+    seconds: float
+    """From the user's command to the end of the last step."""
+
+    stopped_by: str = ""
+    """The signal that asked the run to stop; empty if it reached its last step."""
+    parameters: int = 0
+    devices: int = 0
+    mfu_note: str = ""
+    """Formula and peak."""
+    prompt: str = ""
+    sample: str = ""
+    """Text that the trained model continued `prompt` with."""
+    gzip_bits_per_byte: float | None = None
+    """gzip -9 and xz -9 of the same validation text."""
+    xz_bits_per_byte: float | None = None
+
+    def line(self) -> str:
+        """One JSON object in one line, without what only result.json keeps. NaN and inf are null."""
+        return msgspec.json.encode({name: getattr(self, name) for name in _LINE}).decode()
+
+
+_LINE = (
+    "run", "steps", "tokens", "loss_first", "loss_last", "val_loss", "bits_per_byte", "tokens_per_second",
+    "mfu", "seconds",
+)  # fmt: skip
+
+
+def write(folder: Path, result: Result) -> None:
+    """Replaces the run's result.json at once, so that a reader never sees half of it."""
+    fresh = folder / f"{FILE}.new"
+    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(asdict(result))) + b"\n")
+    fresh.replace(folder / FILE)
+
+
+def read(folder: Path) -> Result | None:
+    """The run's result; None if it has none yet, or one that cannot be read."""
+    try:
+        return msgspec.json.decode((folder / FILE).read_bytes(), type=Result)
+    except (OSError, ValueError):
+        return None

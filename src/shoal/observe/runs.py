@@ -1,0 +1,126 @@
+"""The runs in a folder: what each has reached, and how it ended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from shoal.errors import ShoalError
+from shoal.job import read as read_job
+from shoal.observe import metrics, result
+from shoal.observe.charts import median
+from shoal.observe.hold import held
+from shoal.observe.text import plain
+from shoal.observe.units import duration, number, size
+
+_CHECKPOINTS = "checkpoints/step-*"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. None where it is not known (yet)."""
+
+    name: str
+    folder: str
+    state: str
+    """`running`; `finished`: reached its last step; `stopped`: asked to, and saved; `failed`: neither."""
+    step: int
+    steps: int | None
+    """Of the whole run."""
+    val_loss: float | None
+    """Nats per token, of the last validation."""
+    tokens_per_second: float | None
+    age: float
+    """Seconds since something was last written."""
+    size: int
+    """Bytes of all its files."""
+    checkpoint: str | None
+    """Folder of the newest checkpoint; not verified."""
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs in `root`, the latest last. `str()` of it is the table that people see."""
+
+    root: str
+    runs: list[Run]
+
+    def __str__(self) -> str:
+        if not self.runs:
+            return f"no runs in {self.root} (`shoal train` makes one)"
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("run", overflow="fold")
+        table.add_column("state")
+        for head in ("steps", "val loss", "tok/s", "last written", "size"):
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column("newest checkpoint")
+        for run in self.runs:
+            table.add_row(
+                run.name,
+                run.state,
+                f"{run.step:,}/{number(run.steps, ',')}",
+                number(run.val_loss, ".3f"),
+                number(run.tokens_per_second),
+                f"{duration(run.age)} ago",
+                size(run.size),
+                Path(run.checkpoint).name if run.checkpoint else "–",
+            )
+        return plain(table)
+
+
+def find(root: str | Path = "runs") -> Runs:
+    """Every run folder directly in `root`; none if there is no such folder."""
+    folders = [path.parent for path in Path(root).glob("*/job.toml")]
+    return Runs(str(root), sorted(map(describe, folders), key=lambda run: (-run.age, run.name)))
+
+
+def describe(folder: Path) -> Run:
+    """One run, from what lies in its folder."""
+    rows, done = metrics.read(folder), result.read(folder)
+    step = rows[-1]["step"] if rows else 0
+    validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
+    # A result from before a resume says nothing about what came after it.
+    done = done if done and done.steps >= step else None
+    if held(folder):
+        state = "running"
+    elif done:
+        state = "stopped" if done.stopped_by else "finished"
+    else:
+        state = "failed"
+    last_written, bytes_ = _files(folder)
+    checkpoints = sorted(path for path in folder.glob(_CHECKPOINTS) if path.name[5:].isdigit())
+    return Run(
+        name=folder.name,
+        folder=str(folder),
+        state=state,
+        step=done.steps if done else step,
+        steps=_steps(folder),
+        val_loss=done.val_loss if done else next(reversed(validated), None),
+        tokens_per_second=done.tokens_per_second if done else median(rows, "tokens_per_second"),
+        age=max(0.0, time.time() - last_written),
+        size=bytes_,
+        checkpoint=str(checkpoints[-1]) if checkpoints else None,
+    )
+
+
+def _steps(folder: Path) -> int | None:
+    try:
+        return read_job(folder / "job.toml").train.steps or None
+    except ShoalError:
+        return None
+
+
+def _files(folder: Path) -> tuple[float, int]:
+    """(time of the latest change, bytes) of all files, except what a running process removes meanwhile."""
+    latest, total = 0.0, 0
+    for path in folder.rglob("*"):
+        try:
+            facts = path.lstat()
+        except OSError:
+            continue
+        if not path.is_dir():
+            latest, total = max(latest, facts.st_mtime), total + facts.st_size
+    return latest, total

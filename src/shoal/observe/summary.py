@@ -1,0 +1,53 @@
+"""What a user reads when a run has ended: sample, loss beside compressors, speed, where everything is, what next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shoal.observe import commands
+from shoal.observe.result import Result
+from shoal.observe.units import duration, number, percent
+
+
+def lines(result: Result) -> list[str]:
+    """The last lines of a run, ready to print."""
+    out = _sample(result)
+    if result.val_loss is not None:
+        out.append(f"validation   {result.val_loss:.4f} nats per token{_bits(result)}")
+    out.append(
+        f"speed        {number(result.tokens_per_second)} tokens/s on {result.devices} device{'s' * (result.devices > 1)}"
+        + (f", MFU {percent(result.mfu)}" if result.mfu is not None else "")
+    )
+    out.append(
+        f"length       {result.steps:,} steps, {result.tokens:,} tokens, {duration(result.seconds)} minutes in all"
+    )
+    if result.stopped_by:
+        out.append(f"stopped      by {result.stopped_by}; nothing is lost: resume as below")
+    out.append(f"run folder   {result.run}")
+    out.append(f"report       {Path(result.run) / 'report.html'}")
+    out.append(
+        f"resume       {commands.resume(result.run)}"
+        + ("" if result.stopped_by else f" --steps {2 * result.steps}")
+    )
+    out.append(f"generate     {commands.generate(result.run, result.prompt or 'Once')}")
+    return out
+
+
+def _sample(result: Result) -> list[str]:
+    if not result.sample:
+        return []
+    return ["", f"the model goes on from {result.prompt!r}:" if result.prompt else "the model writes:"] + [
+        f"  │ {line}" for line in (result.prompt + result.sample).rstrip().splitlines()
+    ] + [""]  # fmt: skip
+
+
+def _bits(result: Result) -> str:
+    if result.bits_per_byte is None:
+        return ""
+    rivals = [
+        f"{name} {bits:.3f}"
+        for name, bits in (("gzip -9", result.gzip_bits_per_byte), ("xz -9", result.xz_bits_per_byte))
+        if bits is not None
+    ]
+    beside = f" ({', '.join(rivals)} on the same text)" if rivals else ""
+    return f" = {result.bits_per_byte:.3f} bits per byte{beside}"

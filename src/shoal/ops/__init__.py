@@ -1,0 +1,2 @@
+"""Leaf mathematics: pure functions of tensors that know nothing of models, ranks or files. Imports nothing
+itself."""

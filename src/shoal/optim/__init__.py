@@ -1,0 +1,1 @@
+"""How weights follow gradients: optimizers, schedules, norms."""

@@ -1,0 +1,79 @@
+"""The update: scaled gradients into an optimizer, over shards, on whichever rank or server holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
+
+from shoal.job.optim import OptimOptions
+from shoal.optim.schedule import learning_rate
+from shoal.shard import Shard
+
+_SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
+
+
+class Update:
+    """AdamW or SGD with momentum, with decoupled weight decay on matrices. Its state is shards, too."""
+
+    def __init__(self, shards: list[Shard], options: OptimOptions, steps: int):
+        """steps: length of the run, for the schedule."""
+        self.options, self.steps = options, steps
+        self.done = 0
+        self.shards = [s for s in shards if s.local.numel()]
+        self.slots = {slot: [torch.zeros_like(s.local) for s in self.shards] for slot in _SLOTS[options.name]}
+        self._counts = [torch.zeros((), dtype=torch.float32, device=s.local.device) for s in self.shards]
+        matrices = [i for i, s in enumerate(self.shards) if len(s.global_shape) > 1]
+        vectors = [i for i, s in enumerate(self.shards) if len(s.global_shape) <= 1]
+        # Norms and biases do not decay.
+        self._groups = [(g, decay) for g, decay in ((matrices, options.weight_decay), (vectors, 0.0)) if g]
+
+    @torch.no_grad()
+    def apply(self, scale: float) -> float:
+        """One update from the shards' gradients times `scale` (which normalises and clips). Returns the rate used."""
+        lr = learning_rate(self.options, self.done, self.steps)
+        for chosen, decay in self._groups:
+            self._step(chosen, scale, lr, decay)
+        self.done += 1
+        return lr
+
+    def _step(self, chosen: list[int], scale: float, lr: float, decay: float) -> None:
+        values = [self.shards[i].local for i in chosen]
+        gradients = [g for i in chosen if (g := self.shards[i].grad) is not None]
+        assert len(gradients) == len(values), "a parameter got no gradient"
+        torch._foreach_mul_(gradients, scale)
+        state = {slot: [tensors[i] for i in chosen] for slot, tensors in self.slots.items()}
+        if self.options.name == "adamw":
+            beta1, beta2 = self.options.betas
+            adamw(
+                values, gradients, state["exp_avg"], state["exp_avg_sq"], [], [self._counts[i] for i in chosen],
+                fused=True, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay,
+                eps=self.options.eps, maximize=False,
+            )  # fmt: skip
+        else:
+            torch._foreach_mul_(values, 1 - lr * decay)
+            momentum: list[Tensor | None] = list(state["momentum"])
+            sgd(
+                values, gradients, momentum, foreach=True, weight_decay=0.0,
+                momentum=self.options.momentum, lr=lr, dampening=0.0, nesterov=False, maximize=False,
+            )  # fmt: skip
+
+    def state(self) -> list[Shard]:
+        """The optimizer's tensors: `<slot>.<parameter>`."""
+        return [
+            Shard(f"{slot}.{shard.name}", shard.global_shape, shard.offsets, tensor, owner=shard.owner)
+            for slot, tensors in self.slots.items()
+            for shard, tensor in zip(self.shards, tensors, strict=True)
+        ]
+
+    def values(self) -> dict[str, Any]:
+        return {"updates": self.done}
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """After the tensors of `state()` have been filled."""
+        self.done = int(values["updates"])
+        for count in self._counts:
+            count.fill_(self.done)

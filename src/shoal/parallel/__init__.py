@@ -1,0 +1,1 @@
+"""How one replica of the model is spread over ranks."""

@@ -1,0 +1,93 @@
+"""Gradients of a whole replica on one rank, gathered into flat buckets while backward still runs.
+
+The plan (which parameter lies where in which bucket) is fixed when it is built and never changes, so every
+rank hands over the same bytes in the same order, run after run: bitwise resume depends on it. (Torch's DDP
+rebuilds its buckets after the first step, so a resumed run sums in another order than the one it continues.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# The first bucket is small, so that communication starts early; the same choice as DDP's.
+_FIRST_BYTES = 1 << 20
+
+
+class Bucket:
+    """Some parameters' gradients side by side in one flat tensor."""
+
+    def __init__(self, parameters: list[Parameter]):
+        self.parameters = parameters
+        first = parameters[0]
+        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        pieces = self.flat.split([p.numel() for p in parameters])
+        self.views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
+        self.missing = len(parameters)
+
+
+class Buckets:
+    """Calls `on_bucket(flat)` for each bucket, in a fixed order, as soon as its last gradient exists."""
+
+    def __init__(self, parameters: list[Parameter], capacity_bytes: int, on_bucket: Callable[[Tensor], None]):
+        """parameters: in the order of the forward pass; backward makes their gradients roughly in reverse."""
+        self.on_bucket = on_bucket
+        self.buckets = [Bucket(group) for group in _plan(parameters[::-1], capacity_bytes)]
+        self._next = 0
+        self._armed = False
+        for bucket in self.buckets:
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                parameter.register_post_accumulate_grad_hook(self._arrived(bucket, view))
+
+    def _arrived(self, bucket: Bucket, view: Tensor) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if self._armed:
+                # Copied once, on the last micro-batch: cheaper than accumulating into zeroed views throughout.
+                assert parameter.grad is not None
+                view.copy_(parameter.grad)
+                parameter.grad = view
+                bucket.missing -= 1
+                self._launch(force=False)
+
+        return hook
+
+    def _launch(self, force: bool) -> None:
+        """Hands over every bucket that is complete, but none before the ones ahead of it."""
+        while self._next < len(self.buckets) and (force or self.buckets[self._next].missing == 0):
+            self.on_bucket(self.buckets[self._next].flat)
+            self._next += 1
+
+    @contextmanager
+    def last_backward(self) -> Iterator[None]:
+        """Buckets go out during the backward pass inside; parameters that it left out count as zero."""
+        self._armed, self._next = True, 0
+        for bucket in self.buckets:
+            bucket.missing = len(bucket.parameters)
+        try:
+            yield
+            for bucket in self.buckets[self._next :]:
+                for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                    if parameter.grad is not view:
+                        view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                        parameter.grad = view
+            self._launch(force=True)
+        finally:
+            self._armed = False
+
+
+def _plan(parameters: list[Parameter], capacity_bytes: int) -> list[list[Parameter]]:
+    """Neighbours share a bucket until it is full; a bucket has one dtype."""
+    plan: list[list[Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        size = parameter.numel() * parameter.element_size()
+        if not plan or size > room or parameter.dtype != plan[-1][0].dtype:
+            plan.append([])
+            room = min(_FIRST_BYTES, capacity_bytes) if len(plan) == 1 else capacity_bytes
+        plan[-1].append(parameter)
+        room -= size
+    return plan

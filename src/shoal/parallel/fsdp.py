@@ -1,0 +1,110 @@
+"""One replica shared by the ranks of the fsdp axis, by PyTorch's `fully_shard`.
+
+ZeRO stages (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models"):
+1 shares the optimizer state: parameters are gathered once a step and gradients accumulate unsharded, reduced
+once a step. 2 shares gradients too: one reduce-scatter a micro-batch. 3 shares parameters too: gathered for each
+block's forward and again for its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from shoal.shard import Shard
+
+
+class Sharded:
+    """Wraps a model in place and steers what its backward passes send."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[nn.Module],
+        mesh: DeviceMesh,
+        zero: int,
+        compute: torch.dtype | None,
+        on_bucket: Callable[[Tensor], None] | None,
+    ):
+        """compute: dtype in which parameters are gathered, None = their own. Reduction is in the parameters' own.
+
+        on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches.
+        """
+        self.zero = zero
+        self.on_bucket = on_bucket
+        self._last = True
+        reduce = next(model.parameters()).dtype
+        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+        for block in blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._sum: dict[int, Tensor] = {}
+        for index, group in enumerate(self.groups):
+            # Gradients are sums over tokens, divided once by the global count: nothing is averaged on the way.
+            group.set_gradient_divide_factor(1.0)
+            group.set_force_sum_reduction_for_comms(True)
+            if on_bucket is not None:
+                group.set_all_reduce_hook(self._reduced(index))
+
+    def _reduced(self, index: int) -> Callable[[Tensor], None]:
+        """Adds the micro-batches' pieces up in the newest flat buffer and hands over the last one.
+
+        `fully_shard` accumulates behind this hook, where a piece that is still being sent would be written to.
+        So between micro-batches the gradients are taken away (see `backward`), and each buffer is its first.
+        """
+
+        def hook(flat: Tensor) -> None:
+            earlier = self._sum.pop(index, None)
+            if earlier is not None:
+                flat.add_(earlier)
+            if self._last:
+                assert self.on_bucket is not None
+                self.on_bucket(flat)
+            else:
+                self._sum[index] = flat
+
+        return hook
+
+    @contextmanager
+    def backward(self, last: bool) -> Iterator[None]:
+        """What one micro-batch's forward and backward send; `last`: of the step."""
+        self._last = last
+        root = self.groups[0]
+        root.set_is_last_backward(last)
+        root.set_requires_gradient_sync(last or self.zero > 1)
+        if self.zero < 3:
+            # Parameters stay gathered until the step's last backward pass.
+            root.set_reshard_after_backward(last)
+        if self.on_bucket is not None and self.zero > 1:
+            for parameter in self.parameters:
+                parameter.grad = None
+        yield
+
+    def hold(self, parameters: list[nn.Parameter]) -> None:
+        """The sharded parameters, once they have memory. `model.parameters()` are others while they are gathered."""
+        self.parameters = parameters
+
+
+def shard_of(name: str, parameter: nn.Parameter) -> Shard:
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    local = parameter.to_local().detach()
+    # fully_shard cuts dimension 0 as torch.chunk does: equal pieces, the last ones shorter or empty.
+    rows = -(-parameter.shape[0] // mesh.size())
+    start = min(rows * mesh.get_local_rank(), parameter.shape[0])
+    assert local.shape[0] == min(rows, parameter.shape[0] - start), "fully_shard changed how it cuts parameters"
+    offsets = (start,) + (0,) * (parameter.ndim - 1)
+    return Shard(name, tuple(parameter.shape), offsets, local)
+
+
+def local_gradient(parameter: Tensor) -> Tensor | None:
+    """The gradient of this rank's piece."""
+    gradient = parameter.grad
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient

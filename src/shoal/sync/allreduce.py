@@ -1,0 +1,126 @@
+"""Replicas add up their gradients every step (Li et al. 2020, "PyTorch Distributed", for buckets and overlap)."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.errors import LayoutError
+from shoal.mesh import Mesh, View, build
+from shoal.optim.norm import sum_of_squares
+from shoal.optim.update import Update
+from shoal.parallel.replica import Replica, Tally
+from shoal.shard import State
+
+
+@dataclass(frozen=True)
+class Version:
+    """Which weights a step computes its gradients from: the number of updates in them."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of one step, the same on every rank.
+
+    applied: False where loss or gradient was not finite. loss_sum, weight: over the global batch.
+    grad_norm: of the normalised gradient, before clipping. staleness: updates between pull and commit.
+    stop: some rank asked to end the run after this step.
+    waited: seconds this rank waited for others and the network, not covered by computing.
+    """
+
+    applied: bool
+    version: Version
+    loss_sum: float
+    weight: float
+    grad_norm: float
+    lr: float
+    staleness: int = 0
+    stop: bool = False
+    waited: float = 0.0
+
+
+class AllReduce:
+    """One update a step, from the sum of all replicas' gradients, clipped and applied on every rank."""
+
+    def __init__(self, mesh: Mesh, clip: float):
+        """clip: largest gradient norm, 0 = none."""
+        self.mesh, self.clip = mesh, clip
+        self._works: list[dist.Work] = []
+
+    def attach(self, replica: Replica, update: Update) -> None:
+        self.replica, self.update = replica, update
+        replica.on_bucket(self._send)
+
+    def _send(self, flat: Tensor) -> None:
+        work = dist.all_reduce(flat, group=self.mesh.across_replicas, async_op=True)
+        assert work is not None
+        self._works.append(work)
+
+    def begin(self, step: int) -> Version:
+        """Nothing to wait for: every rank already holds the newest weights."""
+        self._works.clear()
+        return Version(step)
+
+    def end(self, tally: Tally) -> Applied:
+        """Waits for the sums, then normalises, clips and updates. Raises what a collective raises when a rank is lost."""
+        start = time.perf_counter()
+        totals = torch.stack([tally.loss_sum, tally.weight, torch.full_like(tally.weight, tally.stop)])
+        counted = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)
+        for work in self._works:
+            work.wait()
+        self._works.clear()
+        assert counted is not None
+        counted.wait()
+        loss_sum, weight, stop = totals.tolist()
+        waited = time.perf_counter() - start
+        squares = sum_of_squares(self.replica.collect())
+        if self.mesh.layout.fsdp > 1:
+            dist.all_reduce(squares, group=self.mesh.fsdp.get_group())
+        norm = math.sqrt(squares.item()) / weight if weight else math.nan
+        finite = math.isfinite(norm) and math.isfinite(loss_sum)
+        lr = 0.0
+        if finite:
+            clip = min(1.0, self.clip / norm) if self.clip and norm else 1.0
+            lr = self.update.apply(clip / weight)
+        version = Version(self.update.done)
+        return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited)
+
+    def reconfigure(self, view: View) -> Mesh:
+        """Goes on among the members of `view`, at a step boundary: the broken step is computed again by them.
+
+        One survivor may have finished the step in which another was cut off; everybody then takes the state of
+        whoever is furthest. Raises LayoutError where a lost rank held a piece that no other has.
+        """
+        layout = self.mesh.layout
+        if layout.fsdp > 1:
+            raise LayoutError(
+                f"layout {layout}: a replica that lost one of its fsdp ranks cannot go on in process",
+                fix="resume from the last checkpoint, on any number of ranks",
+            )
+        self._works.clear()
+        self.mesh.close()
+        self.mesh = build(replace(layout, replicas=len(view.members)), self.mesh.seat, view, self.mesh.timeout)
+        self.replica.move(self.mesh)
+        done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
+        done[self.mesh.rank] = self.update.done
+        dist.all_reduce(done, group=self.mesh.everyone)
+        if done.min() < done.max():
+            for shard in (*self.replica.shards(), *self.update.state()):
+                dist.broadcast(shard.local, src=int(done.argmax()), group=self.mesh.everyone)
+            self.update.restore({"updates": int(done.max())})
+        return self.mesh
+
+    def state(self) -> State:
+        """Replicas are equal after every step: nothing beyond weights and optimizer."""
+        return State([])
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """After the tensors of `state()` have been filled: nothing more."""

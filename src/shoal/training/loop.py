@@ -1,0 +1,147 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shoal import checkpoint, device
+from shoal.checkpoint import Pending, Saver
+from shoal.data.loader import Loader
+from shoal.errors import DivergedError
+from shoal.optim.schedule import learning_rate
+from shoal.shard import State
+from shoal.sync.allreduce import Applied
+from shoal.training.feed import step_batches
+from shoal.training.parts import Parts
+from shoal.training.stop import Stop
+from shoal.training.validate import Validation, validate
+
+# Tokens of a validation during training; the one at the end reads all of them.
+GLANCE_TOKENS = 65_536
+
+
+@dataclass
+class Loop:
+    """One run of one rank, from `step` to the job's last step or to the step after which somebody asked to stop.
+
+    record: is given one dict a step, on every rank (rank 0 shows and stores it). say: prints one sentence.
+    """
+
+    parts: Parts
+    training: Loader
+    validation: Loader | None
+    saver: Saver
+    stop: Stop
+    record: Callable[[dict[str, Any]], None]
+    say: Callable[[str], None]
+    step: int = 0
+    position: int = 0
+    saved: Pending | None = None
+    last: Validation | None = None
+
+    def run(self) -> bool:
+        """True when the run reached its last step. The state is saved in any case."""
+        job, steps = self.parts.job, self.parts.job.train.steps
+        validate_every = job.train.validate_every or max(1, steps // 10)
+        save_every = job.checkpoint.every or max(1, steps // 5)
+        stopped = False
+        while self.step < steps and not stopped:
+            row, applied = self._step()
+            stopped = applied.stop
+            self._check(applied)
+            if self.validation and self.step % validate_every == 0 and self.step < steps and not stopped:
+                row["val_loss"] = self._validate(glance=True).nats
+            if self.validation and self.step == steps:
+                row["val_loss"] = self._validate(glance=False).nats
+            self.record(row)
+            if self.step % save_every == 0 and self.step < steps and not stopped:
+                self.save()
+        self.save()
+        return self.step >= steps
+
+    def _step(self) -> tuple[dict[str, Any], Applied]:
+        """One step: data, gradients, update; and what it cost."""
+        parts, mesh = self.parts, self.parts.mesh
+        start = time.perf_counter()
+        batches = step_batches(self.training, mesh, self.position)
+        ready = time.perf_counter()
+        parts.sync.begin(self.step)
+        tally = parts.replica.gradients(batches, parts.objective)
+        forward = parts.objective.lap(mesh.device)
+        tally.stop = self.stop.asked
+        computed = time.perf_counter()
+        applied = parts.sync.end(tally)
+        device.synchronize(mesh.device)
+        end = time.perf_counter()
+        self.step += 1
+        self.position += parts.job.train.global_batch
+        seconds = end - start
+        row = {
+            "step": self.step,
+            "loss": applied.loss_sum / applied.weight if applied.weight else float("nan"),
+            "grad_norm": applied.grad_norm,
+            "lr": applied.lr,
+            "tokens": int(applied.weight),
+            "tokens_per_second": applied.weight / seconds,
+            "seconds": seconds,
+            "memory_gib": device.memory_peak(mesh.device) / 2**30,
+            "data_s": ready - start,
+            "forward_s": forward,
+            "backward_s": computed - ready - forward,
+            "communication_s": applied.waited,
+            "optimizer_s": end - computed - applied.waited,
+        }
+        return row, applied
+
+    def _check(self, applied: Applied) -> None:
+        if applied.applied:
+            return
+        lr = learning_rate(self.parts.job.optim, applied.version.number, self.parts.job.train.steps)
+        what = f"loss or gradient is not finite (gradient norm {applied.grad_norm}); the update was not applied"
+        if self.parts.job.train.on_nonfinite == "skip":
+            self.say(f"warning: step {self.step}: {what}; skipped")
+            return
+        raise DivergedError(
+            what,
+            where=f"step {self.step}",
+            fix=f"lower optim.lr (now {lr:.2g}), or train.on_nonfinite=skip; earlier checkpoints are intact",
+        )
+
+    def _validate(self, glance: bool) -> Validation:
+        assert self.validation is not None
+        length = self.parts.job.data.sequence_length
+        limit = self.parts.job.train.validate_tokens or (GLANCE_TOKENS if glance else self.validation.samples * length)
+        self.last = validate(self.parts, self.validation, max(1, limit // length))
+        self.parts.objective.lap(self.parts.mesh.device)
+        return self.last
+
+    def save(self) -> None:
+        """Copies the state and lets the helper process write it; one that failed is told and not fatal."""
+        if self.saved is not None and self.saved.error:
+            self.say(f"warning: {self.saved.error}")
+        self.saved = self.saver.save(self.state(), self.step)
+
+    def state(self) -> State:
+        """Weights, optimizer, sync and the position in the data: all that the next step depends on."""
+        parts = self.parts
+        sync = parts.sync.state()
+        values = {
+            "step": self.step,
+            "position": self.position,
+            "update": parts.update.values(),
+            "sync": sync.values,
+            "layout": str(parts.job.layout),
+        }
+        return State([*parts.replica.shards(), *parts.update.state(), *sync.shards], values)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint, of whatever layout."""
+        parts = self.parts
+        values = checkpoint.load(folder, self.state().shards)
+        parts.update.restore(values["update"])
+        parts.sync.restore(values["sync"])
+        self.step, self.position = values["step"], values["position"]

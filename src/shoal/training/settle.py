@@ -1,0 +1,120 @@
+"""Every `auto` of a job becomes a value, measured once at the start of a run and written into its job.toml.
+
+All ranks measure at the same time, so each feels the load of its neighbours; rank 0 decides for everybody.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from shoal import device
+from shoal.data.batch import Batch
+from shoal.job import Job
+from shoal.mesh import Mesh
+from shoal.models import build
+from shoal.models.spec import parameters
+from shoal.ops.initialise import initialise_
+from shoal.training.objective import Objective
+from shoal.training.parts import Parts
+from shoal.training.precision import stored
+
+# Compiling is tried only where the run is long enough for it to matter, in seconds of uncompiled computing.
+_TRY_COMPILE = 90.0
+# Layers of the model that is measured: enough for blocks to outweigh nothing but themselves, small for any machine.
+_PROBE_LAYERS = 2
+
+
+def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None]) -> Job:
+    """The job with precision and compile decided, by measuring a shallow copy of its model on real batches."""
+    train, batch = job.train, batches[0]
+    if train.precision == "auto":
+        candidates = {p: _probe(replace_train(job, precision=p, compile="off"), batch) for p in ("fp32", "bf16")}
+        seconds = {p: _agree(s, mesh) for p, (s, _) in candidates.items()}
+        best = min(seconds, key=lambda p: seconds[p])
+        say(f"precision {best}: " + ", ".join(f"{p} {1e3 * s:.0f} ms" for p, s in seconds.items()) + " for two layers")
+        job = replace_train(job, precision=best)
+    if train.compile == "auto":
+        job = replace_train(job, compile="on" if _compiling_pays(job, mesh, batch, len(batches), say) else "off")
+    return job
+
+
+def _compiling_pays(job: Job, mesh: Mesh, batch: Batch, per_step: int, say: Callable[[str], None]) -> bool:
+    if mesh.device.type == "cpu" and not shutil.which("g++") and not shutil.which("clang++"):
+        say("compile off: no C++ compiler (g++) on this machine")
+        return False
+    eager = _agree(_probe(replace_train(job, compile="off"), batch)[0], mesh)
+    depth = job.model.num_hidden_layers / _PROBE_LAYERS
+    length = 60 * job.train.minutes if not job.train.steps else eager * depth * per_step * job.train.steps
+    if length < _TRY_COMPILE:
+        say(f"compile off: the run is too short to repay it (about {length:.0f} s)")
+        return False
+    seconds, compiling = _probe(replace_train(job, compile="on"), batch)
+    compiled, cost = _agree(seconds, mesh), _agree(compiling, mesh)
+    gain = length * (1 - compiled / eager)
+    say(
+        f"compile {'on' if gain > cost else 'off'}: {1e3 * eager:.0f} ms eager, {1e3 * compiled:.0f} ms compiled for "
+        f"two layers, {cost:.0f} s to compile, run of about {length:.0f} s"
+    )
+    return gain > cost
+
+
+def _probe(job: Job, batch: Batch) -> tuple[float, float]:
+    """(seconds of forward and backward of a shallow copy of the model, seconds until the first one had ended)."""
+    options = replace(job.model, num_hidden_layers=min(_PROBE_LAYERS, job.model.num_hidden_layers))
+    where = batch.tokens_BL.device
+    with where:
+        model = build(options).to(stored(job.train.precision))
+    fills = parameters(options)
+    for name, p in model.named_parameters():
+        initialise_(p.data, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, job.train.seed)
+    if job.train.compile == "on":
+        for block in model.blocks:
+            block.compile()
+    objective = Objective(job.train.precision, job.train.loss_chunk)
+
+    def once() -> float:
+        start = time.perf_counter()
+        objective(model, batch)[0].backward()
+        device.synchronize(where)
+        return time.perf_counter() - start
+
+    first = once()
+    once()
+    return min(once() for _ in range(4)), first
+
+
+def _agree(value: float, mesh: Mesh) -> float:
+    """The slowest rank's value: a step lasts as long as its slowest rank."""
+    tensor = torch.tensor([value], dtype=torch.float64, device=mesh.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=mesh.everyone)
+    return tensor.item()
+
+
+def steps_in(seconds: float, parts: Parts, batches: list[Batch], validated: int) -> int:
+    """How many steps fit into `seconds`, from real steps of the whole job, which leave the parts trained a little.
+
+    validated: tokens of all validations; a forward pass takes a third of a step.
+    """
+    times = []
+    begin = time.perf_counter()
+    while len(times) < 3 or (len(times) < 12 and time.perf_counter() - begin < 5):
+        start = time.perf_counter()
+        parts.sync.begin(0)
+        parts.sync.end(parts.replica.gradients(batches, parts.objective))
+        device.synchronize(parts.mesh.device)
+        times.append(_agree(time.perf_counter() - start, parts.mesh))
+    # The first steps allocate, and with compile on compile; the mean of the rest is what the run will see.
+    usual = sum(times[2:]) / len(times[2:])
+    tokens = parts.mesh.world * sum(batch.tokens_BL.numel() for batch in batches)
+    seconds -= time.perf_counter() - begin + validated / 3 * usual / tokens
+    return max(1, round(_agree(seconds, parts.mesh) / usual))
+
+
+def replace_train(job: Job, **changes: object) -> Job:
+    return replace(job, train=replace(job.train, **changes))  # type: ignore[arg-type]

@@ -1,0 +1,163 @@
+"""One small job computed in ranks by shoal, and by one process with nothing of shoal's but the model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from shoal import mesh as meshes
+from shoal.data.batch import Batch
+from shoal.job import Job, Layout
+from shoal.job.data import DataOptions
+from shoal.job.model import ModelOptions
+from shoal.job.optim import OptimOptions
+from shoal.job.sync import SyncOptions
+from shoal.job.train import TrainOptions
+from shoal.models import build
+from shoal.models.spec import parameters
+from shoal.ops.attention import document_attend
+from shoal.ops.initialise import initialise_
+from shoal.optim.schedule import learning_rate
+from shoal.training.feed import micro_batches
+from shoal.training.parts import Parts, assemble
+
+GLOBAL_BATCH, LENGTH, VOCAB = 12, 24, 61
+
+# 3 layers of odd sizes, so that fsdp=2 and fsdp=3 cut unevenly; KV heads are shared.
+MODEL = ModelOptions(
+    vocab_size=VOCAB, hidden_size=20, intermediate_size=37, num_hidden_layers=3, num_attention_heads=5,
+    num_key_value_heads=1, head_dim=6, tie_word_embeddings=True, initializer_range=0.3,
+)  # fmt: skip
+
+
+def job(layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True) -> Job:
+    lr = 1e-2 if optimizer == "adamw" else 0.3
+    return Job(
+        layout=Layout.parse(layout),
+        model=replace(MODEL, tie_word_embeddings=tied),
+        data=DataOptions(sequence_length=LENGTH),
+        optim=OptimOptions(name=optimizer, lr=lr, schedule="wsd", warmup=0.1, decay=0.3, clip=0.5),
+        train=TrainOptions(
+            steps=steps, global_batch=GLOBAL_BATCH, precision=precision, compile="off", loss_chunk=17, seed=5
+        ),
+        # Buckets of a few kilobytes, so that there are several.
+        sync=SyncOptions(bucket_mib=0.01),
+    ).validate()
+
+
+def global_batch(step: int, order: int = 0) -> Batch:
+    """order: shuffles the rows, another way for each value. Documents of mixed length, a different number of valid tokens in every row, and text that can be learned."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    rows = []
+    for _ in range(GLOBAL_BATCH):
+        start = torch.randint(VOCAB, (1,), generator=generator)
+        tokens = (start + 7 * torch.arange(LENGTH + 1)) % VOCAB
+        cut = int(torch.randint(1, LENGTH, (1,), generator=generator))
+        valid = int(torch.randint(cut, LENGTH + 1, (1,), generator=generator))
+        place = torch.arange(LENGTH)
+        document = (place >= cut).long()
+        rows.append(
+            (tokens[:-1], tokens[1:], document, torch.where(place >= cut, place - cut, place), (place < valid).float())
+        )
+    tokens_BL, labels_BL, document_BL, position_BL, weight_BL = (torch.stack(column) for column in zip(*rows, strict=True))
+    sample_B = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
+    batch = Batch(tokens_BL, labels_BL, document_BL, position_BL, sample_B, weight_BL)
+    if order:
+        shuffle = torch.randperm(GLOBAL_BATCH, generator=torch.Generator().manual_seed(order * 1000 + step))
+        batch = Batch(**{name: tensor[shuffle] for name, tensor in vars(batch).items()})
+    return batch
+
+
+def rank_batches(parts: Parts, step: int, order: int) -> list[Batch]:
+    batch, mesh = global_batch(step, order), parts.mesh
+    part = GLOBAL_BATCH // mesh.world
+    mine = micro_batches(batch, part)[mesh.rank]
+    return micro_batches(mine, mesh.layout.micro_batch)
+
+
+def take_steps(parts: Parts, steps: int, order: int = 0) -> dict[str, Any]:
+    """Runs the steps; losses and norms of each, this rank's pieces of the first gradient and of the last weights."""
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        parts.sync.begin(step)
+        tally = parts.replica.gradients(rank_batches(parts, step, order), parts.objective)
+        applied = parts.sync.end(tally)
+        assert applied.applied
+        losses.append(applied.loss_sum / applied.weight)
+        norms.append(applied.grad_norm)
+        if step == 0:
+            gradients = {s.name: s.grad.tolist() for s in parts.replica.shards() if s.grad is not None}
+    weights = {s.name: s.local.tolist() for s in parts.replica.shards()}
+    offsets = {s.name: s.offsets[0] for s in parts.replica.shards()}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "offsets": offsets}
+
+
+def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: Any) -> dict[str, Any]:
+    """A rank's part of the job."""
+    torch.set_num_threads(1)
+    what = job(layout, steps, **options)
+    assert what.layout is not None
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        return take_steps(assemble(what, mesh), steps, order)
+    finally:
+        mesh.close()
+
+
+def reference(steps: int, optimizer: str = "adamw", tied: bool = True) -> dict[str, Any]:
+    """The same job in one process in float64, with torch's own loss, clipping and optimizers."""
+    what = job("replicas=1", steps, optimizer, tied=tied)
+    model = build(what.model).double()
+    fills = parameters(what.model)
+    for name, p in model.named_parameters():
+        initialise_(p.data, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, what.train.seed)
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    o = what.optim
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer_ = (
+        torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=False)
+        if optimizer == "adamw"
+        else torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
+    )
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        batch = global_batch(step)
+        model.zero_grad()
+        logits_BLV = model(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL))
+        nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(batch.weight_BL)
+        loss = (nll_BL * batch.weight_BL).sum() / batch.weight_BL.sum()
+        loss.backward()
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
+        for p in model.parameters():
+            p.grad.mul_(min(1.0, o.clip / norms[-1]))
+        lr = learning_rate(o, step, steps)
+        for group in optimizer_.param_groups:
+            group["lr"] = lr
+        if step == 0:
+            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+        if optimizer == "sgd":
+            for p in matrices:
+                p.data.mul_(1 - lr * o.weight_decay)
+        optimizer_.step()
+        losses.append(loss.item())
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def whole(results: list[dict[str, Any]], what: str, name: str, like: torch.Tensor) -> torch.Tensor:
+    """The tensor that the ranks' pieces make up; every rank must agree where they overlap."""
+    out = torch.full_like(like, float("nan"))
+    for result in results:
+        piece = torch.tensor(result[what][name], dtype=like.dtype)
+        if piece.numel() == 0:
+            continue
+        start = result["offsets"][name]
+        place = out[start : start + piece.shape[0]]
+        assert torch.all(torch.isnan(place) | (place == piece)), f"replicas differ in {what} of {name}"
+        place.copy_(piece)
+    assert not out.isnan().any(), f"no rank holds all of {name}"
+    return out

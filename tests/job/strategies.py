@@ -1,0 +1,51 @@
+"""Random jobs: every option takes any value of its type, sensible or not."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hypothesis import strategies as st
+
+from shoal.job import Job, Layout
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    if get_origin(kind) is tuple:
+        items = get_args(kind)
+        return (
+            st.lists(values(items[0]), max_size=4).map(tuple)
+            if items[-1] is ...
+            else st.tuples(*map(values, items))
+        )
+    if kind is str:
+        # Paths and separators that a TOML writer may trip over, besides any text.
+        return st.text(max_size=12) | st.sampled_from(
+            ['"', "\\", "a\nb", "\r\n", "'''", '"""', "\x00\x7f", "# no", "é", "鯨"]
+        )
+    return {
+        bool: st.booleans(),
+        int: st.integers(-(2**63), 2**63 - 1),
+        float: st.floats(allow_nan=False),
+    }[kind]
+
+
+layouts = st.builds(
+    Layout,
+    replicas=st.integers(1, 1000),
+    fsdp=st.integers(1, 1000),
+    zero=st.sampled_from([1, 2, 3]),
+    micro_batch=st.integers(0, 64),
+    recompute=st.sampled_from(["none", "block"]),
+)
+
+
+def parts(kind: type) -> st.SearchStrategy[Any]:
+    return st.builds(kind, **{name: values(hint) for name, hint in get_type_hints(kind).items()})
+
+
+jobs = st.builds(
+    Job,
+    layout=st.none() | layouts,
+    **{f.name: parts(type(getattr(Job(), f.name))) for f in fields(Job) if f.name != "layout"},
+)

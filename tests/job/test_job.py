@@ -1,0 +1,122 @@
+"""Options out of range are refused before anything starts, in one sentence that says what would do."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import JobError
+from shoal.job import Job, Layout
+from shoal.job.check import fit, nearest, similar
+from shoal.job.job import check_batch
+from shoal.job.toml import parse
+
+
+def test_the_default_job_is_valid():
+    Job().validate()
+
+
+@pytest.mark.parametrize(
+    ("toml", "what", "fix"),
+    [
+        ("data.sequence_length = 0", "data.sequence_length=0 is less than 1", "1 or more"),
+        ("data.source = []", "data.source is empty", "name a file"),
+        ("data.validation = 1.0", "data.validation=1.0", "0.02"),
+        ("data.pack = 'bestfit'", "data.pack='bestfit' is unknown", "'best_fit'"),
+        ("data.order = 'shuffled'", "data.order='shuffled' is unknown", "random"),
+        ("train.global_batch = 0", "train.global_batch=0 is less than 1", "1 or more"),
+        ("train.steps = -1", "train.steps=-1 is less than 0", "0 or more"),
+        ("train.minutes = 0", "the run has no length", "train.steps"),
+        ("train.minutes = nan", "train.minutes=nan is not a finite number", ""),
+        ("train.seed = -1", "train.seed=-1 is less than 0", ""),
+        ("train.precision = 'bf61'", "train.precision='bf61' is unknown", "'bf16'"),
+        ("train.compile = 'yes'", "train.compile='yes' is unknown", "auto"),
+        ("train.on_nonfinite = 'stopp'", "train.on_nonfinite='stopp' is unknown", "'stop'"),
+        ("optim.lr = 0", "optim.lr=0.0 is not positive", "above 0"),
+        ("optim.lr = inf", "optim.lr=inf is not positive", ""),
+        ("optim.betas = [0.9, 1.0]", "optim.betas: 1.0 is not in [0, 1)", "0.9"),
+        ("optim.warmup = 2", "optim.warmup=2.0 is not a share", "0 to 1"),
+        ("optim.name = 'adam'", "optim.name='adam' is unknown", "'adamw'"),
+        ("model.family = 'lama'", "model.family='lama' is unknown", "'llama'"),
+        ("model.num_attention_heads = 0", "model.num_attention_heads=0 is less than 1", ""),
+        ("model.num_key_value_heads = 3", "is not a multiple of", "divisor"),
+        ("model.hidden_size = 250", "model.hidden_size=250 is not a multiple", "head_dim"),
+        ("model.head_dim = 3", "head size 3 is odd", "even"),
+        ("sync.bucket_mib = 0", "sync.bucket_mib=0.0 is not positive", ""),
+        ("sync.name = 'all_reduce'", "sync.name='all_reduce' is unknown", "'allreduce'"),
+        ("checkpoint.keep = 0", "checkpoint.keep=0 is less than 1", ""),
+        ("run.threads = -1", "run.threads=-1 is less than 0", ""),
+        ("run.name = 'a/b'", "run.name='a/b'", "quickstart"),
+        ("layout = 'replicas=3'", "train.global_batch=32 is not divisible by the 3 workers", "30 or 33"),
+        (
+            "layout = 'replicas=2,micro_batch=3'",
+            "micro_batch=3 does not divide the 16 sequences",
+            "1, 2, 4, 8, 16",
+        ),
+    ],
+)
+def test_an_option_out_of_range_is_refused(toml: str, what: str, fix: str):
+    job = parse(toml)
+    with pytest.raises(JobError) as caught:
+        job.validate()
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+def test_a_wrong_type_given_from_python_is_refused_by_name():
+    job = Job()
+    with pytest.raises(JobError, match=r"optim.lr='3e-4' is not a number"):
+        replace(job, optim=replace(job.optim, lr="3e-4")).validate()
+    with pytest.raises(JobError, match=r"train.steps=1.5 is not a whole number"):
+        replace(job, train=replace(job.train, steps=1.5)).validate()
+
+
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 8))
+def test_the_batch_that_is_proposed_would_do(batch: int, replicas: int, fsdp: int):
+    layout = Layout(replicas=replicas, fsdp=fsdp)
+    try:
+        check_batch(batch, layout)
+    except JobError as error:
+        near = [int(word) for word in error.fix.split("global_batch=")[1].split(",")[0].split(" or ")]
+        assert near
+        for proposed in near:
+            assert proposed > 0
+            check_batch(proposed, layout)
+            assert abs(proposed - batch) < layout.world
+    else:
+        assert batch % layout.world == 0
+
+
+@given(st.floats(allow_nan=True) | st.integers(-(10**400), 10**400) | st.text() | st.booleans())
+def test_fit_keeps_the_value_or_refuses(value):
+    for kind in (int, float, str, bool):
+        try:
+            found = fit("x", value, kind)
+        except JobError:
+            assert type(value) is not kind
+        else:
+            assert type(found) is kind
+            assert found == value or math.isnan(found)
+
+
+def test_the_nearest_known_word():
+    known = ["layout", "model.vocab_size", "data.vocab_size", "optim.lr", "optim.eps", "train.steps"]
+    assert similar("optim.lrr", known) == ["optim.lr"]
+    assert similar("train.lr", known) == ["optim.lr"]
+    assert similar("vocab_size", known) == ["model.vocab_size", "data.vocab_size"]
+    assert similar("otpim.lrr", known) == ["optim.lr"]
+    assert similar("optim.zzz", known) == []
+    assert nearest("optim.zzz", known) == "known: optim.lr, optim.eps"
+    assert nearest("qqq", ["a", "b"]) == "known: a, b"
+
+
+def test_the_job_starts_without_torch():
+    code = "import sys, shoal, shoal.job; assert shoal.Job; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -1,0 +1,42 @@
+"""A layout is printed and parsed as one text; what cannot be built is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from shoal.errors import LayoutError
+from shoal.job import Layout
+from tests.job.strategies import layouts
+
+
+@given(layouts)
+def test_parsing_what_was_printed_gives_the_same_layout(layout: Layout):
+    assert Layout.parse(str(layout)) == layout
+
+
+def test_ranks_are_the_product_of_the_axes():
+    assert Layout.parse("replicas=3, fsdp=4").world == 12
+    assert Layout.parse("").world == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "fix"),
+    [
+        ("replica=2", "unknown layout key 'replica'", "'replicas'"),
+        ("tensor=2", "axis 'tensor' is not built yet", "roadmap"),
+        ("replicas=two", "replicas='two' is not a whole number", "replicas=2"),
+        ("replicas", "replicas='' is not a whole number", "replicas=2"),
+        ("replicas=0", "replicas=0 is less than 1", ""),
+        ("fsdp=-1", "fsdp=-1 is less than 1", ""),
+        ("replicas=2,replicas=3", "given twice", "once"),
+        ("fsdp=2,zero=4", "zero=4 is not a ZeRO stage", "1, 2 or 3"),
+        ("recompute=all", "recompute='all' is unknown", "none or block"),
+        ("micro_batch=-1", "micro_batch=-1 is less than 0", ""),
+    ],
+)
+def test_a_wrong_layout_is_refused(text: str, what: str, fix: str):
+    with pytest.raises(LayoutError) as caught:
+        Layout.parse(text)
+    assert what in caught.value.what
+    assert fix in caught.value.fix

@@ -1,0 +1,157 @@
+"""config.json: what transformers writes is understood, what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from shoal.errors import ModelError
+from shoal.job.model import ModelOptions
+from shoal.models import config
+from tests.models import tiny
+
+# As published, in transformers 4's words.
+LLAMA_3_2_1B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+SMOLLM2_135M: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 49152,
+}
+
+
+def test_published_configs() -> None:
+    llama = config.from_hf(LLAMA_3_2_1B)
+    assert (llama.hidden_size, llama.head_size, llama.num_key_value_heads) == (2048, 64, 8)
+    assert json.loads(llama.rope_scaling) == LLAMA_3_2_1B["rope_scaling"]
+    assert llama.tie_word_embeddings
+    smol = config.from_hf(SMOLLM2_135M)
+    assert (smol.rope_theta, smol.rope_scaling, smol.head_size) == (100000.0, "", 64)
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_round_trips_through_transformers(case: str) -> None:
+    """Ours -> LlamaConfig of transformers 5 -> its own words -> ours."""
+    options = tiny.CASES[case]
+    theirs = LlamaConfig(**config.to_hf(options, end_token=3)).to_dict()
+    assert theirs["eos_token_id"] == 3
+    back = config.from_hf(theirs)
+    assert json.loads(back.rope_scaling or "{}") == json.loads(options.rope_scaling or "{}")
+    assert replace(back, rope_scaling="") == replace(options, head_dim=options.head_size, rope_scaling="")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "mamba"}, "model_type='mamba'"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"num_local_experts": 8}, "num_local_experts=8"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_interleaved": True}, "rope_interleaved=True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ({"hidden_size": "wide"}, "hidden_size='wide'"),
+        ({"rms_norm_eps": 0.0}, "rms_norm_eps=0.0"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError) as raised:
+        config.from_hf(SMOLLM2_135M | change, where="there/config.json")
+    assert named in str(raised.value)
+    assert "there/config.json" in str(raised.value)
+
+
+def test_missing_keys_are_named() -> None:
+    with pytest.raises(ModelError, match="vocab_size, hidden_size"):
+        config.from_hf({k: v for k, v in SMOLLM2_135M.items() if k not in ("vocab_size", "hidden_size")})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "\udcff"])
+def test_damaged_file_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        config.read(tmp_path)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json: there is no such file"):
+        config.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "named"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"rope_type": "llamma3"}', "did you mean 'llama3'"),
+        ('{"rope_type": "linear"}', "factor=None"),
+        ('{"rope_type": "linear", "factor": true}', "factor=True"),
+        ('{"rope_type": "linear", "factor": 0}', "factor=0"),
+        (tiny.LLAMA3.replace("4.0", "0.5"), "low_freq_factor"),
+    ],
+)
+def test_bad_rope_scaling_is_refused(scaling: str, named: str) -> None:
+    with pytest.raises(Exception, match="rope_scaling") as raised:
+        ModelOptions(rope_scaling=scaling).validate()
+    assert named in str(raised.value)

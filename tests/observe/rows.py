@@ -1,0 +1,25 @@
+"""Rows of metrics as a trainer writes them, for the tests of this room."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def row(step: int, **changes: Any) -> dict[str, Any]:
+    """A step of 0.5 s and 1000 tokens, whose other figures follow from its number."""
+    figures = {
+        "step": step,
+        "loss": 8.0 - 0.01 * step,
+        "grad_norm": 1.0 + 1 / step,
+        "lr": 1e-3,
+        "tokens": 1000,
+        "tokens_per_second": 2000.0,
+        "seconds": 0.5,
+        "memory_gib": 1.25,
+        "data_s": 0.01,
+        "forward_s": 0.15,
+        "backward_s": 0.3,
+        "communication_s": 0.02,
+        "optimizer_s": 0.02,
+    }
+    return figures | changes

@@ -1,0 +1,199 @@
+"""The report holds the run's own numbers, needs no network, and is written for any run, however short or broken."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.errors import ShoalError
+from shoal.job import Job, Layout, write
+from shoal.job.model import ModelOptions
+from shoal.models.spec import count
+from shoal.observe import charts, environment, report, result
+from shoal.observe.metrics import FILE, Metrics
+from shoal.observe.result import Result
+from tests.observe.rows import row
+
+MODEL = ModelOptions(vocab_size=300)
+RESULT = Result(
+    run="runs/x", steps=3, tokens=3000, loss_first=8.0, loss_last=7.97, val_loss=2.247, bits_per_byte=0.973,
+    tokens_per_second=2000.0, mfu=0.453, seconds=231.4, prompt="def <main>(", sample="</script><b>x</b>",
+    gzip_bits_per_byte=1.9, xz_bits_per_byte=1.6, mfu_note="MFU = formula",
+)  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would see: visible text, the contents of scripts, and everything that it would fetch."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.text, self.scripts, self.fetched, self.open = "", {}, [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.open.append((tag, dict(attributes)))
+        self.fetched += [v for k, v in attributes if k in ("src", "href", "srcset", "data", "action", "poster")]
+
+    def handle_endtag(self, tag):
+        while self.open and self.open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data):
+        tag, attributes = self.open[-1] if self.open else ("", {})
+        if tag == "script":
+            self.scripts[attributes.get("id", len(self.scripts))] = data
+        elif tag == "style":
+            self.fetched += re.findall(r"url\(|@import", data)
+        else:
+            self.text += f" {data}"
+
+    @property
+    def charts(self) -> dict[str, dict]:
+        return {chart["title"]: chart for chart in json.loads(self.scripts["charts"])}
+
+
+def run_folder(folder: Path, rows, done: Result | None = RESULT) -> Path:
+    (folder / "job.toml").write_text(write(Job(layout=Layout(replicas=2), model=MODEL)))
+    metrics = Metrics(folder)
+    for one in rows:
+        metrics.write(one)
+    metrics.close()
+    if done:
+        result.write(folder, done)
+    return folder
+
+
+def page(folder: Path) -> Page:
+    path = report.write(folder)
+    assert path == folder / "report.html"
+    assert path.stat().st_size < 6e6
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_charts_hold_the_rows(tmp_path):
+    rows = [row(1), row(2, val_loss=3.5), row(3, val_loss=3.25)]
+    shown = page(run_folder(tmp_path, rows))
+    loss = shown.charts["Loss"]["data"]
+    assert [t["name"] for t in loss] == ["training", "validation"]
+    assert (loss[0]["x"], loss[0]["y"]) == ([1, 2, 3], [7.99, 7.98, 7.97])
+    assert (loss[1]["x"], loss[1]["y"]) == ([2, 3], [3.5, 3.25])
+    assert shown.charts["Throughput"]["data"][0]["y"] == [2000.0] * 3
+    assert shown.charts["Gradient norm"]["data"][0]["y"] == pytest.approx([2, 1.5, 1.33333])
+    assert shown.charts["Learning rate"]["data"][0]["y"] == [1e-3] * 3
+    assert shown.charts["Memory"]["data"][0]["y"] == [1.25] * 3
+    parts = {t["name"]: t["y"] for t in shown.charts["Step breakdown"]["data"]}
+    assert parts == {
+        "data": [10.0] * 3,
+        "forward": [150.0] * 3,
+        "backward": [300.0] * 3,
+        "communication": [20.0] * 3,
+        "optimizer": [20.0] * 3,
+    }
+
+
+def test_text_has_the_figures_and_is_escaped(tmp_path):
+    environment.write(tmp_path, {"host": "node7", "command": ["shoal", "train"], "device": "a CPU"})
+    shown = page(run_folder(tmp_path, [row(1), row(2), row(3)]))
+    for text in (
+        "2.247", "0.973", "45.3 %", "3:51", "2,000", "1.900", "1.600", "gzip -9", "node7", "shoal train", "MFU = formula",
+        f"{count(MODEL):,} parameters", "replicas=2", "</script><b>x</b>", "def <main>(", "shoal generate", "--resume",
+        "500 ms in the median: data 2 %, forward 30 %, backward 60 %, communication 4 %, optimizer 4 %",
+    ):  # fmt: skip
+        assert text in shown.text, text
+
+
+def test_nothing_is_fetched(tmp_path):
+    shown = page(run_folder(tmp_path, [row(1)]))
+    assert shown.fetched == []
+    scripts = list(shown.scripts.values())
+    assert len(scripts) == 3
+    assert "Plotly.newPlot" in scripts[2]
+    assert "plotly.js v" in scripts[1][:200]
+    assert "http" not in scripts[0] + scripts[2]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [row(1)],
+        [{"step": 1}],
+        [{"step": s, "loss": 1.0} for s in (1, 2)],
+        [row(1, loss=math.nan, grad_norm=math.inf, val_loss=math.nan), row(2)],
+        [row(s, loss=math.nan, tokens_per_second=None) for s in (1, 2, 3)],
+    ],
+    ids=["none", "one", "only step", "only loss", "nan", "all nan"],
+)
+@pytest.mark.parametrize("done", [RESULT, None], ids=["ended", "running"])
+def test_any_run_has_a_page(tmp_path, rows, done):
+    shown = page(run_folder(tmp_path, rows, done))
+    assert tmp_path.name in shown.text
+    for chart in shown.charts.values():
+        for trace in chart["data"]:
+            assert len(trace["x"]) == len(trace["y"]) > 0
+
+
+def test_a_damaged_job_or_result_leaves_the_rest(tmp_path):
+    run_folder(tmp_path, [row(1), row(2)])
+    (tmp_path / "job.toml").write_text("steps = [")
+    (tmp_path / "result.json").write_text('{"run": 3')
+    (tmp_path / "environment.json").write_text("[]")
+    assert page(tmp_path).charts["Loss"]["data"][0]["y"] == [7.99, 7.98]
+
+
+def test_no_run_is_said(tmp_path):
+    with pytest.raises(ShoalError, match="no run here"):
+        report.write(tmp_path / "missing")
+
+
+def test_a_long_run_stays_small_and_keeps_its_peaks(tmp_path):
+    run_folder(tmp_path, [])
+    spikes = {17: 55.0, 30_001: 77.0}
+    lines = (json.dumps(row(s, grad_norm=spikes.get(s, 1.0))) for s in range(1, 60_001))
+    (tmp_path / FILE).write_text("\n".join(lines))
+    shown = page(tmp_path)
+    drawn = shown.charts["Gradient norm"]["data"][0]
+    assert len(drawn["x"]) < 2500
+    assert {x: y for x, y in zip(drawn["x"], drawn["y"], strict=True) if y > 1} == spikes
+    areas = shown.charts["Step breakdown"]["data"]
+    assert sum(area["y"][0] for area in areas) == pytest.approx(500)
+
+
+values = st.lists(st.none() | st.floats(-1e6, 1e6), max_size=60)
+
+
+@given(values, st.integers(0, 9))
+def test_around_is_the_mean_of_what_is_near(xs, half):
+    for i, mean in enumerate(charts.around(xs, half)):
+        near = [x for x in xs[max(0, i - half) : i + half + 1] if x is not None]
+        # The bound: differences of running sums of 60 values up to 1e6 round at 1e-8.
+        assert mean == pytest.approx(sum(near) / len(near), abs=1e-7) if near else mean is None
+
+
+@given(st.lists(st.none() | st.floats(-10, 10), min_size=1, max_size=400), st.integers(6, 90))
+def test_outline_keeps_ends_and_extremes(xs, limit):
+    kept = charts.outline(xs, limit)
+    present = [x for x in xs if x is not None]
+    assert kept == sorted(set(kept))
+    assert {0, len(xs) - 1} <= set(kept)
+    assert len(kept) <= limit + 2
+    if present:
+        assert {min(present), max(present)} <= {xs[i] for i in kept}
+
+
+def test_outline_of_noise_has_the_highest_of_every_tenth():
+    random.seed(0)
+    xs = [random.random() for _ in range(10_000)]
+    kept = set(charts.outline(xs))
+    for start in range(0, 10_000, 1000):
+        tenth = range(start, start + 1000)
+        assert max(tenth, key=lambda i: xs[i]) in kept

@@ -1,0 +1,48 @@
+"""Learning rates against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.job.optim import OptimOptions
+from shoal.optim.schedule import learning_rate
+
+
+def test_cosine_at_its_landmarks():
+    o = OptimOptions(lr=1.0, schedule="cosine", warmup=0.1, final_lr=0.1)
+    rates = [learning_rate(o, s, 101) for s in range(101)]
+    assert rates[0] == pytest.approx(0.1)  # warm-up of 10 steps
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[100] == pytest.approx(0.1)
+    assert rates[30] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi * 20 / 90)))
+
+
+def test_wsd_at_its_landmarks():
+    o = OptimOptions(lr=2.0, schedule="wsd", warmup=0.05, decay=0.2, final_lr=0.0)
+    rates = [learning_rate(o, s, 100) for s in range(100)]
+    assert rates[4:80] == pytest.approx([2.0] * 76)
+    assert rates[89] == pytest.approx(1.0)
+    assert rates[99] == 0.0
+    assert rates[80] == pytest.approx(2.0 * 19 / 20)
+
+
+@given(
+    schedule=st.sampled_from(["cosine", "wsd", "constant"]),
+    warmup=st.floats(0, 1),
+    decay=st.floats(0, 1),
+    final=st.floats(0, 1),
+    steps=st.integers(1, 300),
+)
+def test_any_schedule_stays_between_zero_and_the_peak(schedule, warmup, decay, final, steps):
+    o = OptimOptions(lr=0.5, schedule=schedule, warmup=warmup, decay=decay, final_lr=final)
+    rates = [learning_rate(o, s, steps) for s in range(steps)]
+    assert all(0 <= r <= 0.5 + 1e-12 for r in rates)
+    peak = rates.index(max(rates))
+    assert all(a <= b + 1e-12 for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
+    assert all(a >= b - 1e-12 for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))

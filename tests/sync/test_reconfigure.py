@@ -1,0 +1,38 @@
+"""Proof of the joints: one of three replicas is killed, the two others go on in process with the same samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.equivalence import cases
+
+STEPS = 8
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_survivors_take_over_the_share_of_a_killed_replica(ranks, victim):
+    results = ranks.run("tests.sync.cases:survive", 3, lost={victim}, victim=victim, at=3, steps=STEPS)
+    expected = cases.reference(STEPS)
+    survivors = [result for result in results if result is not None]
+    assert len(survivors) == 2
+    for result in survivors:
+        # Loss and weights are those of one process that never failed: nothing was lost, nothing counted twice.
+        assert result["losses"] == pytest.approx(expected["losses"], rel=1e-8)
+        assert result["worlds"] == [3] * 3 + [2] * 5
+        assert result["view"] == 1
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(torch.tensor(result["weights"][name], dtype=weight.dtype), weight, rtol=1e-8, atol=1e-10)
+    for step in range(3, STEPS):
+        seen = sorted(sample for result in survivors for sample in result["ledger"][step])
+        assert seen == list(range(step * cases.GLOBAL_BATCH, (step + 1) * cases.GLOBAL_BATCH))
+
+
+def test_a_survivor_that_had_finished_the_broken_step_brings_the_others_along(ranks):
+    results = ranks.run("tests.sync.cases:survive", 3, lost={1}, victim=1, behind=2, at=3, steps=STEPS)
+    expected = cases.reference(STEPS)
+    survivors = [result for result in results if result is not None]
+    assert [result["view"] for result in survivors] == [1, 1]
+    for result in survivors:
+        for name, weight in expected["weights"].items():
+            torch.testing.assert_close(torch.tensor(result["weights"][name], dtype=weight.dtype), weight, rtol=1e-8, atol=1e-10)
