@@ -5,8 +5,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# On Linux, PyPI's wheel of torch brings 3 GB of CUDA libraries, of no use without an NVIDIA driver.
-TORCH_CPU ?= https://download.pytorch.org/whl/cpu
+# An index to take torch from. On Linux, PyPI's wheel brings 3 GB of CUDA libraries, of no use without an NVIDIA driver;
+# without one:  make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (4 minutes)
 	$(BIN)/shoal train recipes/quickstart.toml
@@ -47,13 +48,9 @@ $(VENV)/.python:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch first and by name: the pinned release, from the CPU index where there is no NVIDIA driver, else from anywhere.
+# torch first and by name: the pinned release and no other, which may bring other packages.
 $(VENV)/.torch: constraints.txt | $(VENV)/.python
-	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then \
-	   echo "installing torch for CPU"; \
-	   $(PIP) install --quiet --no-deps --retries 0 --timeout 15 --index-url $(TORCH_CPU) --constraint constraints.txt torch || \
-	   echo "$(TORCH_CPU) does not answer, torch comes from the usual index"; \
-	 fi
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt torch==2.13.0
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch

@@ -89,7 +89,13 @@ def rank_main(seat: Any, name: str, blocks: int) -> dict[str, Any]:
     what = job(row)
     assert what.layout is not None
     mesh = meshes.build(what.layout, seat)
-    os.environ.update(RANK=str(seat.member), WORLD_SIZE=str(seat.world), LOCAL_RANK=str(seat.local), MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")
+    os.environ.update(
+        RANK=str(seat.member),
+        WORLD_SIZE=str(seat.world),
+        LOCAL_RANK=str(seat.local),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="29500",
+    )
     built = {"shoal": shoal_steps(what, mesh, row), "ddp": ddp_steps(what, mesh, row), "hf": hf_steps(what, mesh, row)}
 
     def timed(block: Callable[[], float]) -> Callable[[], float]:
@@ -119,7 +125,9 @@ def full_rows(row: Row, mesh: Any) -> tuple[Any, float]:
 
     from shoal.data.batch import Batch
 
-    tokens_BL = torch.randint(row.vocab, (row.sequences, LENGTH + 1), generator=torch.Generator().manual_seed(mesh.rank))
+    tokens_BL = torch.randint(
+        row.vocab, (row.sequences, LENGTH + 1), generator=torch.Generator().manual_seed(mesh.rank)
+    )
     shape = (row.sequences, LENGTH)
     batch = Batch(
         tokens_BL[:, :-1].contiguous(), tokens_BL[:, 1:].contiguous(), torch.zeros(shape, dtype=torch.int64),

@@ -84,17 +84,13 @@ OBJECTS = {
 
 def pickles(path: Path) -> list[str]:
     found = [name for name in imports(path) if name.split(".")[0] in PICKLE]
-    found = [
-        name for name in found if not f"{name}.".startswith(f"{SHARED_MEMORY}.") and name != "multiprocessing"
-    ]
+    found = [name for name in found if not f"{name}.".startswith(f"{SHARED_MEMORY}.") and name != "multiprocessing"]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names if alias.name == "multiprocessing"]
         if isinstance(node, ast.Attribute):
             of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch"
-            found += (
-                [node.attr] if node.attr in OBJECTS or (of_torch and node.attr in ("save", "load")) else []
-            )
+            found += [node.attr] if node.attr in OBJECTS or (of_torch and node.attr in ("save", "load")) else []
     return found
 
 
@@ -138,9 +134,7 @@ def test_what_is_imported_is_a_declared_dependency():
     declared = {line.split(">")[0] for line in PROJECT["project"]["dependencies"]}
     imported = {name.split(".")[0] for path in FILES for name in imports(path)}
     # A package of which only a data file is read: resources.files("plotly").
-    imported |= {
-        package for path in FILES for package in re.findall(r'resources.files\("(\w+)"\)', path.read_text())
-    }
+    imported |= {package for path in FILES for package in re.findall(r'resources.files\("(\w+)"\)', path.read_text())}
     assert imported - set(sys.stdlib_module_names) - {"shoal", ""} == declared
 
 
@@ -163,9 +157,7 @@ def test_nothing_is_left_to_do():
 
 
 def test_constraints_pin_every_dependency_and_the_tested_torch():
-    pins = dict(
-        line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line
-    )
+    pins = dict(line.lower().split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     wanted = chain(PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values())
     assert {name.split(">")[0].lower() for name in wanted} <= set(pins)
     assert pins["torch"] == "2.13.0"

@@ -1,0 +1,72 @@
+"""Devices, and which errors only say that another rank is gone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from shoal import device
+from shoal.errors import ShoalError
+
+
+def test_importing_it_starts_no_thread_and_opens_no_gpu():
+    code = (
+        "import os, torch, shoal.device\n"
+        "assert len(os.listdir('/proc/self/task')) == 1\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not [f for f in os.listdir('/proc/self/fd')"
+        " if os.path.realpath(f'/proc/self/fd/{f}').startswith('/dev/nvidia')]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={"OMP_NUM_THREADS": "1"})
+
+
+def test_the_device_of_a_rank(monkeypatch):
+    monkeypatch.setattr(device, "kind", lambda: "cpu")
+    assert device.of_rank(3) == torch.device("cpu")
+    assert device.backend(torch.device("cpu")) == "gloo"
+    assert device.backend(torch.device("cuda", 1)) == "nccl"
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(device, "kind", lambda: "cuda")
+    monkeypatch.setattr(device, "count", lambda: 2)
+    with pytest.raises(ShoalError, match="worker 3 of this machine finds no GPU left: there are 2"):
+        device.of_rank(2)
+
+
+def test_memory_peak_is_in_bytes_and_sees_an_allocation(ranks):
+    ((before, size, after),) = ranks.run("tests.launch.cases:memory_peak", 1)
+    assert size <= after < before + size + (64 << 20)
+
+
+def test_the_cpu_has_a_name():
+    assert device.name(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (
+            RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242"),
+            True,
+        ),
+        (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), True),
+        (dist.DistNetworkError("The client socket has failed to connect"), True),
+        (ConnectionResetError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("connection closed by peer"), False),
+    ],
+)
+def test_errors_that_follow_from_another_rank_are_told_apart(error, gone):
+    assert device.peer_gone(error) == gone
+    outer = KeyError("while saving")
+    outer.__cause__ = error
+    assert device.peer_gone(outer) == gone
+
+
+def test_what_a_lost_rank_makes_the_others_raise_is_recognised(ranks):
+    assert ranks.run("tests.launch.cases:peer_gone", 3, lost={2}) == [True, True, None]

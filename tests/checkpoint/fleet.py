@@ -4,38 +4,36 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
-from shoal.checkpoint import Pending, Saver, load
+from shoal import checkpoint
+from shoal.checkpoint import Pending, Saver
 from shoal.shard import Shard, State
 
 ROWS, COLUMNS = 12, 5
+# Rows of a state that takes a while to write, and is larger than the small disks of these tests.
+LARGE = 20_000
 
 
 class Fleet:
     """`world` savers of the run whose checkpoints are in `root`."""
 
-    def __init__(
-        self, root: Path, world: int = 3, keep: int = 2, nonce: str = "first", timeout: float = 20.0
-    ):
+    def __init__(self, root: Path, world: int = 3, keep: int = 2, nonce: str = "first", timeout: float = 20.0):
         self.root = root
         self.savers = [Saver(root, rank, world, keep, nonce=nonce, timeout=timeout) for rank in range(world)]
 
     def save(self, states: list[State], step: int) -> list[Pending]:
         """Saves one state a rank and waits for all."""
         # Rank 0 last: its helper then waits for parts that may be there already, and those come early.
-        pending = [
-            saver.save(state, step) for saver, state in reversed([*zip(self.savers, states, strict=True)])
-        ]
+        pending = [saver.save(state, step) for saver, state in reversed([*zip(self.savers, states, strict=True)])]
         for one in pending:
             assert one.wait(30)
         return pending[::-1]
 
     def step(self, step: int, rows: int = ROWS) -> list[Pending]:
         """Saves the state of `step`, its rows spread over all ranks."""
-        return self.save(
-            [rank_state(step, rank, len(self.savers), rows) for rank in range(len(self.savers))], step
-        )
+        return self.save([rank_state(step, rank, len(self.savers), rows) for rank in range(len(self.savers))], step)
 
     def helper(self, rank: int) -> int:
         """Process id."""
@@ -72,10 +70,20 @@ def assert_is(folder: Path, step: int, rows: int = ROWS, verified: bool = False)
         for name in ("norm.weight", "exp_avg.norm.weight")
     ]
     count = Shard("count", (), (), torch.tensor(float("nan"), dtype=torch.float64))
-    assert load(folder, [*wanted, count], verified=verified) == {"step": step}
+    assert checkpoint.load(folder, [*wanted, count], verified=verified) == {"step": step}
     for shard in wanted:
         assert torch.equal(shard.local, whole(step, shard.name, rows))
     assert count.local.item() == step
+
+
+def newest_is_whole(root: Path, *steps: int, rows: int = ROWS) -> int:
+    """Returns its step, 0 if there is none."""
+    folder = checkpoint.newest(root, pytest.fail)
+    step = checkpoint.describe(folder)["step"] if folder else 0
+    assert step in steps
+    if folder:
+        assert_is(folder, step, rows, verified=True)
+    return step
 
 
 def names(root: Path) -> list[str]:

@@ -146,9 +146,7 @@ def damage(folder: Path, kind: str) -> str:
         return "model.layers.1.mlp.up_proj.weight"
     elif kind in ("wrong shape", "wrong type"):
         name = "model.layers.1.mlp.up_proj.weight"
-        tensors[name] = (
-            tensors[name].T.contiguous() if kind == "wrong shape" else tensors[name].to(torch.int8)
-        )
+        tensors[name] = tensors[name].T.contiguous() if kind == "wrong shape" else tensors[name].to(torch.int8)
         save_file(tensors, file)
         return name
     elif kind == "not in index":

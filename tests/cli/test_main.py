@@ -32,9 +32,7 @@ def test_the_verbs_are_listed(args: list[str], capsys: pytest.CaptureFixture):
 
 def test_the_list_of_verbs_needs_no_large_import():
     code = "import sys; from shoal.cli.main import main; main([]); print(' '.join(sys.modules))"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
-    ).stdout
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60).stdout
     loaded = {name.split(".")[0] for name in output.splitlines()[-1].split()}
     assert loaded.isdisjoint({"torch", "tyro", "rich", "numpy", "msgspec", "plotly", "tokenizers", "difflib"})
 
@@ -111,9 +109,7 @@ def test_a_reader_that_leaves_is_no_error():
     read, write = os.pipe()
     os.close(read)
     code = "from shoal.cli.main import main; import sys; sys.exit(main(['train', '--help']))"
-    ended = subprocess.run(
-        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60
-    )
+    ended = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert ended.stderr == ""
 

@@ -72,10 +72,7 @@ def test_the_recipe_may_stand_anywhere(trained: Recorder, tmp_path: Path):
 
 
 def test_short_names_and_underscores(trained: Recorder):
-    assert (
-        main(["train", "--data", "a.txt", "b/", "--steps", "7", "--run_dir", "out", "--train.global-batch=8"])
-        == 0
-    )
+    assert main(["train", "--data", "a.txt", "b/", "--steps", "7", "--run_dir", "out", "--train.global-batch=8"]) == 0
     assert trained.job.data.source == ("a.txt", "b/")
     assert trained.job.train.steps == 7
     assert trained.job.run.dir == "out"
@@ -114,6 +111,24 @@ def test_every_option_can_be_given_on_the_command_line(data: st.DataObject):
     found = parse(Train, [f"--{name}", *words], "shoal train")
     expected = replace(Train(), **{table: replace(getattr(Train(), table), **{key: value})})
     assert found == expected
+
+
+def test_steps_of_a_file_do_not_silently_win_over_minutes(trained: Recorder, tmp_path: Path, capsys):
+    file = recipe(tmp_path, "[train]\nsteps = 100\n")
+    assert main(["train", file, "--minutes", "2"]) == 2
+    assert "--minutes has no effect: the job has train.steps=100" in capsys.readouterr().err
+    assert main(["train", file, "--minutes", "2", "--steps", "0"]) == 0
+    assert (trained.job.train.minutes, trained.job.train.steps) == (2.0, 0)
+
+
+def test_only_the_first_of_torchruns_ranks_answers(trained: Recorder, monkeypatch, capfd: pytest.CaptureFixture):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    assert main(["train", "--format", "json"]) == 0
+    assert capfd.readouterr().out == ""
+    monkeypatch.setenv("RANK", "0")
+    assert main(["train", "--format", "json"]) == 0
+    assert json.loads(capfd.readouterr().out)["run"] == "runs/x"
 
 
 def test_json_is_the_last_line_and_all_of_stdout(trained: Recorder, capfd: pytest.CaptureFixture):
@@ -163,9 +178,7 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(trained: Recorder):
         (["--data", "\udcff.txt"], "is not UTF-8", ""),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(
-    args, what, fix, trained: Recorder, capsys: pytest.CaptureFixture
-):
+def test_a_mistake_is_one_sentence_and_exit_code_2(args, what, fix, trained: Recorder, capsys: pytest.CaptureFixture):
     assert main(["train", *args]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ")

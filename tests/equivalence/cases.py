@@ -62,7 +62,9 @@ def global_batch(step: int, order: int = 0) -> Batch:
         rows.append(
             (tokens[:-1], tokens[1:], document, torch.where(place >= cut, place - cut, place), (place < valid).float())
         )
-    tokens_BL, labels_BL, document_BL, position_BL, weight_BL = (torch.stack(column) for column in zip(*rows, strict=True))
+    tokens_BL, labels_BL, document_BL, position_BL, weight_BL = (
+        torch.stack(column) for column in zip(*rows, strict=True)
+    )
     sample_B = torch.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
     batch = Batch(tokens_BL, labels_BL, document_BL, position_BL, sample_B, weight_BL)
     if order:
@@ -128,7 +130,9 @@ def reference(steps: int, optimizer: str = "adamw", tied: bool = True) -> dict[s
         batch = global_batch(step)
         model.zero_grad()
         logits_BLV = model(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL))
-        nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(batch.weight_BL)
+        nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(
+            batch.weight_BL
+        )
         loss = (nll_BL * batch.weight_BL).sum() / batch.weight_BL.sum()
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())

@@ -39,7 +39,9 @@ def world(layout: str) -> int:
 @pytest.mark.parametrize(("optimizer", "tied"), [("sgd", True), ("adamw", False)])
 def test_float64_equals_one_process(ranks, layout, optimizer, tied):
     expected = reference(optimizer, tied)
-    results = ranks.run("tests.equivalence.cases:run", world(layout), layout=layout, steps=STEPS, optimizer=optimizer, tied=tied)
+    results = ranks.run(
+        "tests.equivalence.cases:run", world(layout), layout=layout, steps=STEPS, optimizer=optimizer, tied=tied
+    )
     for name, gradient in expected["gradients"].items():
         got = cases.whole(results, "gradients", name, gradient)
         assert (got - gradient).norm() <= 1e-10 * gradient.norm(), f"gradient of {name}"

@@ -13,11 +13,7 @@ from shoal.job import Job, Layout
 def values(kind: Any) -> st.SearchStrategy[Any]:
     if get_origin(kind) is tuple:
         items = get_args(kind)
-        return (
-            st.lists(values(items[0]), max_size=4).map(tuple)
-            if items[-1] is ...
-            else st.tuples(*map(values, items))
-        )
+        return st.lists(values(items[0]), max_size=4).map(tuple) if items[-1] is ... else st.tuples(*map(values, items))
     if kind is str:
         # Paths and separators that a TOML writer may trip over, besides any text.
         return st.text(max_size=12) | st.sampled_from(

@@ -6,13 +6,14 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import JobError
-from shoal.job import Job, Layout
+from shoal.job import Job, Layout, read
 from shoal.job.check import fit, nearest, similar
 from shoal.job.job import check_batch
 from shoal.job.toml import parse
@@ -20,6 +21,11 @@ from shoal.job.toml import parse
 
 def test_the_default_job_is_valid():
     Job().validate()
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid(path: Path):
+    read(path).validate()
 
 
 @pytest.mark.parametrize(

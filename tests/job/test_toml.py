@@ -25,9 +25,7 @@ def test_reading_what_was_written_gives_the_same_job(job: Job):
 @given(jobs)
 def test_every_option_is_written(job: Job):
     table = tomllib.loads(write(job))
-    found = {f"{name}.{key}" for name, part in table.items() if isinstance(part, dict) for key in part} | {
-        "layout"
-    }
+    found = {f"{name}.{key}" for name, part in table.items() if isinstance(part, dict) for key in part} | {"layout"}
     assert found == set(kinds(Job))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal import mesh
+from shoal import device, mesh
 from shoal.errors import JobError
 from shoal.job import Layout
 from shoal.mesh import Mesh, Seat
@@ -63,9 +63,7 @@ def fail(seat: Seat, how: str, where: str = "collective", folder: str = "") -> N
     if how == "raise":
         raise ValueError("boom")
     if how == "job":
-        raise JobError(
-            "sequence_length must be at least 1", where="job.toml:3", fix="data.sequence_length=256"
-        )
+        raise JobError("sequence_length must be at least 1", where="job.toml:3", fix="data.sequence_length=256")
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "exit":
@@ -89,6 +87,28 @@ def survive(seat: Seat) -> int:
     dist.all_reduce(value)
     second.close()
     return int(value.item())
+
+
+def peer_gone(seat: Seat) -> bool:
+    """The last rank dies; whether the others' errors are recognised as its."""
+    everybody(seat)
+    dist.all_reduce(torch.ones(1))
+    if seat.member == seat.world - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.all_reduce(torch.ones(1000))
+    except Exception as error:
+        return device.peer_gone(error)
+    return False
+
+
+def memory_peak(seat: Seat) -> list[int]:
+    """[peak before, bytes then allocated, peak after]"""
+    where = torch.device("cpu")
+    before = device.memory_peak(where)
+    # More than all that was in use before, so that it makes a new peak.
+    kept = torch.ones(before + (64 << 20), dtype=torch.uint8)
+    return [before, len(kept), device.memory_peak(where)]
 
 
 def tensor(seat: Seat) -> Any:

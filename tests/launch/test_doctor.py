@@ -42,11 +42,11 @@ def test_everything_broken_is_found_and_nothing_raised(monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("planted\n trouble")
 
-    for where, name in (
-        (machine, "versions"), (machine, "system"), (machine, "core_limit"), (machine, "memory"), (machine, "compiler"),
-        (machine, "shared_memory"), (machine, "host"), (doctor, "cores"), (doctor.os, "getloadavg"),
-        (doctor.shutil, "disk_usage"), (doctor.resource, "getrlimit"), (peak, "matmul_peak"), (Pool, "run"),
-    ):  # fmt: skip
+    for name in ("versions", "system", "core_limit", "memory", "compiler", "shared_memory"):
+        monkeypatch.setattr(machine, name, broken)
+    for module, name in (("os", "getloadavg"), ("shutil", "disk_usage"), ("resource", "getrlimit")):
+        monkeypatch.setattr(getattr(doctor, module), name, broken)
+    for where, name in ((doctor, "cores"), (peak, "matmul_peak"), (Pool, "run")):
         monkeypatch.setattr(where, name, broken)
     found = doctor.diagnose()
     texts = [finding.what for finding in found.findings]
@@ -95,8 +95,6 @@ def test_a_torch_that_does_not_fit_the_machine_is_a_finding(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["cpu", "gpu"])
 def test_one_gpu_has_no_link(kind, monkeypatch):
-    monkeypatch.setattr(
-        Pool, "run", lambda *_, **__: [{"latency": 1e-4, "bandwidth": 1e9, "listening": []}] * 2
-    )
+    monkeypatch.setattr(Pool, "run", lambda *_, **__: [{"latency": 1e-4, "bandwidth": 1e9, "listening": []}] * 2)
     facts = doctor.Diagnosis(computes_on=kind, devices=[doctor.Device("one", {})])
     assert (doctor._link(facts, 5) is None) == (kind == "gpu")

@@ -63,7 +63,12 @@ def seconds_until_gone(pids: list[int]) -> float:
     return time.monotonic() - start
 
 
-def test_eight_ranks(tmp_path):
+def test_the_launcher_does_without_torch():
+    code = "import sys, shoal.launch.local, shoal.launch.torchrun; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_eight_ranks():
     start = time.monotonic()
     assert local.run(CASES + "seat_and_process", {}, 8)[:4] == [0, 8, 0, 8]
     print(f"8 ranks from start to end: {time.monotonic() - start:.2f} s")
@@ -80,9 +85,8 @@ def test_the_cause_is_printed_last_and_the_others_stop(tmp_path):
 def test_others_that_ignore_sigterm_stop_within_five_seconds(tmp_path):
     with pytest.raises(RankError, match="rank 1: killed by SIGKILL"):
         local.run(CASES + "fail", {"how": "kill", "where": "sleep", "folder": str(tmp_path)}, 3)
-    (failed,) = (
-        file.stat().st_mtime for file in tmp_path.iterdir() if file.name == str(max(pids(tmp_path, 3)))
-    )
+    # Each wrote its file just before.
+    failed = min(file.stat().st_mtime for file in tmp_path.iterdir())
     assert time.time() - failed < 5
     assert not any(sockets.alive(pid) for pid in pids(tmp_path, 3))
 
@@ -135,7 +139,6 @@ def test_a_second_signal_kills(tmp_path):
     with launcher("fail", 2, how="hang", where="sleep", folder=str(tmp_path)) as program:
         ranks = pids(tmp_path, 2)
         assert program.stdout is not None
-        time.sleep(0)
         os.killpg(program.pid, signal.SIGINT)
         assert program.stdout.readline() == "stopping: SIGINT\n"
         os.killpg(program.pid, signal.SIGINT)

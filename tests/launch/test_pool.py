@@ -77,9 +77,7 @@ def test_a_users_mistake_is_raised_again_with_the_rank_named(ranks):
     with pytest.raises(JobError) as caught:
         ranks.run(CASES + "fail", 2, how="job")
     assert caught.value.exit_code == 2
-    assert str(caught.value) == (
-        "rank 1, job.toml:3: sequence_length must be at least 1\n  → data.sequence_length=256"
-    )
+    assert str(caught.value) == ("rank 1, job.toml:3: sequence_length must be at least 1\n  → data.sequence_length=256")
 
 
 def test_a_value_that_is_not_json_is_refused(ranks):

@@ -60,9 +60,7 @@ def _swap_pairs(x_BLHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _repeat_keys_in_turn(q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
     times = q_BLHD.shape[2] // k_BLKD.shape[2]
     q, k, v = q_BLHD, k_BLKD.repeat(1, 1, times, 1), v_BLKD.repeat(1, 1, times, 1)
-    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(
-        1, 2
-    )
+    return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True).transpose(1, 2)
 
 
 BUGS: dict[str, tuple[str, Callable]] = {
@@ -100,10 +98,7 @@ def test_packed_documents_equal_separate_rows(dtype: torch.dtype) -> None:
     # Planted bugs: the mask forgotten; positions that do not count by one. (That they do not restart would
     # not show: rotary attention depends on differences only.)
     assert distance(model(torch.cat(documents, 1), position_BL), separate) > 1e-2
-    assert (
-        distance(model(torch.cat(documents, 1), 2 * position_BL, document_attend(document_BL)), separate)
-        > 1e-2
-    )
+    assert distance(model(torch.cat(documents, 1), 2 * position_BL, document_attend(document_BL)), separate) > 1e-2
 
 
 def test_head_replaces_logits() -> None:

@@ -62,9 +62,7 @@ def transformers_twin(model: Decoder) -> LlamaForCausalLM:
     """transformers' Llama with the weights of `model`. In float64 its float32 islands (norms, angles, and the
     softmax of its own attention) are lifted too."""
     dtype = next(model.parameters()).dtype
-    config = LlamaConfig(
-        **to_hf(model.options), attn_implementation="sdpa" if dtype == torch.float64 else "eager"
-    )
+    config = LlamaConfig(**to_hf(model.options), attn_implementation="sdpa" if dtype == torch.float64 else "eager")
     twin = LlamaForCausalLM(config).to(dtype).eval()
     missing, unexpected = twin.load_state_dict(model.state_dict(), strict=False)
     assert not unexpected

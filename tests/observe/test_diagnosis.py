@@ -12,10 +12,10 @@ from shoal.observe.diagnosis import TESTED_TORCH, Device, Diagnosis, Link, judge
 
 GIB = 2**30
 GOOD = Diagnosis(
-    versions={"python": "3.11.7", "torch": ".".join(map(str, TESTED_TORCH)) + ".0+cpu"},
+    versions={"torch": ".".join(map(str, TESTED_TORCH)) + ".0+cpu"},
     system="Linux", cores=8, load=0.5, memory=32 * GIB, memory_available=16 * GIB, disk_free=50 * GIB,
-    shared_memory_free=8 * GIB, open_files=4096, compiler="/usr/bin/g++", host_resolves=True, computes_on="cpu",
-    devices=[Device("a CPU", {"fp32": 1e11, "bf16": 2e11})], link=Link(60e-6, 2 * GIB, []),
+    shared_memory_free=8 * GIB, open_files=4096, compiler="/usr/bin/g++", host_resolves=True,
+    computes_on="cpu", devices=[Device("a CPU", {"fp32": 1e11, "bf16": 2e11})], link=Link(60e-6, 2 * GIB, []),
 )  # fmt: skip
 
 BAD = {
@@ -25,7 +25,7 @@ BAD = {
     "does not resolve": {"host_resolves": False},
     "from other machines at 0.0.0.0:5": {"link": Link(60e-6, 2 * GIB, ["0.0.0.0:5"])},
     "only 1 GiB of memory": {"memory_available": GIB},
-    "only 0.5": {"disk_free": GIB // 2},
+    "only 512 MiB are free": {"disk_free": GIB // 2},
     "/dev/shm has 64 MiB": {"shared_memory_free": 64 * 2**20},
     "256 open files": {"open_files": 256},
     "one core": {"cores": 1},
@@ -33,7 +33,6 @@ BAD = {
     "bf16 is slower": {"devices": [Device("a CPU", {"fp32": 2e11, "bf16": 1e11})]},
     "5 ms to answer": {"link": Link(5e-3, 2 * GIB, [])},
 }
-BAD["only 512 MiB"] = BAD.pop("only 0.5")
 
 
 def test_nothing_is_wrong_with_a_good_machine():

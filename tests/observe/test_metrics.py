@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.observe.metrics import FILE, Metrics, read
@@ -25,6 +25,7 @@ def write(folder: Path, rows, step: int = 0) -> None:
     metrics.close()
 
 
+@settings(deadline=None)
 @given(rows_of_a_run, st.data())
 def test_a_file_torn_at_any_byte_keeps_every_whole_line(losses, data):
     with tempfile.TemporaryDirectory() as name:
@@ -45,6 +46,7 @@ def test_a_file_torn_at_any_byte_keeps_every_whole_line(losses, data):
         assert all(json.loads(line) for line in (folder / FILE).read_text().splitlines())
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.data())
 def test_each_step_once_after_resumes(steps, data):
     """Runs that are killed anywhere and go on from an earlier checkpoint leave every step once, in order."""
@@ -57,7 +59,7 @@ def test_each_step_once_after_resumes(steps, data):
             assert [r["step"] for r in read(folder)] == list(range(1, written + 1))
             if attempt < 3:
                 start = data.draw(st.integers(0, written))
-        # The rows after the last checkpoint are those of the last attempt, not those of the one that was killed.
+        # The rows after the last checkpoint are those of the last attempt, not of the one that was killed.
         assert all(r["attempt"] == 3 for r in read(folder)[start:])
 
 
@@ -91,7 +93,8 @@ def test_a_write_that_the_disk_cuts_short_leaves_no_torn_line(tmp_path, monkeypa
 
 
 def test_foreign_lines_are_passed_over(tmp_path):
-    (tmp_path / FILE).write_bytes(b'\xff\n{"step": 1, "a": "\xff"}\n[1]\n{"loss": 1}\n{"step": "x"}\n{"step": null}\n{"step": 7}\n\n{"st')
+    foreign = [b"\xff", b'{"step": 1, "a": "\xff"}', b"[1]", b'{"loss": 1}', b'{"step": "x"}', b"null"]
+    (tmp_path / FILE).write_bytes(b"\n".join([*foreign, b'{"step": 7}', b"", b'{"st']))
     assert read(tmp_path) == [{"step": 7}]
 
 

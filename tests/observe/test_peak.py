@@ -13,17 +13,24 @@ from shoal.observe.mfu import Mfu
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp64"])
 def test_peak_is_that_of_the_fastest_product(precision, monkeypatch):
-    """Against products that take a known time: 2·n³ operations at 1 TFLOP/s, but for the smallest at a tenth."""
-    sizes = []
+    """Against products that take a known time: 2·n³ operations at 1 TFLOP/s, the smallest at a tenth."""
+    sizes: list[int] = []
+    now = 0.0
 
     def timed(a, b, where):
+        nonlocal now
         assert a.dtype == b.dtype == peak.DTYPES[precision]
         sizes.append(len(a))
-        return 2 * len(a) ** 3 / (1e11 if len(a) == 256 else 1e12)
+        seconds = 2 * len(a) ** 3 / (1e11 if len(a) == 256 else 1e12)
+        now += seconds
+        return seconds
 
     monkeypatch.setattr(peak, "_once", timed)
-    assert peak.matmul_peak(torch.device("cpu"), precision, budget=0.05) == pytest.approx(1e12)
-    assert sizes[:4] == [256, 256, 256, 512]
+    monkeypatch.setattr(peak.time, "perf_counter", lambda: now)
+    assert peak.matmul_peak(torch.device("cpu"), precision, budget=0.03) == pytest.approx(1e12)
+    # The next, 2048, would have taken four times 17 ms.
+    assert sorted(set(sizes)) == [256, 512, 1024]
+    assert now <= 0.03
 
 
 def test_a_real_device_ends_soon_and_keeps_its_random_state():

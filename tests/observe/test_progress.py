@@ -38,7 +38,7 @@ def plain(steps: int, rows, seconds_each: float = 0.5, mfu: Mfu = MFU, first: in
 def terminal(width: int, rows, steps: int = 100, encoding: str = "utf-8") -> str:
     """Everything that is sent to a terminal."""
     out, clock = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True), Clock()
-    console = Console(file=out, force_terminal=True, width=width, height=30, color_system=None, legacy_windows=False)
+    console = Console(file=out, force_terminal=True, width=width, height=30, color_system=None)
     progress = Progress(console, steps, MFU, clock=clock)
     for one in rows:
         clock.now += 0.5
@@ -64,7 +64,7 @@ def test_first_line_by_hand():
 def test_figures_after_several_steps_by_hand():
     rows = [row(1, loss=4.0, seconds=1.0), row(2, loss=2.0, seconds=0.5, tokens=500, val_loss=3.25)]
     line = plain(42, rows, seconds_each=3.0)[-1]
-    # Bias-corrected mean with beta 0.9: (0.9·4 + 2) / 1.9; 1500 tokens in 1.5 s; 40 steps of 3 s by the clock.
+    # Bias-corrected mean with beta 0.9: (0.9·4 + 2) / 1.9; 1500 tokens in 1.5 s; 40 steps of 3 s.
     assert "loss 2.947" in line
     assert "  1,000 tok/s  500 tok/s per device  MFU 30.0 %" in line
     assert "val loss 3.250" in line

@@ -1,4 +1,4 @@
-"""The report holds the run's own numbers, needs no network, and is written for any run, however short or broken."""
+"""The report holds the run's own numbers, needs no network, and is there for any run, short or broken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import ShoalError
@@ -18,6 +18,7 @@ from shoal.job import Job, Layout, write
 from shoal.job.model import ModelOptions
 from shoal.models.spec import count
 from shoal.observe import charts, environment, report, result
+from shoal.observe import page as page_module
 from shoal.observe.metrics import FILE, Metrics
 from shoal.observe.result import Result
 from tests.observe.rows import row
@@ -104,8 +105,9 @@ def test_text_has_the_figures_and_is_escaped(tmp_path):
     environment.write(tmp_path, {"host": "node7", "command": ["shoal", "train"], "device": "a CPU"})
     shown = page(run_folder(tmp_path, [row(1), row(2), row(3)]))
     for text in (
-        "2.247", "0.973", "45.3 %", "3:51", "2,000", "1.900", "1.600", "gzip -9", "node7", "shoal train", "MFU = formula",
-        f"{count(MODEL):,} parameters", "replicas=2", "</script><b>x</b>", "def <main>(", "shoal generate", "--resume",
+        "2.247", "0.973", "45.3 %", "3:51", "2,000", "1.900", "1.600", "gzip -9", "node7", "shoal train",
+        "MFU = formula", f"{count(MODEL):,} parameters", "replicas=2", "</script><b>x</b>", "def <main>(",
+        "shoal generate", "--resume",
         "500 ms in the median: data 2 %, forward 30 %, backward 60 %, communication 4 %, optimizer 4 %",
     ):  # fmt: skip
         assert text in shown.text, text
@@ -119,6 +121,12 @@ def test_nothing_is_fetched(tmp_path):
     assert "Plotly.newPlot" in scripts[2]
     assert "plotly.js v" in scripts[1][:200]
     assert "http" not in scripts[0] + scripts[2]
+
+
+def test_no_text_of_a_chart_ends_its_script():
+    shown = Page(page_module.page("a", "", [], [{"title": "</script><img src=x>"}]))
+    assert "</script><img src=x>" in shown.charts
+    assert shown.fetched == []
 
 
 @pytest.mark.parametrize(
@@ -171,6 +179,7 @@ def test_a_long_run_stays_small_and_keeps_its_peaks(tmp_path):
 values = st.lists(st.none() | st.floats(-1e6, 1e6), max_size=60)
 
 
+@settings(deadline=None)
 @given(values, st.integers(0, 9))
 def test_around_is_the_mean_of_what_is_near(xs, half):
     for i, mean in enumerate(charts.around(xs, half)):
@@ -179,6 +188,7 @@ def test_around_is_the_mean_of_what_is_near(xs, half):
         assert mean == pytest.approx(sum(near) / len(near), abs=1e-7) if near else mean is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.none() | st.floats(-10, 10), min_size=1, max_size=400), st.integers(6, 90))
 def test_outline_keeps_ends_and_extremes(xs, limit):
     kept = charts.outline(xs, limit)

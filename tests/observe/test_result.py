@@ -19,8 +19,8 @@ def test_the_line_for_scripts_has_exactly_these_keys():
     line = RESULT.line()
     assert "\n" not in line
     assert list(json.loads(line)) == [
-        "run", "steps", "tokens", "loss_first", "loss_last", "val_loss", "bits_per_byte", "tokens_per_second", "mfu",
-        "seconds",
+        "run", "steps", "tokens", "loss_first", "loss_last", "val_loss", "bits_per_byte", "tokens_per_second",
+        "mfu", "seconds",
     ]  # fmt: skip
     assert json.loads(line)["loss_last"] is None
 

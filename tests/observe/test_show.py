@@ -89,9 +89,13 @@ def test_one_process_at_a_time_holds_a_run(tmp_path):
 
 
 def test_an_error_inside_lets_go_of_the_run(tmp_path):
-    with pytest.raises(ZeroDivisionError), Show(tmp_path) as show:
-        show.begin(0, 3, 1, None, 1.0)
-        show.step(row(1))
-        raise ZeroDivisionError
+    def fails() -> None:
+        with Show(tmp_path) as show:
+            show.begin(0, 3, 1, None, 1.0)
+            show.step(row(1))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
     assert not held(tmp_path)
     assert [r["step"] for r in metrics.read(tmp_path)] == [1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.observe.smooth import Smooth
@@ -13,6 +13,7 @@ from shoal.observe.smooth import Smooth
 values = st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=50)
 
 
+@settings(deadline=None)
 @given(values, st.sampled_from([0.0, 0.5, 0.9, 0.99]))
 def test_equals_the_weighted_mean(xs, beta):
     smooth = Smooth(beta)

@@ -18,9 +18,7 @@ def main(which: str, vocabulary: int, tokens: int, width: int) -> None:
     labels_BL, weight_BL = torch.randint(vocabulary, (1, tokens)), torch.ones(1, tokens)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if which == "plain":
-        F.cross_entropy(
-            (hidden_BLD @ weight_VD.T).flatten(0, 1), labels_BL.flatten(), reduction="sum"
-        ).backward()
+        F.cross_entropy((hidden_BLD @ weight_VD.T).flatten(0, 1), labels_BL.flatten(), reduction="sum").backward()
     else:
         chunked_cross_entropy(hidden_BLD, weight_VD, labels_BL, weight_BL).backward()
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)

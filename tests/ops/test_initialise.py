@@ -16,9 +16,7 @@ from shoal.ops.initialise import initialise_
 NORMAL = Fill(mean=0.5, std=2.0)
 
 
-def whole(
-    shape: tuple[int, ...], name: str = "w", seed: int = 0, fill: Fill = NORMAL, dtype=torch.float64
-) -> Tensor:
+def whole(shape: tuple[int, ...], name: str = "w", seed: int = 0, fill: Fill = NORMAL, dtype=torch.float64) -> Tensor:
     return initialise_(torch.empty(shape, dtype=dtype), name, shape, (0,) * len(shape), fill, seed)
 
 

@@ -22,12 +22,8 @@ def inputs(
     rows: int, length: int, vocabulary: int, width: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(rows * 1000 + vocabulary)
-    hidden_BLD = (
-        torch.randn(rows, length, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    )
-    weight_VD = (
-        torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    )
+    hidden_BLD = torch.randn(rows, length, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight_VD = torch.randn(vocabulary, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     labels_BL = torch.randint(vocabulary, (rows, length), generator=generator)
     weight_BL = (torch.rand(rows, length, generator=generator) < 0.7).float()
     return hidden_BLD, weight_VD, labels_BL, weight_BL
@@ -35,18 +31,16 @@ def inputs(
 
 def plain(hidden_BLD: Tensor, weight_VD: Tensor, labels_BL: Tensor, weight_BL: Tensor) -> Tensor:
     logits = (hidden_BLD @ weight_VD.T).flatten(0, 1)
-    nll_BL = F.cross_entropy(
-        logits.to(loss._wide(logits.dtype)), labels_BL.flatten(), reduction="none"
-    ).view_as(weight_BL)
+    nll_BL = F.cross_entropy(logits.to(loss._wide(logits.dtype)), labels_BL.flatten(), reduction="none").view_as(
+        weight_BL
+    )
     return (nll_BL * weight_BL).sum()
 
 
 def worst(ours: Tensor, theirs: Tensor, tensors: tuple[Tensor, ...]) -> float:
     """Largest difference of loss and of both gradients, relative to the largest value of each."""
     pairs = [(ours, theirs)]
-    pairs += zip(
-        torch.autograd.grad(3 * ours, tensors), torch.autograd.grad(3 * theirs, tensors), strict=True
-    )
+    pairs += zip(torch.autograd.grad(3 * ours, tensors), torch.autograd.grad(3 * theirs, tensors), strict=True)
     return max(((a - b).abs().max() / b.abs().max().clamp(min=1.0)).item() for a, b in pairs)
 
 
@@ -134,9 +128,7 @@ def test_bf16_is_no_further_from_the_truth_than_plain(
         ours, theirs = chunked_cross_entropy(*given), plain(*given)
     truth = plain(*exact)
     assert ours.dtype == torch.float32
-    grads = [
-        torch.autograd.grad(value, t[:2]) for value, t in ((ours, given), (theirs, given), (truth, exact))
-    ]
+    grads = [torch.autograd.grad(value, t[:2]) for value, t in ((ours, given), (theirs, given), (truth, exact))]
     for our, their, true in zip(*grads, strict=True):
         assert our.dtype == given[0].dtype
         assert (our - true).norm() < 1.2 * (their - true).norm()
@@ -146,9 +138,7 @@ def test_bf16_is_no_further_from_the_truth_than_plain(
 BUGS = {
     "one-hot left out": lambda tile, place, weight: tile,
     "label of the next token": lambda tile, place, weight: tile.scatter_add_(1, place.roll(1, 0), weight),
-    "weight left out of the label": lambda tile, place, weight: tile.scatter_add_(
-        1, place, -torch.ones_like(weight)
-    ),
+    "weight left out of the label": lambda tile, place, weight: tile.scatter_add_(1, place, -torch.ones_like(weight)),
 }
 
 
@@ -190,9 +180,7 @@ def test_no_tensor_is_as_large_as_the_logits(vocabulary: int, dtype: torch.dtype
     hidden_BLD, weight_VD = torch.zeros(2, 512, 4, dtype=dtype), torch.zeros(vocabulary, 4, dtype=dtype)
     labels_BL, weight_BL = torch.zeros(2, 512, dtype=torch.long), torch.ones(2, 512)
     with Largest() as largest:
-        chunked_cross_entropy(
-            hidden_BLD.requires_grad_(), weight_VD.requires_grad_(), labels_BL, weight_BL
-        ).backward()
+        chunked_cross_entropy(hidden_BLD.requires_grad_(), weight_VD.requires_grad_(), labels_BL, weight_BL).backward()
     assert largest.bytes <= max(16 << 20, 128 * vocabulary * 4, vocabulary * 4 * 4)
 
 
@@ -201,9 +189,7 @@ def test_peak_memory_is_a_quarter_of_plain() -> None:
     """Vocabulary 131,072 × 4096 tokens, width 256, each in its own process. Plain takes above 4 GiB."""
     command = [sys.executable, "-m", "tests.ops.peak"]
     peak = {
-        which: float(
-            subprocess.run([*command, which, "131072", "4096", "256"], check=True, capture_output=True).stdout
-        )
+        which: float(subprocess.run([*command, which, "131072", "4096", "256"], check=True, capture_output=True).stdout)
         for which in ("plain", "chunked")
     }
     assert peak["chunked"] <= peak["plain"] / 4

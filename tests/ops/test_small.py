@@ -39,9 +39,7 @@ def test_norm_of_large_bf16_does_not_overflow_and_takes_bf16_weights() -> None:
 
 def test_rotation_turns_pairs_and_depends_on_differences_only() -> None:
     frequency = frequencies(6, 100.0, "", CPU)
-    assert torch.allclose(
-        frequency.double(), torch.tensor([1.0, 100 ** (-1 / 3), 100 ** (-2 / 3)]).double(), rtol=1e-6
-    )
+    assert torch.allclose(frequency.double(), torch.tensor([1.0, 100 ** (-1 / 3), 100 ** (-2 / 3)]).double(), rtol=1e-6)
     x = torch.randn(1, 1, 1, 6, dtype=torch.float64)
     cos, sin = rotation(torch.tensor([[3]]), frequency, torch.float64)
     turned = rotate(x, cos, sin)[0, 0, 0]

@@ -82,9 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(path / "words.json"))
     model = tiny.decoder(tiny.BASE)
-    huggingface.export(
-        model.options, model.named_parameters(), path, tokenizer=path / "words.json", end_token=END
-    )
+    huggingface.export(model.options, model.named_parameters(), path, tokenizer=path / "words.json", end_token=END)
     return path
 
 
@@ -188,9 +186,7 @@ def test_streamed_text_is_the_whole_text(text: str, data: st.DataObject) -> None
     tokenizer = byte_level()
     ids = tokenizer.encode(text)
     pieces: list[str] = []
-    cut = data.draw(
-        st.sampled_from([i for i in range(len(ids) + 1) if "\ufffd" not in tokenizer.decode(ids[:i])])
-    )
+    cut = data.draw(st.sampled_from([i for i in range(len(ids) + 1) if "\ufffd" not in tokenizer.decode(ids[:i])]))
     stream = Stream(tokenizer, ids[:cut], pieces.append)
     for token in ids[cut:]:
         stream.add(token)

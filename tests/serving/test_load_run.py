@@ -39,9 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def same(model: Decoder, seed: int) -> bool:
     tokens_BL = tiny.tokens(2, 7)
-    return not model.training and torch.equal(
-        model(tokens_BL), tiny.decoder(tiny.CASES["tied"], seed=seed)(tokens_BL)
-    )
+    return not model.training and torch.equal(model(tokens_BL), tiny.decoder(tiny.CASES["tied"], seed=seed)(tokens_BL))
 
 
 def test_newest_checkpoint(run: Path) -> None:

@@ -37,8 +37,7 @@ rows = st.lists(st.integers(-20, 20), min_size=1, max_size=12).map(lambda row: [
 def test_equals_naive(row: list[float], temperature: float, top_k: int, top_p: float) -> None:
     ours = probabilities(torch.tensor([row]), Sampling(temperature, top_k, top_p))[0]
     near_edge = any(
-        abs(sum(sorted(naive(row, temperature, top_k, 1.0), reverse=True)[:n]) - top_p) < 1e-5
-        for n in range(len(row))
+        abs(sum(sorted(naive(row, temperature, top_k, 1.0), reverse=True)[:n]) - top_p) < 1e-5 for n in range(len(row))
     )
     if not near_edge or top_p == 1.0:
         assert (ours - torch.tensor(naive(row, temperature, top_k, top_p))).abs().max() < 1e-5

@@ -22,7 +22,9 @@ def test_survivors_take_over_the_share_of_a_killed_replica(ranks, victim):
         assert result["worlds"] == [3] * 3 + [2] * 5
         assert result["view"] == 1
         for name, weight in expected["weights"].items():
-            torch.testing.assert_close(torch.tensor(result["weights"][name], dtype=weight.dtype), weight, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(
+                torch.tensor(result["weights"][name], dtype=weight.dtype), weight, rtol=1e-8, atol=1e-10
+            )
     for step in range(3, STEPS):
         seen = sorted(sample for result in survivors for sample in result["ledger"][step])
         assert seen == list(range(step * cases.GLOBAL_BATCH, (step + 1) * cases.GLOBAL_BATCH))
@@ -35,4 +37,6 @@ def test_a_survivor_that_had_finished_the_broken_step_brings_the_others_along(ra
     assert [result["view"] for result in survivors] == [1, 1]
     for result in survivors:
         for name, weight in expected["weights"].items():
-            torch.testing.assert_close(torch.tensor(result["weights"][name], dtype=weight.dtype), weight, rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(
+                torch.tensor(result["weights"][name], dtype=weight.dtype), weight, rtol=1e-8, atol=1e-10
+            )

@@ -1,6 +1,8 @@
-"""Saving and loading the state of a run (docs/checkpoints.md says what lies on disk).
+"""Saving and loading the state of a run.
 
-Names are loaded when first used: the helper process that writes checkpoints must start without torch.
+A checkpoint is a folder `step-00000100` with a safetensors file of each rank that had something to write, and
+a `manifest.json` that says which box of which tensor lies in which bytes. It has that name only when whole.
+The helper process that writes it starts without torch, so names are loaded from here when first used.
 """
 
 from __future__ import annotations

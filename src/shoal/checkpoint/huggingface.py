@@ -72,8 +72,7 @@ def _files(folder: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), _SINGLE)
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     raise ModelError(
-        f"there is no {_SINGLE}"
-        + (f", only {pickled[0]}, which could run code when loaded" if pickled else ""),
+        f"there is no {_SINGLE}" + (f", only {pickled[0]}, which could run code when loaded" if pickled else ""),
         where=str(folder),
         fix="save the model with transformers' save_pretrained, which writes safetensors",
     )
@@ -104,9 +103,7 @@ def _read(file: Any, path: Path, shard: Shard) -> None:
     try:
         whole = file.get_slice(shard.name)
     except SafetensorError:
-        raise ModelError(
-            f"tensor '{shard.name}' is missing", where=str(path), fix="fetch the folder again"
-        ) from None
+        raise ModelError(f"tensor '{shard.name}' is missing", where=str(path), fix="fetch the folder again") from None
     if tuple(whole.get_shape()) != shard.global_shape:
         raise ModelError(
             f"tensor '{shard.name}' has shape {tuple(whole.get_shape())}, not {shard.global_shape}",
@@ -157,9 +154,7 @@ def export(
         _write_json(folder / "generation_config.json", tokens)
         if tokenizer is not None:
             _copy_tokenizer(tokenizer, folder, end_token)
-        _write_json(
-            folder / "config.json", config.to_hf(options, str(written).removeprefix("torch."), end_token)
-        )
+        _write_json(folder / "config.json", config.to_hf(options, str(written).removeprefix("torch."), end_token))
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"cannot be written: {error}", where=str(folder), fix="free disk space, or name another folder"
@@ -178,9 +173,7 @@ def _write_weights(
     total, seen = 0, torch.float32
     for part in _parts(tensors, dtype, file_bytes):
         for name, tensor in part.items():
-            assert tuple(tensor.shape) == shapes.get(name), (
-                f"{name}: {tuple(tensor.shape)}, not {shapes.get(name)}"
-            )
+            assert tuple(tensor.shape) == shapes.get(name), f"{name}: {tuple(tensor.shape)}, not {shapes.get(name)}"
             total, seen = total + tensor.nbytes, tensor.dtype
         save_file(part, folder / f"{len(parts)}.part", metadata={"format": "pt"})
         parts.append(list(part))
@@ -227,10 +220,6 @@ def _copy_tokenizer(source: Path, folder: Path, end_token: int | None) -> None:
         shutil.copyfile(source, folder / "tokenizer.json")
     if not (folder / "tokenizer_config.json").exists():
         # Without it, transformers would take tokenizer.json for one of Llama's and split text in another way.
-        end = (
-            None
-            if end_token is None
-            else Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(end_token)
-        )
+        end = None if end_token is None else Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(end_token)
         names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
         _write_json(folder / "tokenizer_config.json", names)

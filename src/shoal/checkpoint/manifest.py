@@ -120,9 +120,7 @@ def _check_cover(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"tensor '{name}': {clash[0].file} and {clash[1].file} hold the same elements")
     missing = prod(tensor.shape) - sum(prod(piece.shape) for piece in tensor.pieces)
     if missing:
-        raise CheckpointError(
-            f"tensor '{name}': {missing} of {prod(tensor.shape)} elements are saved by no rank"
-        )
+        raise CheckpointError(f"tensor '{name}': {missing} of {prod(tensor.shape)} elements are saved by no rank")
 
 
 def _overlap(pieces: list[Piece], dimensions: int) -> tuple[Piece, Piece] | None:

@@ -51,7 +51,7 @@ class Packing:
 
 
 def pack(shards: list[Shard], file: str) -> Packing:
-    """Only shards with `owner` are written; a piece of a tensor under the name `<tensor>@<offset>,<offset>`."""
+    """Only shards with `owner` are written; a piece of a tensor is named `<tensor>@<offset>,<offset>`."""
     tensors = {s.name: Tensor(NAMES[s.local.dtype], tuple(s.global_shape), []) for s in shards}
     # Widest numbers first, so that each begins at a multiple of its width.
     written = sorted((s for s in shards if s.owner and s.local.numel()), key=lambda s: -s.local.itemsize)
@@ -70,9 +70,7 @@ def pack(shards: list[Shard], file: str) -> Packing:
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    places = [
-        (s, len(header) + b, len(header) + b + s.local.nbytes) for s, b in zip(written, begins, strict=True)
-    ]
+    places = [(s, len(header) + b, len(header) + b + s.local.nbytes) for s, b in zip(written, begins, strict=True)]
     for shard, begin, end in places:
         piece = Piece(file, tuple(shard.offsets), tuple(shard.local.shape), (begin, end))
         tensors[shard.name].pieces.append(piece)

@@ -23,7 +23,7 @@ from shoal.errors import CheckpointError
 from shoal.shard import State
 
 _WRITER = "shoal.checkpoint.writer"
-# Seconds that a rank which fails gives its last save; other ranks' parts may never come.
+# Seconds that a failing rank gives its last save, as other ranks' parts may never come; and any rank its helper.
 _PATIENCE = 2.0
 
 
@@ -93,9 +93,7 @@ class Saver:
         All ranks call it for the same steps. Every element of a tensor must be in exactly one shard that has
         `owner`, of one rank. state.values: plain JSON, equal on all ranks.
         """
-        assert msgspec.json.decode(msgspec.json.encode(state.values)) == state.values, (
-            "values must survive JSON"
-        )
+        assert msgspec.json.decode(msgspec.json.encode(state.values)) == state.values, "values must survive JSON"
         start = time.perf_counter()
         if self._pending is not None:
             self._pending.wait()
@@ -197,5 +195,9 @@ class _Helper:
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.close()
-        self.process.wait()
         self.process.stdout.close()
+        try:
+            self.process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            # It is stopped, or waits for a disk that does not answer, in which case it cannot be waited for.
+            self.process.kill()

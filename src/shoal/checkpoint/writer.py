@@ -61,19 +61,15 @@ def _listen(orders: SimpleQueue[Order]) -> None:
 def obey(order: Order, memory: int) -> Report:
     """Writes this rank's part and, on rank 0, makes the checkpoint complete. memory: file descriptor."""
     start = time.monotonic()
-    root = Path(order.root)
-    folder = root / order.attempt.temporary(folders.name_of(order.step))
-    error = ""
-    try:
-        if order.rank == 0:
-            folders.sweep(root, order.attempt)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_part(folder, order, memory)
-        if order.rank == 0:
-            _complete(folder, order)
-    except (OSError, CheckpointError) as failure:
-        error = _what(failure)
-        _clean_up(folder, order, error)
+    folder = Path(order.root) / order.attempt.temporary(folders.name_of(order.step))
+    part = _write_part(folder, order, memory)
+    error = part.error
+    if order.rank == 0:
+        try:
+            _complete(folder, order, part)
+        except (OSError, CheckpointError) as failure:
+            error = error or _what(failure)
+            shutil.rmtree(folder, ignore_errors=True)
     return Report(time.monotonic() - start, error)
 
 
@@ -83,9 +79,23 @@ def _what(failure: OSError | CheckpointError) -> str:
     return (failure.strerror or str(failure)) + (f": {failure.filename}" if failure.filename else "")
 
 
-def _write_part(folder: Path, order: Order, memory: int) -> None:
-    file = _write_data(folder / file_name(order.rank), order.size, memory) if order.size else None
-    _write(folder / part_name(order.rank), msgspec.json.encode(Part(order.tensors, file)))
+def _write_part(folder: Path, order: Order, memory: int) -> Part:
+    """What this rank wrote, or why it could not; the same for rank 0's helper to read."""
+    data, description = folder / file_name(order.rank), folder / part_name(order.rank)
+    try:
+        if order.rank == 0:
+            folders.sweep(folder.parent, order.attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _write_data(data, order.size, memory) if order.size else None
+        part = Part(order.tensors, file)
+        _write(description, msgspec.json.encode(part))
+    except OSError as failure:
+        part = Part({}, error=_what(failure))
+        # On a full disk, there is space for the description where the data was.
+        with contextlib.suppress(OSError):
+            data.unlink(missing_ok=True)
+            _write(description, msgspec.json.encode(part))
+    return part
 
 
 def _write_data(path: Path, size: int, memory: int) -> File:
@@ -126,14 +136,16 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _complete(folder: Path, order: Order) -> None:
+def _complete(folder: Path, order: Order, own: Part) -> None:
     """Waits for all parts, checks them together, writes the manifest, and removes what is superseded."""
-    parts = _gather(folder, order)
+    parts = _gather(folder, order, own)
+    for rank, part in enumerate(parts):
+        if part.error:
+            raise CheckpointError(f"rank {rank}: {part.error}")
+        (folder / part_name(rank)).unlink()
     files = {file_name(rank): part.file for rank, part in enumerate(parts) if part.file}
     tensors = manifest.join([part.tensors for part in parts])
     whole = Manifest(step=order.step, values=order.values, files=files, tensors=tensors)
-    for rank in range(order.world):
-        (folder / part_name(rank)).unlink()
     _write(folder / manifest.FILE, manifest.seal(msgspec.json.encode(whole)))
     folders.finish(folder, order.step)
     # The new one stands, also where an older one cannot be removed.
@@ -141,27 +153,22 @@ def _complete(folder: Path, order: Order) -> None:
         folders.prune(folder.parent, order.step, order.keep, order.attempt)
 
 
-def _gather(folder: Path, order: Order) -> list[Part]:
-    parts: dict[int, Part] = {}
-    missing = list(range(order.world))
+def _gather(folder: Path, order: Order, own: Part) -> list[Part]:
+    """All ranks' parts, failed ones too: once all are there, nobody writes into the folder any more."""
+    parts = {order.rank: own}
     pause, progress = 0.002, time.monotonic()
-    while missing:
-        ahead = _ahead(order, folder.parent)
-        present = set(os.listdir(folder))
-        for rank in [rank for rank in missing if part_name(rank) in present]:
-            parts[rank] = msgspec.json.decode((folder / part_name(rank)).read_bytes(), type=Part)
-            if parts[rank].error:
-                raise CheckpointError(f"rank {rank}: {parts[rank].error}")
-            missing.remove(rank)
-            progress = time.monotonic()
+    while missing := [rank for rank in range(order.world) if rank not in parts]:
+        ahead, present = _ahead(order, folder.parent), set(os.listdir(folder))
         for rank in missing:
-            if file_name(rank) in ahead or part_name(rank) in ahead:
+            if part_name(rank) in present:
+                parts[rank] = msgspec.json.decode((folder / part_name(rank)).read_bytes(), type=Part)
+                pause, progress = 0.002, time.monotonic()
+            elif file_name(rank) in ahead or part_name(rank) in ahead:
                 raise CheckpointError(f"rank {rank} lost its helper process before its part was written")
-            if time.monotonic() - progress > order.timeout:
+            elif time.monotonic() - progress > order.timeout:
                 raise CheckpointError(f"rank {rank} has not written its part after {order.timeout:.0f} s")
-        if missing:
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
     return [parts[rank] for rank in range(order.world)]
 
 
@@ -173,17 +180,6 @@ def _ahead(order: Order, root: Path) -> set[str]:
         if attempt.nonce == order.attempt.nonce and attempt.count > order.attempt.count
     ]
     return {file.name for path in later for file in path.glob("rank-*")}
-
-
-def _clean_up(folder: Path, order: Order, error: str) -> None:
-    """Rank 0 takes the whole attempt away; another its file, and tells rank 0 in the space this frees."""
-    if order.rank == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    # If rank 0 has given up already, the folder is gone; if nothing can be written, its patience will end.
-    with contextlib.suppress(OSError):
-        (folder / file_name(order.rank)).unlink(missing_ok=True)
-        _write(folder / part_name(order.rank), msgspec.json.encode(Part({}, error=error)))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,7 @@ def parse(
     `--help` prints the options and raises SystemExit(0).
     """
     hints = get_type_hints(options, include_extras=True)
-    known = {
-        _flag(name): kind
-        for name, kind in kinds(options).items()
-        if _POSITIONAL not in get_args(hints.get(name))
-    }
+    known = {_flag(name): kind for name, kind in kinds(options).items() if _POSITIONAL not in get_args(hints.get(name))}
     words = [_long(word, short or {}) for word in args]
     _need_values(words, known)
     found, left = tyro.cli(

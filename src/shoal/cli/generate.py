@@ -43,9 +43,7 @@ def run(args: list[str]) -> Answer:
     """Prints the text as it comes."""
     options = flags.parse(Generate, args, "shoal generate")
     if not options.model:
-        raise JobError(
-            "no model is named", fix="shoal generate RUN --prompt TEXT; `shoal runs` lists the runs"
-        )
+        raise JobError("no model is named", fix="shoal generate RUN --prompt TEXT; `shoal runs` lists the runs")
 
     from shoal.serving.generate import generate
 

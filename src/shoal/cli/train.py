@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from signal import Signals
@@ -14,6 +15,7 @@ from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job import Job, read
+from shoal.job.train import TrainOptions
 
 SHORT = {
     "--data": "--data.source",
@@ -49,17 +51,28 @@ def run(args: list[str]) -> Answer:
     """Trains. Where a signal stopped the run, the exit code is 128 + its number."""
     options = flags.parse(Train, args, "shoal train", short=SHORT)
     if options.recipe and options.resume:
-        raise JobError(
-            "a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them"
-        )
+        raise JobError("a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them")
     if options.resume and not (Path(options.resume) / "job.toml").is_file():
         raise JobError("no run to resume: it has no job.toml", where=options.resume, fix="see `shoal runs`")
     if file := f"{options.resume}/job.toml" if options.resume else options.recipe:
-        options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(read(file))))
+        base = read(file)
+        options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(base)))
+        _refuse_idle_minutes(base.train, options.train)
     job = Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
 
+    from shoal.launch import torchrun
     from shoal.launch.train import train
 
     result = train(job, resume=options.resume or None)
     stopped = Signals.__members__.get(result.stopped_by, Signals.SIGTERM) if result.stopped_by else 0
-    return Answer(msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)
+    silent = torchrun.is_worker() and os.environ["RANK"] != "0"
+    return Answer(None if silent else msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)
+
+
+def _refuse_idle_minutes(file: TrainOptions, given: TrainOptions) -> None:
+    """Steps of a file would silently win over minutes of the command line."""
+    if given.minutes != file.minutes and given.steps == file.steps > 0:
+        raise JobError(
+            f"--minutes has no effect: the job has train.steps={file.steps}",
+            fix="give --steps instead; for a new run, --steps 0 makes the minutes count",
+        )

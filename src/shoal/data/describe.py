@@ -1,6 +1,4 @@
-"""What is in a prepared corpus, in numbers and as a sample; and how well plain compressors do on its
-validation text.
-"""
+"""What is in a prepared corpus, in numbers and as a sample, and what plain compressors make of it."""
 
 from __future__ import annotations
 
@@ -38,15 +36,15 @@ def describe(prepared: Prepared, options: DataOptions) -> dict[str, Any]:
         sample.append(vocabulary.decode(store.tokens[start : start + rows.length_P[piece]].tolist()))
     percentiles = np.percentile(store.length_D, _PERCENTILES).round().astype(int).tolist()
     splits = {name: asdict(prepared.counts(name)) for name in SPLITS}
+    total = {key: sum(split[key] for split in splits.values()) for key in ("bytes", "tokens", "replaced")}
     return {
         "folder": str(prepared.folder),
         "vocab_size": prepared.vocab_size,
         "start_token": prepared.start_token,
         "end_token": prepared.end_token,
         **splits,
-        "bytes_per_token": sum(s["bytes"] for s in splits.values())
-        / sum(s["tokens"] for s in splits.values()),
-        "replaced": sum(s["replaced"] for s in splits.values()),
+        "bytes_per_token": total["bytes"] / total["tokens"],
+        "replaced": total["replaced"],
         "binary": prepared.binary,
         "empty": prepared.empty,
         "unreadable": prepared.unreadable,

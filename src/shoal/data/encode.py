@@ -20,7 +20,8 @@ from shoal.data.store import Writer
 from shoal.data.text import Piece, Texts, read
 from shoal.data.tokenizer import Tokenizer
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)

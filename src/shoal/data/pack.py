@@ -75,9 +75,10 @@ def best_fit(length_P: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
     assert len(length_P) == 0 or (length_P.min() >= 1 and length_P.max() <= capacity)
     row_P = np.empty(len(length_P), np.int64)
     longest_first = np.argsort(-length_P, kind="stable")
-    lengths, begins = np.unique(-length_P[longest_first], return_index=True)
+    groups = np.split(longest_first, np.flatnonzero(np.diff(length_P[longest_first])) + 1)
     rooms = _Rooms(capacity)
-    for length, piece_N in zip((-lengths).tolist(), np.split(longest_first, begins[1:]), strict=True):
+    for piece_N in groups if len(length_P) else []:
+        length = int(length_P[piece_N[0]])
         for space in rooms.at_least(length):
             if len(piece_N) == 0:
                 break

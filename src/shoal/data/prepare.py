@@ -1,6 +1,4 @@
-"""From the options to a prepared corpus: finds, splits, trains the tokenizer, tokenises, and keeps the
-result.
-"""
+"""From options to a prepared corpus: finds and splits text, trains a tokenizer, makes tokens, keeps them."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,17 +43,22 @@ def prepare(options: DataOptions, seed: int = 0, say: Callable[[str], None] = pr
     """
     options = replace(options, tokenizer="bpe" if options.tokenizer == "auto" else options.tokenizer)
     cache = cache_folder(options)
-    with tempfile.TemporaryDirectory(prefix=".prepare-", dir=cache) as temporary:
-        draft = Path(temporary)
-        corpus = find(options, draft)
-        say(_found(corpus))
-        given = None if options.tokenizer in ("bpe", "bytes") else tokenizers_of.load(options.tokenizer)
-        folder = cache / _fingerprint(options, seed, corpus, given)
-        prepared = _cached(folder, say) or _make(options, seed, corpus, given, draft / "new", folder, say)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=cache) as temporary:
+            draft = Path(temporary)
+            corpus = find(options, draft)
+            say(_found(corpus))
+            given = None if options.tokenizer in ("bpe", "bytes") else tokenizers_of.load(options.tokenizer)
+            folder = cache / _fingerprint(options, seed, corpus, given)
+            prepared = _cached(folder, say) or _make(options, seed, corpus, given, draft / "new", folder, say)
+    except OSError as error:
+        fix = "see that the files stay where they are; for space, name another folder in data.cache"
+        raise DataError(f"the data cannot be prepared: {error}", where=str(cache), fix=fix) from None
     _warn(prepared, options, say)
     prepared.check_length("train", options.sequence_length)
-    for name in (split for split in SPLITS if prepared.counts(split).predictions):
-        prepared.plan(name, options.sequence_length, options.pack)
+    for name in SPLITS:
+        if prepared.counts(name).predictions:
+            prepared.plan(name, options.sequence_length, options.pack)
     return prepared
 
 
@@ -86,9 +89,7 @@ def _make(
     tokenizer = given or _own_tokenizer(options, sides["train"], say)
     tokenizer.save(draft)
     progress = _Progress(corpus.size, say)
-    counts = {
-        name: _encode(name, spans, options, tokenizer, draft, progress) for name, spans in sides.items()
-    }
+    counts = {name: _encode(name, spans, options, tokenizer, draft, progress) for name, spans in sides.items()}
     if sum(c.documents for c in counts.values()) == 0:
         fix = f"check data.text_field ('{options.text_field}')"
         raise DataError("there is no text in these files", where=", ".join(options.source), fix=fix)
@@ -125,12 +126,12 @@ def _own_tokenizer(options: DataOptions, spans: list[Span], say: Callable[[str],
 def _sample(spans: list[Span], size: int, text_field: str) -> Iterator[str]:
     """Training text, all of it or evenly spread pieces that make up `_SAMPLE` bytes."""
     share = min(1.0, _SAMPLE / max(size, 1))
-    seen = 0
+    seen = taken = 0
     for piece in pieces(spans):
-        before = seen
-        seen += piece.stop - piece.start
-        if share == 1.0 or int(share * seen / (1 << 19)) > int(share * before / (1 << 19)):
+        if taken <= share * seen:
+            taken += piece.stop - piece.start
             yield from read(piece, text_field).documents
+        seen += piece.stop - piece.start
 
 
 def _encode(
@@ -184,7 +185,7 @@ class _Progress:
     total: int
     say: Callable[[str], None]
     done: int = 0
-    last: float = 0.0
+    last: float = field(default_factory=time.monotonic)
 
     def add(self, size: int) -> None:
         self.done += size
@@ -195,12 +196,10 @@ class _Progress:
 
 
 def _found(corpus: Corpus) -> str:
-    passed = [f"{n} {reason}" for reason, n in
-              (("binary", corpus.binary), ("empty", corpus.empty), ("unreadable", corpus.unreadable)) if n]  # fmt: skip
+    reasons = {"binary": corpus.binary, "empty": corpus.empty, "unreadable": corpus.unreadable}
+    passed = [f"{count} {reason}" for reason, count in reasons.items() if count]
     note = f" (passed over: {', '.join(passed)})" if passed else ""
-    return (
-        f"reading {_megabytes(corpus.size)} in {len(corpus.files)} file{'s' * (len(corpus.files) > 1)}{note}"
-    )
+    return f"reading {_megabytes(corpus.size)} in {len(corpus.files)} file{'s' * (len(corpus.files) > 1)}{note}"
 
 
 def _warn(prepared: Prepared, options: DataOptions, say: Callable[[str], None]) -> None:
@@ -210,11 +209,9 @@ def _warn(prepared: Prepared, options: DataOptions, say: Callable[[str], None]) 
     total = prepared.train.bytes + prepared.validation.bytes
     share = prepared.validation.bytes / max(total, 1)
     if options.validation and not prepared.validation.documents:
-        say("warning: there is one document only; nothing is kept for validation")
+        say("warning: the text is a single document; nothing is kept for validation")
     elif options.validation and share > 2 * options.validation and share > 0.05:
-        say(
-            f"warning: {share:.0%} of the text is kept for validation, since files stay whole; data.validation=0 keeps none"
-        )
+        say(f"warning: {share:.0%} of the text is kept for validation, since files stay whole")
 
 
 def _name(span: Span) -> str:
@@ -223,6 +220,4 @@ def _name(span: Span) -> str:
 
 
 def _megabytes(size: int) -> str:
-    return (
-        f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB" if size >= 1000 else f"{size} bytes"
-    )
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB" if size >= 1000 else f"{size} bytes"

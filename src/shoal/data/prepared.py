@@ -1,6 +1,4 @@
-"""A prepared corpus on disk: tokenizer, token stores of training and validation, packing plans, and what is
-in them.
-"""
+"""A prepared corpus on disk: tokenizer, token stores, packing plans, and what is in them."""
 
 from __future__ import annotations
 
@@ -72,20 +70,14 @@ class Prepared:
         path = Path(folder) / _META
         try:
             values = msgspec.json.decode(path.read_bytes())
-            found = msgspec.convert(
-                {**values, "folder": str(folder)}, cls, dec_hook=lambda kind, value: kind(value)
-            )
+            found = msgspec.convert({**values, "folder": str(folder)}, cls, dec_hook=lambda kind, value: kind(value))
         except (OSError, TypeError, ValueError) as error:
             fix = "prepare the data again (`shoal data prepare`)"
-            raise DataError(
-                f"this is no folder of prepared data: {error}", where=str(path), fix=fix
-            ) from None
+            raise DataError(f"this is no folder of prepared data: {error}", where=str(path), fix=fix) from None
         for split in SPLITS:
             store, counts = found.store(split), found.counts(split)
             if len(store.length_D) != counts.documents or len(store.tokens) != counts.tokens:
-                what = (
-                    f"damaged token store: {split} does not hold the {counts.documents} documents of {_META}"
-                )
+                what = f"damaged token store: {split} does not hold the {counts.documents} documents of {_META}"
                 raise DataError(what, where=str(folder), fix=f"remove {folder} and prepare again")
         return found
 
@@ -109,25 +101,19 @@ class Prepared:
         return Store(self.folder / split)
 
     def plan(self, split: str, sequence_length: int, pack: str) -> Plan:
-        """The rows of a split, made at the first call and kept in the folder (in memory if that cannot be
-        written).
+        """The rows of a split, made at the first call and kept in the folder if that can be written.
 
         Raises DataError if the training text is shorter than one sequence.
         """
         self.check_length(split, sequence_length)
         folder = self.folder / f"plan-{split}-{sequence_length}-{pack}"
-        if not folder.is_dir():
-            store = self.store(split)
-            made = plan(store.start_D, store.length_D, sequence_length, pack)
-            try:
-                _publish(made, folder)
-            except OSError:
-                return made
-        try:
-            return Plan(*(np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in _ARRAYS))
-        except (OSError, ValueError) as error:
-            fix = f"remove {folder}; it is made again"
-            raise DataError(f"damaged packing plan: {error}", where=str(folder), fix=fix) from None
+        if kept := _kept(folder):
+            return kept
+        shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is damaged
+        store = self.store(split)
+        made = plan(store.start_D, store.length_D, sequence_length, pack)
+        _publish(made, folder)
+        return _kept(folder) or made
 
     def check_length(self, split: str, sequence_length: int) -> None:
         predictions = self.counts(split).predictions
@@ -135,7 +121,6 @@ class Prepared:
             raise DataError(
                 f"the text is shorter than one sequence: {predictions} tokens to train on, "
                 f"data.sequence_length={sequence_length}",
-                where=str(self.folder),
                 fix=f"give more text, or data.sequence_length={max(1, predictions // 2)}",
             )
 
@@ -146,19 +131,28 @@ class Prepared:
                 yield block
 
 
-_ARRAYS = ("start", "length", "first")
+def _kept(folder: Path) -> Plan | None:
+    """The plan in a folder, memory-mapped; None if there is none or it is damaged."""
+    try:
+        arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("start", "length", "first")]
+    except (OSError, ValueError, EOFError):
+        return None
+    start_P, length_P, first_R = map(np.asarray, arrays)
+    return Plan(start_P, length_P, first_R) if len(start_P) == len(length_P) == first_R[-1] else None
 
 
 def _publish(made: Plan, folder: Path) -> None:
     """Writes a plan under another name first; of several ranks that do so at once the first one counts."""
-    draft = Path(tempfile.mkdtemp(prefix=".plan-", dir=folder.parent))
     try:
-        for name, array in zip(_ARRAYS, (made.start_P, made.length_P, made.first_R), strict=True):
-            np.save(draft / f"{name}.npy", array, allow_pickle=False)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        draft = Path(tempfile.mkdtemp(prefix=".plan-", dir=folder.parent))
+    except OSError:
+        return
+    try:
+        np.save(draft / "start.npy", made.start_P)
+        np.save(draft / "length.npy", made.length_P)
+        np.save(draft / "first.npy", made.first_R)
+        draft.rename(folder)
+    except OSError:
+        pass  # somebody was first, or the disk is full: the plan in memory will do
     finally:
         shutil.rmtree(draft, ignore_errors=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -21,6 +22,7 @@ from shoal.job.data import DataOptions
 # The standard library's own tests (idlelib's take half of it), and what others installed beside it.
 _NOT_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages"}
 _HEAD = 8192
+_JSONL = (".jsonl", ".ndjson")
 
 
 @dataclass(frozen=True)
@@ -57,16 +59,16 @@ class Corpus:
 def find(options: DataOptions, spool: Path) -> Corpus:
     """The corpus named by `options.source`. Streams (`-`, pipes) are copied into the folder `spool`.
 
-    A file that is named must exist, be readable, not be empty and not be binary, else DataError. Of a folder
-    those files are taken that are; hidden ones and links to folders are passed over. A file found twice is
-    taken once.
+    A file that is named must exist, be readable, not be empty and not be binary, else DataError. Of a folder,
+    the files that are so are taken; hidden ones and links to folders are passed over. A file found twice is
+    taken once. A stream is JSONL if its first line is an object with the text field.
     """
     found: dict[str, Source] = {}
     skipped: Counter[str] = Counter()
     for number, name in enumerate(options.source):
         path = Path(name).expanduser()
         if name == "-":
-            files = [_spooled(name, sys.stdin.buffer, spool / f"{number}")]
+            files = [_spooled("standard input", sys.stdin.buffer, spool / f"{number}", options.text_field)]
         elif name == "python":
             files = _folder(Path(sysconfig.get_paths()["stdlib"]), "python", ("*.py",), _NOT_LIBRARY, skipped)
         elif path.is_dir():
@@ -75,7 +77,7 @@ def find(options: DataOptions, spool: Path) -> Corpus:
             files = [_named(path, name)]
         elif path.exists():  # a pipe, e.g. <(zcat corpus.gz)
             with _opened(path, name) as stream:
-                files = [_spooled(name, stream, spool / f"{number}")]
+                files = [_spooled(name, stream, spool / f"{number}", options.text_field)]
         else:
             raise DataError("no such file or folder", where=name, fix=_nearby(path))
         for file in files:
@@ -90,12 +92,10 @@ def is_binary(head: bytes) -> bool:
     return b"\0" in head or 3 * head.decode("utf-8", "replace").count("\ufffd") > len(head)
 
 
-def _folder(
-    root: Path, name: str, include: tuple[str, ...], leave: set[str], skipped: Counter[str]
-) -> list[Source]:
+def _folder(root: Path, name: str, include: tuple[str, ...], leave: set[str], skipped: Counter[str]) -> list[Source]:
     """The text files below `root`; those passed over are counted in `skipped`."""
     files, here = [], Counter[str]()
-    for path in _walk(root, leave):
+    for path in _walk(root, leave, here):
         relative = path.relative_to(root).as_posix()
         if include and not any(fnmatchcase(relative if "/" in p else path.name, p) for p in include):
             here["other"] += 1
@@ -112,25 +112,24 @@ def _folder(
         seen = ", ".join(f"{count} {reason}" for reason, count in sorted(here.items())) or "no file at all"
         asked = f" that matches {', '.join(include)}" if include else ""
         fix = "give a folder of text files" + (", or another data.include" if include else "")
-        raise DataError(
-            f"the folder holds no readable text file{asked} (found: {seen})", where=str(root), fix=fix
-        )
+        raise DataError(f"the folder holds no readable text file{asked} (found: {seen})", where=str(root), fix=fix)
     skipped.update(here)
     return files
 
 
-def _walk(folder: Path, leave: set[str]) -> Iterator[Path]:
+def _walk(folder: Path, leave: set[str], skipped: Counter[str]) -> Iterator[Path]:
     """Regular files below a folder, in the order of their names, without hidden ones."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise _unreadable(error, str(folder)) from None
+    except OSError:
+        skipped["unreadable"] += 1
+        return
     for entry in entries:
         if entry.name.startswith(".") or entry.name == "__pycache__":
             continue
         if entry.is_dir(follow_symlinks=False):
             if entry.name not in leave:
-                yield from _walk(Path(entry.path), leave)
+                yield from _walk(Path(entry.path), leave, skipped)
         elif entry.is_file():
             yield Path(entry.path)
 
@@ -156,26 +155,31 @@ def _refuse(reason: str, name: str) -> None:
     if reason == "empty":
         raise DataError("the file is empty", where=name, fix="give a file with text in it")
     if reason == "binary":
-        fix = "give UTF-8 text: unpack archives, extract the text of documents, convert other encodings (iconv -t utf-8)"
+        fix = "give UTF-8 text: unpack archives, convert other encodings (iconv -t utf-8)"
         raise DataError("this is not UTF-8 text but a binary file or another encoding", where=name, fix=fix)
 
 
 def _source(path: Path, name: str) -> Source:
     status = path.stat()
     identity = f"{os.path.realpath(path)} {status.st_mtime_ns}"
-    return Source(_printable(name), path, status.st_size, _printable(identity), path.suffix == ".jsonl")
+    return Source(_printable(name), path, status.st_size, _printable(identity), path.suffix.lower() in _JSONL)
 
 
-def _spooled(name: str, stream: BinaryIO, path: Path) -> Source:
-    """A stream copied into a file, since it is read more than once (tokenizer, then tokens)."""
+def _spooled(name: str, stream: BinaryIO, path: Path, text_field: str) -> Source:
+    """A stream copied into a file, since it is read twice (for the tokenizer, and for the tokens)."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("wb") as copy:
         while block := stream.read(1 << 20):
             digest.update(block)
             copy.write(block)
-    shown = "standard input" if name == "-" else name
-    _refuse(_unfit(path), shown)
-    return Source(shown, path, path.stat().st_size, digest.hexdigest(), name.endswith(".jsonl"))
+    _refuse(_unfit(path), name)
+    with path.open("rb") as copy:
+        try:
+            first = json.loads(copy.readline(1 << 24))
+        except ValueError:
+            first = None
+    jsonl = isinstance(first, dict) and text_field in first
+    return Source(name, path, path.stat().st_size, digest.hexdigest(), jsonl)
 
 
 def _opened(path: Path, name: str) -> BinaryIO:
@@ -203,6 +207,4 @@ def _nearby(path: Path) -> str:
         near = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
     except OSError:
         return f"there is no folder {path.parent} either; check the path"
-    return (
-        f"did you mean '{path.parent / near[0]}'?" if near else "check the path, from the working directory"
-    )
+    return f"did you mean '{path.parent / near[0]}'?" if near else "check the path, from the working directory"

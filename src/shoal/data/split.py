@@ -1,4 +1,4 @@
-"""Which text is trained on and which is kept for validation: whole files, or blocks of lines of a single one."""
+"""Which text is trained on, and which is kept for validation: whole files, or blocks of lines of one."""
 
 from __future__ import annotations
 
@@ -52,9 +52,7 @@ def _files(files: Sequence[Source], share: float, seed: int) -> set[Source]:
 
 
 def _copies(files: Sequence[Source]) -> list[list[Source]]:
-    """The files, those with the same content together: one in training would give away its copy in
-    validation.
-    """
+    """The files, those with the same content together: a copy in training would give validation away."""
     by_size: defaultdict[int, list[Source]] = defaultdict(list)
     for file in files:
         by_size[file.size].append(file)

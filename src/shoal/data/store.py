@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +22,8 @@ from shoal.errors import DataError
 
 _MAGIC, _VERSION = b"MMIDIDX\x00\x00", 1
 _HEAD = struct.Struct("<9sQBQQ")
-_CODES: dict[int, type[np.generic]] = {
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 6: np.float64, 7: np.float32, 8: np.uint16,
-}  # fmt: skip
+_KINDS = (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16)
+_CODES: dict[int, type[np.generic]] = dict(enumerate(_KINDS, start=1))
 _BLOCK = 1 << 20
 
 
@@ -33,9 +33,7 @@ def token_dtype(vocab_size: int) -> type[np.generic]:
 
 
 class Writer:
-    """Appends documents to `prefix`.bin; `close` writes `prefix`.idx. Memory does not grow with the
-    documents.
-    """
+    """Appends documents to `prefix`.bin; `close` writes `prefix`.idx. Memory stays the same."""
 
     def __init__(self, prefix: Path, vocab_size: int):
         self._prefix, self._dtype = prefix, token_dtype(vocab_size)
@@ -45,9 +43,7 @@ class Writer:
         self.documents = self.tokens = 0
 
     def add(self, tokens: NDArray[np.integer], lengths: NDArray[np.int64], complete: bool) -> None:
-        """Tokens of documents with these lengths; the first goes on with the document that the last call left
-        open.
-        """
+        """Tokens of documents of these lengths; the first goes on with the one that was left incomplete."""
         tokens.astype(self._dtype).tofile(self._tokens)
         lengths = lengths.copy()
         if len(lengths):
@@ -79,7 +75,7 @@ class Writer:
         os.fsync(self._tokens.fileno())
         self.abandon()
 
-    def _blocks(self):
+    def _blocks(self) -> Iterator[NDArray[np.int32]]:
         self._lengths.seek(0)
         while len(lengths := np.fromfile(self._lengths, "<i4", _BLOCK)):
             yield lengths
@@ -123,11 +119,7 @@ class Store:
         self.start_D: NDArray[np.int64] = end_D - self.length_D
         total = int(end_D[-1]) if sequences else 0
         whole = documents == sequences + 1 and np.array_equal(first_D, np.arange(sequences + 1))
-        if (
-            not whole
-            or (self.length_D < 0).any()
-            or not np.array_equal(pointer_D, self.start_D * dtype.itemsize)
-        ):
+        if not whole or (self.length_D < 0).any() or not np.array_equal(pointer_D, self.start_D * dtype.itemsize):
             raise _damaged("the lengths and places of the documents do not fit each other", idx_path)
         if bin_path.stat().st_size != total * dtype.itemsize:
             what = f"it has {bin_path.stat().st_size} bytes, its index tells of {total * dtype.itemsize}"
@@ -136,12 +128,9 @@ class Store:
 
 
 def _map(path: Path, dtype: np.dtype) -> NDArray:
-    # A plain array over the map: each slice of np.memmap itself costs microseconds. An empty file cannot be
-    # mapped.
+    # A plain array, since slices of a np.memmap are slow. An empty file cannot be mapped.
     return np.asarray(np.memmap(path, dtype, "r")) if path.stat().st_size else np.empty(0, dtype)
 
 
 def _damaged(what: str, path: Path) -> DataError:
-    return DataError(
-        f"damaged token store: {what}", where=str(path), fix=f"remove {path.parent} and prepare again"
-    )
+    return DataError(f"damaged token store: {what}", where=str(path), fix=f"remove {path.parent} and prepare again")

@@ -26,9 +26,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Piece(Span):
-    """A part of a span: whole lines where they are not too long. Opens, closes: it is its document's first,
-    last.
-    """
+    """A part of a span, of whole lines if possible. opens, closes: it is its document's first, last."""
 
     opens: bool
     closes: bool
@@ -86,9 +84,7 @@ def next_character(stream: BinaryIO, offset: int) -> int:
 
 
 def read(piece: Piece, text_field: str) -> Texts:
-    """The clean text of a piece: one string, or the documents of a JSONL piece. Raises DataError naming
-    file:line.
-    """
+    """The clean text of a piece: one string, or the documents of JSONL. DataError names file:line."""
     try:
         with piece.file.path.open("rb") as stream:
             stream.seek(piece.start)
@@ -112,29 +108,24 @@ def read(piece: Piece, text_field: str) -> Texts:
 
 def _document(line: str, text_field: str, piece: Piece, number: int) -> tuple[str, int]:
     """The text of one JSONL line, and its replaced lone surrogates (JSON can write them, UTF-8 cannot)."""
+    example = f'write one object a line, e.g. {{"{text_field}": "…"}}'
+    another = "give the key of the text as data.text_field"
     try:
         value = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = getattr(error, "msg", "nested too deeply")
-        raise _bad_line(
-            f"not valid JSON ({reason})", 'write one object a line, e.g. {"text": "…"}', piece, number
-        ) from None
-    if not isinstance(value, dict) or text_field not in value:
-        keys = (
-            f"it has {', '.join(map(repr, value))}"
-            if isinstance(value, dict) and value
-            else "it is no object with keys"
-        )
-        fix = f"{keys}; give the key of the text as data.text_field"
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "a number too long, or nested too deeply")
+        raise _bad_line(f"not valid JSON: {reason}", example, piece, number) from None
+    if not isinstance(value, dict):
+        raise _bad_line("this line is not a JSON object", example, piece, number)
+    if text_field not in value:
+        fix = f"{another}; this line has {', '.join(map(repr, value)) or 'no key'}"
         raise _bad_line(f"this line has no field '{text_field}'", fix, piece, number)
     text = value[text_field]
     if not isinstance(text, str):
-        fix = "the field must hold a string; give the key of the text as data.text_field"
-        raise _bad_line(
-            f"the field '{text_field}' is not text but {json.dumps(text)[:40]}", fix, piece, number
-        )
+        what = f"the field '{text_field}' is not text but {json.dumps(text)[:40]}"
+        raise _bad_line(what, another, piece, number)
     try:
-        text.encode("utf-8")
+        text.encode()
     except UnicodeEncodeError:
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return clean, clean.count("\ufffd") - text.count("\ufffd")

@@ -1,6 +1,4 @@
-"""Text <-> tokens: a BPE trained here, single bytes, or any Hugging Face tokenizer; one folder format for
-all.
-"""
+"""Text <-> tokens: a BPE trained here, single bytes, or any Hugging Face tokenizer; one format of file."""
 
 from __future__ import annotations
 
@@ -70,14 +68,12 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; bytes: Radford et al. 2019) of at most `vocab_size` tokens, END
-    included.
-    """
+    """Byte-level BPE (Sennrich et al. 2016, Radford et al. 2019): `vocab_size` tokens at most, with END."""
     model = Model(models.BPE())
     words = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
     signs = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([words, signs])  # type: ignore[assignment]
-    model.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    model.pre_tokenizer = pre_tokenizers.Sequence([words, signs])
+    model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(END, special=True)],
@@ -91,8 +87,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 def single_bytes() -> Tokenizer:
     """Token b is byte b, token 256 ends a document."""
     model = Model(models.BPE(vocab={sign: byte for byte, sign in enumerate(_signs())}, merges=[]))
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
-    model.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.decoder = decoders.ByteLevel()
     model.add_special_tokens([AddedToken(END, special=True)])
     return _ready(model, END, END, {})
 
@@ -129,7 +125,10 @@ def load(path: str | Path) -> Tokenizer:
 def _ready(model: Model, start: str, end: str, config: dict[str, Any]) -> Tokenizer:
     # What looks like a special token in a text is text.
     model.encode_special_tokens = True
-    return Tokenizer(model, model.token_to_id(start), model.token_to_id(end), config)
+    first, last = model.token_to_id(start), model.token_to_id(end)
+    assert first is not None
+    assert last is not None
+    return Tokenizer(model, first, last, config)
 
 
 def _signs() -> list[str]:

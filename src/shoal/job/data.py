@@ -19,8 +19,9 @@ class DataOptions:
     include: tuple[str, ...] = ()
     """Folders: shell patterns of file names to take, e.g. '*.py'; empty = every text file."""
     tokenizer: str = "auto"
-    """`auto` = that of model.weights, where they are given, else `bpe`. `bpe` trains a byte-level BPE on the text; `bytes` takes every byte as a token; else a path to a
-    Hugging Face tokenizer.json or a folder that holds one."""
+    """`auto` = that of model.weights, where they are given, else `bpe`. `bpe` trains a byte-level BPE on the
+    text; `bytes` takes every byte as a token; else a path to a Hugging Face tokenizer.json or a folder that
+    holds one."""
     vocab_size: int = 4096
     """Tokens of the BPE that is trained, the special one included. Not used otherwise."""
     sequence_length: int = 256
@@ -36,7 +37,7 @@ class DataOptions:
     cache: str = ""
     """Folder of prepared token stores; empty = ~/.cache/shoal (or $XDG_CACHE_HOME/shoal)."""
     workers: int = 0
-    """Processes that tokenise; 0 = one per core."""
+    """Threads that tokenise; 0 = one per core."""
 
     def validate(self) -> None:
         require(len(self.source) > 0, "data.source is empty", "name a file or folder of text, or `python`")

@@ -53,9 +53,7 @@ class Layout:
     def validate(self) -> None:
         for name, least in (("replicas", 1), ("fsdp", 1), ("micro_batch", 0)):
             if getattr(self, name) < least:
-                raise LayoutError(
-                    f"layout {name}={getattr(self, name)} is less than {least}", fix=f"e.g. {name}=2"
-                )
+                raise LayoutError(f"layout {name}={getattr(self, name)} is less than {least}", fix=f"e.g. {name}=2")
         if self.zero not in (1, 2, 3):
             raise LayoutError(f"layout zero={self.zero} is not a ZeRO stage", fix="1, 2 or 3")
         if self.recompute not in ("none", "block"):

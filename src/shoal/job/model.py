@@ -81,9 +81,7 @@ class ModelOptions:
             f"model.num_attention_heads={self.num_attention_heads}",
             "choose such a width, or give model.head_dim",
         )
-        require(
-            self.head_size % 2 == 0, f"head size {self.head_size} is odd", "rotary positions need an even one"
-        )
+        require(self.head_size % 2 == 0, f"head size {self.head_size} is odd", "rotary positions need an even one")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             positive(f"model.{name}", getattr(self, name))
         if self.rope_scaling:

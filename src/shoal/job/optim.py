@@ -43,8 +43,6 @@ class OptimOptions:
         for name in ("weight_decay", "warmup", "decay", "final_lr", "clip"):
             at_least(f"optim.{name}", getattr(self, name), 0)
         for name in ("warmup", "decay"):
-            require(
-                getattr(self, name) <= 1, f"optim.{name}={getattr(self, name)} is not a share", "from 0 to 1"
-            )
+            require(getattr(self, name) <= 1, f"optim.{name}={getattr(self, name)} is not a share", "from 0 to 1")
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
             require(0 <= value < 1, f"optim.{name}: {value} is not in [0, 1)", "e.g. 0.9")

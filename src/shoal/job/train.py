@@ -25,11 +25,11 @@ class TrainOptions:
     compile: str = "auto"
     """torch.compile of each block: `on`, `off`, `auto` = where the measured gain repays the compilation."""
     loss_chunk: int = 0
-    """Tokens whose logits exist at a time; 0 = chosen so that they take 16 MiB at most."""
+    """Tokens whose logits exist at a time; 0 = by size, in tiles of about 16 MiB."""
     validate_every: int = 0
     """Steps between validations; 0 = ten times a run. There is always one at the end."""
     validate_tokens: int = 0
-    """Tokens per validation; 0 = all held-out text at the end, and up to 65,536 during training."""
+    """Tokens per validation; 0 = all held-out text at the end, and up to 16,384 during training."""
     on_nonfinite: str = "stop"
     """NaN or inf in loss or gradient: the update is not applied; `stop` ends the run, `skip` goes on."""
 
@@ -40,6 +40,4 @@ class TrainOptions:
         one_of("train.precision", self.precision, ("auto", "fp32", "bf16", "fp64"))
         one_of("train.compile", self.compile, ("auto", "on", "off"))
         one_of("train.on_nonfinite", self.on_nonfinite, ("stop", "skip"))
-        require(
-            self.steps > 0 or self.minutes > 0, "the run has no length", "give train.steps or train.minutes"
-        )
+        require(self.steps > 0 or self.minutes > 0, "the run has no length", "give train.steps or train.minutes")

@@ -16,7 +16,7 @@ from shoal.launch.ranks import Ranks
 # Seconds in which others may name the cause, when the first failure seems to follow from one of theirs.
 _CAUSE = 1.0
 # Seconds between asking the others to stop and killing them.
-_GRACE = 2.0
+_GRACE = 1.5
 
 
 def call(

@@ -39,9 +39,7 @@ def diagnose(budget: float = 15.0) -> Diagnosis:
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             failed.append(
-                Finding(
-                    f"{what} could not be found out: {reason[:300]}", "see the message; then run doctor again"
-                )
+                Finding(f"{what} could not be found out: {reason[:300]}", "see the message; then run doctor again")
             )
             return None
 
@@ -65,9 +63,7 @@ def _look(facts: Diagnosis, attempt: Callable[[str, Callable[[], Any]], Any]) ->
     facts.memory, facts.memory_available = attempt("memory", machine.memory) or (None, None)
     facts.disk_free = attempt("disk space", lambda: shutil.disk_usage(os.getcwd()).free)
     _, facts.shared_memory_free = attempt("shared memory", machine.shared_memory) or (None, None)
-    facts.open_files = attempt(
-        "the limit of open files", lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    )
+    facts.open_files = attempt("the limit of open files", lambda: resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     facts.compiler = attempt("the compiler", machine.compiler)
 
 
@@ -78,7 +74,7 @@ def _host_resolves() -> bool:
     def ask() -> None:
         try:
             socket.getaddrinfo(machine.host(), None)
-        except OSError:
+        except (OSError, UnicodeError):
             return
         resolved.set()
 

@@ -61,9 +61,7 @@ class Ranks:
             if rank not in self.alive:
                 ours, theirs = socket.socketpair()
                 with theirs:
-                    id = self.server.fork(
-                        "shoal.launch.rank:main", {"member": rank, "port": self._port}, theirs
-                    )
+                    id = self.server.fork("shoal.launch.rank:main", {"member": rank, "port": self._port}, theirs)
                 self.alive[rank] = _Rank(id, Channel(ours, Returned | Failed))
                 self.selector.register(self.alive[rank].channel, selectors.EVENT_READ, rank)
 
@@ -94,11 +92,12 @@ class Ranks:
         """
         said: list[Event] = []
         ended: list[Ended] = []
+        callbacks: list[Callable[[], None]] = []
         for key, _ in self.selector.select(timeout):
             if key.fileobj is self.server.channel:
                 ended = self._server_says()
             elif callable(key.data):
-                key.data()
+                callbacks.append(key.data)
             elif key.data in self.alive:
                 said += self._rank_says(key.data)
         for end in ended:
@@ -110,6 +109,9 @@ class Ranks:
                     said += [(rank, message) for message in process.channel.drain()]
                     self._forget(rank)
                     said.append((rank, end))
+        # Last, since they may raise.
+        for callback in callbacks:
+            callback()
         return said
 
     @property

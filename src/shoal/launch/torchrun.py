@@ -1,7 +1,7 @@
 """A rank that torchrun started, instead of our fork server.
 
-torchrun's own store listens on all interfaces, also with --standalone or --master-addr 127.0.0.1. On one machine,
-this keeps everything on loopback (the rendezvous is a file, and the store is ours):
+torchrun's own store listens on all interfaces, also with --standalone or --master-addr 127.0.0.1. On one
+machine, this keeps everything on loopback (the rendezvous is a file, and the store is ours):
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --local-addr 127.0.0.1 \
         --rdzv-backend c10d --rdzv-conf store_type=file -m shoal.cli.main train recipes/quickstart.toml

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from shoal.launch.cores import cores, too_many_workers
 from shoal.launch.ranks import Ranks
 from shoal.models import config
 from shoal.observe import result
-from shoal.observe.hold import held
+from shoal.observe.hold import hold
 from shoal.observe.log import Log
 from shoal.observe.result import Result
 
@@ -45,8 +46,8 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
     started = time.time()
     job.validate()
     if torchrun.is_worker():
-        arguments = {"job": job, "resume": resume, "started": started}
-        return _result(torchrun.run("shoal.launch.train:one_of_many", arguments, job.run.threads))
+        here = {"job": job, "resume": resume, "started": started}
+        return _result(torchrun.run("shoal.launch.train:one_of_many", here, job.run.threads))
     ranks = Ranks([_WORKER, _FINISH])  # imports torch while the text is prepared
     try:
         job, arguments = ready(job, resume, started)
@@ -56,10 +57,15 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
         if warning := too_many_workers(job.layout.world):
             say(f"warning: {warning}")
 
+        stopped: list[str] = []
+
         def stopping(name: str) -> None:
+            stopped.append(name)
             say(f"{name}: finishing this step, then saving; once more to kill")
 
         figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
+        if figures["stopped_by"] and stopped:
+            figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM
         local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks)
     finally:
         ranks.close()
@@ -78,7 +84,7 @@ def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: flo
         except BaseException:
             seat.store.set("ready", "")
             raise
-        seat.store.set("ready", msgspec.json.encode(arguments))
+        seat.store.set("ready", msgspec.json.encode(arguments).decode())
     told = seat.store.get("ready")
     if not told:
         raise RankError("rank 0 could not prepare the run", where=f"rank {seat.member}", fix="see its message")
@@ -141,7 +147,8 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
         shutil.copyfile(prepared.folder / name, folder / name)
     data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
     (folder / _DATA).write_bytes(msgspec.json.encode(data))
-    return job, {"folder": str(folder), "prepared": str(prepared.folder), "started": started}
+    arguments = {"folder": str(folder), "prepared": str(prepared.folder), "started": started, "command": sys.argv}
+    return job, arguments
 
 
 def _paths(job: Job) -> Job:
@@ -192,7 +199,7 @@ def _gpus() -> int:
         return 0
     from shoal import device
 
-    return device.count() if device.kind() == "cuda" else 0
+    return device.count() if device.kind() != "cpu" else 0
 
 
 def _new_folder(job: Job) -> Path:
@@ -200,15 +207,17 @@ def _new_folder(job: Job) -> Path:
     folder = Path(job.run.dir or f"runs/{job.run.name}-{now}")
     if (folder / "job.toml").exists():
         raise JobError(
-            "there is a run in this folder already", where=str(folder), fix=f"shoal train --resume {folder}, or another --run-dir"
+            "there is a run in this folder already",
+            where=str(folder),
+            fix=f"shoal train --resume {folder}, or another --run-dir",
         )
     return folder
 
 
 def _same_data(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
     """The token store that the run began with; made again where it has been deleted."""
-    if held(folder):
-        raise JobError("another process is training in this run folder", where=str(folder), fix="wait for it or stop it")
+    with hold(folder):  # refuses while somebody trains in it
+        pass
     try:
         known = msgspec.json.decode((folder / _DATA).read_bytes(), type=dict[str, str])
     except (OSError, msgspec.DecodeError):

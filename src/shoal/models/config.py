@@ -63,9 +63,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelOptions:
         )
     for key, neutral in _NEUTRAL.items():
         if key in config and config[key] not in neutral:
-            raise ModelError(
-                f"{key}={config[key]!r} is not supported", where=where, fix=f"known: {neutral[0]!r}"
-            )
+            raise ModelError(f"{key}={config[key]!r} is not supported", where=where, fix=f"known: {neutral[0]!r}")
     missing = [key for key in _REQUIRED if key not in config]
     if missing:
         raise ModelError(f"{', '.join(missing)} not given", where=where, fix="fetch the file again")
@@ -98,9 +96,7 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, str]:
     theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind not in ROPE_KEYS:
-        raise ModelError(
-            f"rope_type={kind!r} is not supported", where=where, fix=f"known: {', '.join(ROPE_KEYS)}"
-        )
+        raise ModelError(f"rope_type={kind!r} is not supported", where=where, fix=f"known: {', '.join(ROPE_KEYS)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("partial_rotary_factor is not supported", where=where, fix="known: 1.0")
     if kind == "default":

@@ -117,9 +117,7 @@ class Decoder(nn.Module):
         self.options = options
         self.model = Trunk(options)
         self.lm_head = (
-            None
-            if options.tie_word_embeddings
-            else nn.Linear(options.hidden_size, options.vocab_size, bias=False)
+            None if options.tie_word_embeddings else nn.Linear(options.hidden_size, options.vocab_size, bias=False)
         )
 
     @property

@@ -81,8 +81,7 @@ def page(title: str, under: str, sections: Iterable[str], charts: list[dict[str,
 def figures(items: Iterable[tuple[str, str, str]]) -> str:
     """Boxes of (label, value, unit): what one looks for first."""
     boxes = (
-        f'<div class="box"><span>{_text(label)}</span>'
-        f"<b>{_text(value)} <small>{_text(unit)}</small></b></div>"
+        f'<div class="box"><span>{_text(label)}</span><b>{_text(value)} <small>{_text(unit)}</small></b></div>'
         for label, value, unit in items
     )
     return f'<div class="figures">{"".join(boxes)}</div>'
@@ -95,11 +94,7 @@ def plots(charts: list[dict[str, Any]]) -> str:
         f'<div class="chart" id="chart-{i}"></div></div>'
         for i, chart in enumerate(charts)
     )
-    hint = (
-        '<p class="note">Drag over a chart to zoom in, double-click to see all of it again.</p>'
-        if charts
-        else ""
-    )
+    hint = '<p class="note">Drag over a chart to zoom in, double-click to see all of it again.</p>' if charts else ""
     return f'<div class="grid">{"".join(boxes)}</div>{hint}'
 
 

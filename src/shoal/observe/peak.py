@@ -25,9 +25,7 @@ def matmul_peak(where: torch.device, precision: str, budget: float = 0.3) -> flo
     best, size = 0.0, _SMALLEST
     while True:
         # Random values: GPUs multiply zeros at less power, and so faster than they will in training.
-        a, b = (
-            torch.randn(size, size, generator=random, device=where, dtype=DTYPES[precision]) for _ in range(2)
-        )
+        a, b = (torch.randn(size, size, generator=random, device=where, dtype=DTYPES[precision]) for _ in range(2))
         seconds = min(_once(a, b, where) for _ in range(3))
         best = max(best, 2 * size**3 / seconds)
         # Making the next matrices and its first call, which may compile, cost about as much as a product.

@@ -24,9 +24,7 @@ def write(folder: Path) -> Path:
     ShoalError if the folder holds no run.
     """
     if not (folder / "job.toml").is_file() and not (folder / metrics.FILE).is_file():
-        raise ShoalError(
-            "there is no run here: job.toml is missing", where=str(folder), fix="see `shoal runs`"
-        )
+        raise ShoalError("there is no run here: job.toml is missing", where=str(folder), fix="see `shoal runs`")
     path = folder / FILE
     fresh = path.with_suffix(".new")
     fresh.write_text(render(folder), encoding="utf-8")
@@ -67,9 +65,7 @@ def _under(rows: Rows, done: Result | None, job: Job | None) -> str:
 
 def _headline(rows: Rows, done: Result | None) -> list[tuple[str, str, str]]:
     last = rows[-1] if rows else {}
-    validation = (
-        done.val_loss if done else next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None)
-    )
+    validation = done.val_loss if done else next((r["val_loss"] for r in reversed(rows) if "val_loss" in r), None)
     speed = done.tokens_per_second if done else median(rows, "tokens_per_second")
     return [
         ("validation loss", number(validation, ".3f"), "nats/token"),
@@ -158,7 +154,7 @@ def _compression(done: Result) -> str:
         ("xz -9", done.xz_bits_per_byte),
         ("gzip -9", done.gzip_bits_per_byte),
     ]
-    note = "Of the same validation text; less is good. The model's: its loss over ln 2 and the text's bytes."
+    note = "All of the same validation text; less is better. The model's is its loss / ln 2 / bytes of text."
     return page.bars("Bits per byte", [(name, value) for name, value in values if value], note)
 
 

@@ -103,6 +103,4 @@ class Show:
             if not self._warned:
                 self._warned = True
                 reason = error.strerror or str(error)
-                self.say(
-                    f"warning: cannot write the run's log and metrics ({reason}); training goes on without"
-                )
+                self.say(f"warning: cannot write the run's log and metrics ({reason}); training goes on without")

@@ -26,8 +26,7 @@ def lines(result: Result) -> list[str]:
     out.append(f"run folder   {result.run}")
     out.append(f"report       {Path(result.run) / 'report.html'}")
     out.append(
-        f"resume       {commands.resume(result.run)}"
-        + ("" if result.stopped_by else f" --steps {2 * result.steps}")
+        f"resume       {commands.resume(result.run)}" + ("" if result.stopped_by else f" --steps {2 * result.steps}")
     )
     out.append(f"generate     {commands.generate(result.run, result.prompt or 'Once')}")
     return out

@@ -34,9 +34,7 @@ def initialise_(
     "Parallel random numbers: as easy as 1, 2, 3"); torch's own generators are neither read nor moved.
     """
     assert len(global_shape) == len(offsets) == local.ndim, f"{name}: shapes of different length"
-    assert all(o + n <= g for o, n, g in zip(offsets, local.shape, global_shape, strict=True)), (
-        f"{name}: outside"
-    )
+    assert all(o + n <= g for o, n, g in zip(offsets, local.shape, global_shape, strict=True)), f"{name}: outside"
     if fill.std == 0.0 or local.numel() == 0:
         return local.fill_(fill.mean)
     edges = _edges(local.ndim)
@@ -47,10 +45,7 @@ def initialise_(
     for block in product(*touched):
         start = [index * edge for index, edge in zip(block, edges, strict=True)]
         low = [max(s, o) for s, o in zip(start, offsets, strict=True)]
-        high = [
-            min(s + edge, o + size)
-            for s, edge, o, size in zip(start, edges, offsets, local.shape, strict=True)
-        ]
+        high = [min(s + edge, o + size) for s, edge, o, size in zip(start, edges, offsets, local.shape, strict=True)]
         inside = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start, strict=True))
         place = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, offsets, strict=True))
         values = _block(seed, name, block).standard_normal(edges)[inside]

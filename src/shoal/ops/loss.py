@@ -69,9 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N1, weight_N1)
         ctx.tile, ctx.dtype = tile, dtype
         with_gradients = any(ctx.needs_input_grad)
-        loss, ctx.gradients = _compute(
-            hidden_ND, weight_VD, labels_N1, weight_N1, tile, dtype, with_gradients
-        )
+        loss, ctx.gradients = _compute(hidden_ND, weight_VD, labels_N1, weight_N1, tile, dtype, with_gradients)
         return loss
 
     @staticmethod
@@ -107,9 +105,7 @@ def _compute(
             gradients = of_hidden_ND, of_weight_VD
         buffer = loss.new_empty(min(tile[0], tokens) * min(tile[1], words))
         for rows in _slices(tokens, tile[0]):
-            chunk = _Chunk(
-                hidden_ND[rows].to(dtype), narrow_VD, labels_N1[rows], weight_N1[rows], tile[1], buffer
-            )
+            chunk = _Chunk(hidden_ND[rows].to(dtype), narrow_VD, labels_N1[rows], weight_N1[rows], tile[1], buffer)
             loss += chunk.loss()
             if gradients:
                 chunk.add_gradients_(of_hidden_ND[rows], of_weight_VD)
@@ -128,12 +124,8 @@ class _Chunk:
         words: int,
         buffer: Tensor,
     ):
-        self.hidden_CD, self.weight_VD, self.labels_C1, self.weight_C1 = (
-            hidden_CD,
-            weight_VD,
-            labels_C1,
-            weight_C1,
-        )
+        self.hidden_CD, self.weight_VD = hidden_CD, weight_VD
+        self.labels_C1, self.weight_C1 = labels_C1, weight_C1
         self.columns = list(_slices(weight_VD.shape[0], words))
         self.buffer = buffer
         self.log_sum_C1 = torch.full_like(weight_C1, -torch.inf)
@@ -171,8 +163,7 @@ class _Chunk:
         return tile_CW.copy_(self.hidden_CD @ weight_WD.T)
 
     def _labels(self, columns: slice) -> tuple[Tensor, Tensor]:
-        """Each token's label as a place among these columns, and whether it lies there (else the place is
-        any)."""
+        """Each token's label as a place among these columns, and whether it lies there (else any place)."""
         width = columns.stop - columns.start
         place_C1 = self.labels_C1 - columns.start
         return place_C1.clamp(0, width - 1), (place_C1 >= 0) & (place_C1 < width)

@@ -32,7 +32,7 @@ class Sharded:
         compute: torch.dtype | None,
         on_bucket: Callable[[Tensor], None] | None,
     ):
-        """compute: dtype in which parameters are gathered, None = their own. Reduction is in the parameters' own.
+        """compute: dtype in which blocks are gathered, None = their own. Reduction is in the parameters' own.
 
         on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches.
         """
@@ -43,7 +43,10 @@ class Sharded:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+        # The embedding and the output layer stay as stored, and autocast casts them where they are used: the sum of
+        # a tied matrix's two gradients, and of the embedding's rows, would lose digits in bf16.
+        own = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
+        fully_shard(model, mesh=mesh, mp_policy=own, reshard_after_forward=False)
         self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._sum: dict[int, Tensor] = {}
         for index, group in enumerate(self.groups):

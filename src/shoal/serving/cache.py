@@ -12,9 +12,7 @@ from shoal.ops.attention import Attention, masked
 class Cache:
     """Room for `capacity` tokens in each of `rows` rows, which grow together. `length`: tokens held."""
 
-    def __init__(
-        self, options: ModelOptions, rows: int, capacity: int, dtype: torch.dtype, device: torch.device
-    ):
+    def __init__(self, options: ModelOptions, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
         shape = (options.num_hidden_layers, rows, capacity, options.num_key_value_heads, options.head_size)
         self.keys_NBSKD = torch.empty(shape, dtype=dtype, device=device)
         self.values_NBSKD = torch.empty(shape, dtype=dtype, device=device)

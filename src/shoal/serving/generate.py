@@ -38,17 +38,15 @@ def generate(
     on_text: gets each piece of text as soon as its characters are whole. say: gets a notice if the context
     ended it.
 
-    Raises ModelError (no such folder, no tokenizer, prompt longer than the context) and JobError (an option
-    out of range).
+    Raises ModelError (no such folder, prompt longer than the context), DataError (no tokenizer) and JobError
+    (an option out of range).
     """
     sampling = Sampling(temperature, top_k, top_p)
     sampling.validate()
     at_least("max_tokens", max_tokens, 1)
     if tokenizer is None:
         if isinstance(model, Decoder):
-            raise ModelError(
-                "a model alone has no tokenizer", fix="give tokenizer=folder, or the folder as model"
-            )
+            raise ModelError("a model alone has no tokenizer", fix="give tokenizer=folder, or the folder as model")
         tokenizer = model
     if not isinstance(tokenizer, PromptTokenizer):
         tokenizer = load_tokenizer(tokenizer)

@@ -22,9 +22,7 @@ def load(path: str | Path, say: Callable[[str], None] = print) -> Decoder:
     """
     path = Path(path)
     if not path.is_dir():
-        raise ModelError(
-            "there is no such folder", where=str(path), fix="give a run folder or a Hugging Face folder"
-        )
+        raise ModelError("there is no such folder", where=str(path), fix="give a run folder or a Hugging Face folder")
     if (path / "config.json").is_file():
         model = build(config.read(path))
         huggingface.load(path, _shards(model))

@@ -48,9 +48,7 @@ def load_tokenizer(path: str | Path) -> PromptTokenizer:
 class Stream:
     """Turns tokens into text as they come. A character that several tokens make up comes out whole."""
 
-    def __init__(
-        self, tokenizer: PromptTokenizer, prompt: list[int], on_text: Callable[[str], None] | None = None
-    ):
+    def __init__(self, tokenizer: PromptTokenizer, prompt: list[int], on_text: Callable[[str], None] | None = None):
         """prompt: decoded with the first tokens, since some tokenizers treat a text's first word
         differently."""
         self.tokenizer, self.on_text = tokenizer, on_text

@@ -21,7 +21,7 @@ from shoal.training.stop import Stop
 from shoal.training.validate import Validation, validate
 
 # Tokens of a validation during training; the one at the end reads all of them.
-GLANCE_TOKENS = 65_536
+GLANCE_TOKENS = 16_384
 
 
 @dataclass
@@ -121,9 +121,10 @@ class Loop:
 
     def save(self) -> None:
         """Copies the state and lets the helper process write it; one that failed is told and not fatal."""
-        if self.saved is not None and self.saved.error:
-            self.say(f"warning: {self.saved.error}")
-        self.saved = self.saver.save(self.state(), self.step)
+        before, self.saved = self.saved, self.saver.save(self.state(), self.step)
+        # Known by now: a save waits for the one before.
+        if before is not None and before.error:
+            self.say(f"warning: {before.error}")
 
     def state(self) -> State:
         """Weights, optimizer, sync and the position in the data: all that the next step depends on."""
@@ -141,7 +142,7 @@ class Loop:
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint, of whatever layout."""
         parts = self.parts
-        values = checkpoint.load(folder, self.state().shards)
+        values = checkpoint.load(folder, self.state().shards, verified=True)
         parts.update.restore(values["update"])
         parts.sync.restore(values["sync"])
         self.step, self.position = values["step"], values["position"]

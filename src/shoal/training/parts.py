@@ -62,7 +62,7 @@ def _recompute(block: nn.Module) -> None:
     """Keeps a block's input only and computes the rest again in backward (Chen et al. 2016, arXiv:1604.06174)."""
     forward = types.MethodType(type(block).forward, block)
     # Nothing in a block draws random numbers, so no generator state needs saving.
-    block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)  # type: ignore[method-assign]
+    block.forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def first_weights(replica: Replica, job: Job) -> None:
@@ -72,6 +72,4 @@ def first_weights(replica: Replica, job: Job) -> None:
         return
     fills = parameters(job.model)
     for shard in replica.shards():
-        initialise_(
-            shard.local, shard.name, shard.global_shape, shard.offsets, fills[shard.name].fill, job.train.seed
-        )
+        initialise_(shard.local, shard.name, shard.global_shape, shard.offsets, fills[shard.name].fill, job.train.seed)

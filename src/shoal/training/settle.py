@@ -101,7 +101,7 @@ def steps_in(seconds: float, parts: Parts, batches: list[Batch], validated: int)
 
     validated: tokens of all validations; a forward pass takes a third of a step.
     """
-    times = []
+    times: list[float] = []
     begin = time.perf_counter()
     while len(times) < 3 or (len(times) < 12 and time.perf_counter() - begin < 5):
         start = time.perf_counter()

@@ -16,6 +16,7 @@ from shoal.data.prepare import Prepared
 from shoal.job import Job, read, write
 from shoal.mesh import Mesh, Seat
 from shoal.models.spec import flops_per_token
+from shoal.observe import environment
 from shoal.observe.peak import matmul_peak
 from shoal.observe.show import Show
 from shoal.training.feed import micro_batches, on_device
@@ -28,10 +29,11 @@ from shoal.training.stop import Stop
 _AFTERWARDS = 8.0
 
 
-def main(seat: Seat, *, folder: str, prepared: str, started: float) -> dict[str, Any]:
+def main(seat: Seat, *, folder: str, prepared: str, started: float, command: list[str]) -> dict[str, Any]:
     """Trains the job in `folder`/job.toml, from its newest checkpoint if there is one. Returns figures of the run.
 
     prepared: folder of the token store. started: time.time() of the user's command; `train.minutes` counts from it.
+    command: the user's words, for the record.
     """
     stop, run = Stop(), Path(folder)
     job = read(run / "job.toml")
@@ -47,6 +49,7 @@ def main(seat: Seat, *, folder: str, prepared: str, started: float) -> dict[str,
         parts = _parts(job, ranks, training, validation, started, show.say)
         if ranks.rank == 0:
             (run / "job.toml").write_text(write(parts.job), encoding="utf-8")
+            environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
         loop = Loop(parts, training, validation, saver, stop, show.step, show.say)
         _resume(loop, run / "checkpoints", seat, ranks)
         precision = parts.job.train.precision

@@ -1,0 +1,104 @@
+"""A run that is killed and resumed ends as the run that never was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal import checkpoint
+from shoal.cli.main import main
+from shoal.observe import metrics
+
+
+def shoal(*words: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "shoal.cli.main", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    found = [int(word) for word in children.read_text().split()] if children.exists() else []
+    return found + [grandchild for child in found for grandchild in descendants(child)]
+
+
+def kill_everything(process: subprocess.Popen) -> None:
+    for pid in [process.pid, *descendants(process.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+def until(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        time.sleep(0.002)
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in checkpoint.tensors(run / f"checkpoints/step-{step:08}")}
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in metrics.read(run)]
+
+
+def test_killed_and_resumed_equals_never_killed_bitwise(arguments, tmp_path):
+    """20 steps = 10 steps + SIGKILL of everything + resume, with 3 workers and several buckets."""
+    job = [*arguments, "--layout", "replicas=3", "--steps", "20", "--checkpoint.every", "10"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    assert main([*job, "--run-dir", str(whole)]) == 0
+    process = shoal(*job, "--run-dir", str(broken))
+    until((broken / "checkpoints/step-00000010/manifest.json").exists, process)
+    kill_everything(process)
+    assert not (broken / "checkpoints/step-00000020").exists()
+    assert main(["train", "--resume", str(broken)]) == 0
+    assert losses(broken) == losses(whole)
+    one, two = (sorted((run / "checkpoints/step-00000020").glob("*.safetensors")) for run in (whole, broken))
+    assert len(one) == len(two) == 3
+    for mine, theirs in zip(one, two, strict=True):  # weights and both moments
+        assert mine.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["fsdp=2,zero=2,micro_batch=3", "replicas=1"])
+def test_resumes_in_another_layout(arguments, tmp_path, layout):
+    """In float64: rounding stays below 1e-8, a lost or repeated sample would not."""
+    job = [*arguments, "--steps", "12", "--checkpoint.every", "6", "--train.precision", "fp64"]
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    assert main([*job, "--layout", "replicas=3", "--run-dir", str(whole)]) == 0
+    assert main([*job, "--layout", "replicas=3", "--run-dir", str(moved)]) == 0
+    later = moved / "checkpoints/step-00000012"
+    for file in later.iterdir():
+        file.unlink()
+    later.rmdir()
+    assert main(["train", "--resume", str(moved), "--layout", layout]) == 0
+    assert losses(moved) == pytest.approx(losses(whole), rel=1e-8)
+    one, two = weights(whole, 12), weights(moved, 12)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(arguments, tmp_path, number):
+    run = tmp_path / "run"
+    process = shoal(*arguments, "--layout", "replicas=2", "--steps", "100000", "--run-dir", str(run))
+    until(lambda: len(metrics.read(run)) > 3, process)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, text
+    assert f"shoal train --resume {run}" in text
+    steps = metrics.read(run)[-1]["step"]
+    newest = checkpoint.newest(run / "checkpoints", print)
+    assert newest is not None
+    assert newest.name == f"step-{steps:08}", "nothing was lost"
