@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.paired import interleave, ratio
+
 from shoal.job import Job, Layout
 from shoal.job.data import DataOptions
 from shoal.job.model import ModelOptions
@@ -322,7 +323,8 @@ def main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{r['row']:<14} shoal {r['shoal']:>6,} tok/s   ddp {r['ddp']:>6,}: ×{r['ratio_ddp']:.3f} (≥ {r['ratio_ddp_low']:.3f})   "
+        f"{r['row']:<14} shoal {r['shoal']:>6,} tok/s   "
+        f"ddp {r['ddp']:>6,}: ×{r['ratio_ddp']:.3f} (≥ {r['ratio_ddp_low']:.3f})   "
         f"hf {r['hf']:>6,}: ×{r['ratio_hf']:.3f} (≥ {r['ratio_hf_low']:.3f})   A/A {r['aa']:.3f}   {r['blocks']} blocks"
         for r in rows
     )

@@ -54,21 +54,39 @@ def plain_row(corpus, plan, row: int, length: int) -> dict[str, list[int]]:
     return out
 
 
+def wrong(corpus, plan, batch: Batch) -> list[str]:
+    """The fields of a batch of all rows in order that differ from a plain reading."""
+    names = ["tokens", "labels", "document", "position", "weight"]
+    expected = [plain_row(corpus, plan, row, 48) for row in range(plan.rows)]
+    return [n for n in names if getattr(batch, f"{n}_BL").tolist() != [row[n] for row in expected]]
+
+
 @pytest.mark.parametrize("how", ["best_fit", "pad"])
 def test_rows_are_the_pieces_of_the_plan(made, how):
     corpus, options = made
     reader = Loader(corpus, replace(options, pack=how), "train", BATCH)
-    plan = corpus.plan("train", 48, how)
     batch = reader.rows(np.arange(reader.samples))
-    for row in range(reader.samples):
-        expected = plain_row(corpus, plan, row, 48)
-        for name, values in expected.items():
-            assert getattr(batch, f"{name}_BL")[row].tolist() == values, (name, row)
+    assert wrong(corpus, corpus.plan("train", 48, how), batch) == []
     kinds = [batch.tokens_BL.dtype, batch.labels_BL.dtype, batch.sample_B.dtype, batch.weight_BL.dtype]
     assert kinds == [torch.int64, torch.int64, torch.int64, torch.float32]
     assert batch.document_BL.dtype == batch.position_BL.dtype == torch.int32
     assert batch.sample_B.tolist() == list(range(reader.samples))
     assert batch.weight_BL.sum() == reader.tokens == corpus.train.predictions
+
+
+@pytest.mark.parametrize(
+    ("bug", "seen"),
+    [
+        (lambda r: setattr(r, "_start_P", r._start_P + (np.arange(len(r._start_P)) == 9)), {"tokens", "labels"}),
+        (lambda r: setattr(r, "_stored", np.roll(r._stored, 1)), {"tokens", "labels"}),
+        (lambda r: setattr(r, "_length_P", np.maximum(r._length_P - 1, 1)), {"document", "position", "weight"}),
+    ],
+)
+def test_a_wrong_place_or_length_is_noticed(made, bug, seen):
+    corpus, options = made
+    reader = Loader(corpus, options, "train", BATCH)
+    bug(reader)
+    assert seen <= set(wrong(corpus, corpus.plan("train", 48, "best_fit"), reader.rows(np.arange(reader.samples))))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4, 8])
@@ -125,13 +143,14 @@ def test_order_follows_the_seed(made):
     assert sequential.batch(0, 0, 1).sample_B.tolist() == list(range(BATCH))
 
 
-def test_a_document_lost_in_the_plan_would_be_noticed(made, monkeypatch):
+def test_an_order_that_depends_on_the_ranks_would_be_noticed(made, monkeypatch):
     corpus, options = made
     order = loader_module.permute
-    monkeypatch.setattr(loader_module, "permute", lambda index, *rest: np.maximum(order(index, *rest), 1))
+    # The bug: each rank shuffles the positions it is given.
+    monkeypatch.setattr(loader_module, "permute", lambda index, size, *rest: order(index - index.min(), size, *rest))
     reader = Loader(corpus, options, "train", BATCH, seed=5)
-    seen = reader.order(np.arange(reader.samples))
-    assert sorted(seen.tolist()) != list(range(reader.samples))
+    ranks = [reader.batch(BATCH, part, 2) for part in range(2)]
+    assert not equal(join(ranks), reader.batch(BATCH, 0, 1))
 
 
 def test_validation_is_its_own_split(made):

@@ -18,13 +18,13 @@ def whole(size: int, seed: int = 0, epoch: int = 0) -> np.ndarray:
     return permute(np.arange(size), size, seed, epoch)
 
 
-@settings(max_examples=150)
+@settings(deadline=None, max_examples=150)
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**80), epoch=st.integers(0, 10**9))
 def test_every_element_is_reached_once(size, seed, epoch):
     assert np.array_equal(np.sort(whole(size, seed, epoch)), np.arange(size))
 
 
-@settings(max_examples=50)
+@settings(deadline=None, max_examples=50)
 @given(size=st.integers(1, 2**62), seed=st.integers(0, 2**32), data=st.data())
 def test_elements_of_huge_ranges_stay_in_range_and_apart(size, seed, data):
     index = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=50, unique=True))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shoal.data import split as split_module
 from shoal.data.sources import Source
 from shoal.data.split import split
 from tests.data.corpora import jsonl, words
@@ -34,7 +35,7 @@ def test_whole_files_near_the_target(tmp_path):
     assert {s.file for s in split(files, 0.05, seed=1)[1]} != {s.file for s in validation}
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(5, 400), min_size=2, max_size=12), share=st.floats(0.001, 0.99))
 def test_both_sides_hold_a_file_and_no_choice_of_one_file_would_be_nearer(tmp_path, sizes, share):
     files = many(tmp_path, sizes)
@@ -57,6 +58,13 @@ def test_copies_stay_together(tmp_path):
     text = {s.file.path.read_text() for s in training}
     assert validation
     assert not text & {s.file.path.read_text() for s in validation}
+
+
+def test_copies_apart_would_be_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(split_module, "_copies", lambda files: [[file] for file in files])
+    files = [source(tmp_path / f"{i}.txt", f"{i // 4:07}" * 20) for i in range(40)]
+    training, validation = split(files, 0.3)
+    assert {s.file.path.read_text() for s in training} & {s.file.path.read_text() for s in validation}
 
 
 def test_nothing_is_held_out_if_nothing_is_asked_for(tmp_path):

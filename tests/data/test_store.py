@@ -45,7 +45,7 @@ def read(prefix: Path) -> list[list[int]]:
     return [store.tokens[s : s + n].tolist() for s, n in zip(store.start_D, store.length_D, strict=True)]
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.lists(st.integers(0, 65499), max_size=9), max_size=9),
     vocab_size=st.sampled_from([257, 65499, 65500, 200_000]),

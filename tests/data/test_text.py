@@ -38,7 +38,7 @@ def documents(path: Path, field: str = "text") -> tuple[list[str], int]:
     return found, replaced
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lines=st.lists(st.text(max_size=30), min_size=1, max_size=30), size=st.integers(4, 60))
 def test_pieces_of_any_size_give_the_whole_text(tmp_path, lines, size):
     whole = ("\n".join(lines) or "x").encode("utf-8", "replace").decode()
@@ -49,7 +49,7 @@ def test_pieces_of_any_size_give_the_whole_text(tmp_path, lines, size):
         assert documents(path) == ([whole or "x"], 0)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=20), size=st.integers(4, 200))
 def test_pieces_of_jsonl_of_any_size_give_every_document(tmp_path, texts, size):
     path = jsonl(tmp_path / "some.jsonl", texts)

@@ -24,7 +24,7 @@ def bpe():
 TEXT = st.one_of(st.text(), st.text(alphabet=" \n\t\r_a1(é😀<|endoftext|>", max_size=60), st.just(END))
 
 
-@settings(max_examples=200)
+@settings(deadline=None, max_examples=200)
 @given(text=TEXT)
 def test_bytes_are_their_own_tokens(text):
     tokens = tokenizer.single_bytes().encode([text])[0]
@@ -32,7 +32,7 @@ def test_bytes_are_their_own_tokens(text):
     assert tokenizer.single_bytes().decode(tokens) == text
 
 
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 @given(text=TEXT)
 def test_bpe_gives_back_the_text(bpe, text):
     tokens = bpe.encode([text])[0]

@@ -49,7 +49,10 @@ def job(layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp6
 
 
 def global_batch(step: int, order: int = 0) -> Batch:
-    """order: shuffles the rows, another way for each value. Documents of mixed length, a different number of valid tokens in every row, and text that can be learned."""
+    """Documents of mixed length, a different number of valid tokens in every row, and text that can be learned.
+
+    order: shuffles the rows, another way for each value.
+    """
     generator = torch.Generator().manual_seed(1000 + step)
     rows = []
     for _ in range(GLOBAL_BATCH):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -44,5 +45,5 @@ def test_any_schedule_stays_between_zero_and_the_peak(schedule, warmup, decay, f
     rates = [learning_rate(o, s, steps) for s in range(steps)]
     assert all(0 <= r <= 0.5 + 1e-12 for r in rates)
     peak = rates.index(max(rates))
-    assert all(a <= b + 1e-12 for a, b in zip(rates[:peak], rates[1 : peak + 1], strict=True))
-    assert all(a >= b - 1e-12 for a, b in zip(rates[peak:], rates[peak + 1 :], strict=False))
+    assert all(a <= b + 1e-12 for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b - 1e-12 for a, b in pairwise(rates[peak:]))

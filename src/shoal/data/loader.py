@@ -72,23 +72,23 @@ class Loader:
         start_P[filler_B] = length_P[filler_B] = 0
         length_P[filler_B] = L - np.add.reduceat(length_P, filler_B - count_B)
         begin_P = np.cumsum(length_P) - length_P
-        position_N = np.arange(B * L) - np.repeat(begin_P, length_P)
-        source_N = np.repeat(start_P, length_P) + position_N
-        document_N = np.repeat(number_P, length_P)
-        weight_N = document_N != np.repeat(count_B, L)
-        tokens_N = self._stored.take(source_N, mode="clip")
-        labels_N = self._stored.take(source_N + 1, mode="clip")
-        tokens_N[~weight_N] = self._end
-        labels_N[~weight_N] = 0
-
-        def tensor(array_N: NDArray, dtype: type[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(array_N.astype(dtype).reshape(B, L))
+        weight_P = np.ones(len(length_P), np.float32)
+        weight_P[filler_B] = 0
+        place_N = np.arange(B * L)
+        source_N = place_N + np.repeat(start_P - begin_P, length_P)
+        weight_N = np.repeat(weight_P, length_P)
+        tokens_N = self._stored.take(source_N, mode="clip").astype(np.int64)
+        labels_N = self._stored.take(source_N + 1, mode="clip").astype(np.int64)
+        filled = np.flatnonzero(weight_N == 0)
+        tokens_N[filled], labels_N[filled] = self._end, 0
+        document_N = np.repeat(number_P.astype(np.int32), length_P)
+        position_N = place_N.astype(np.int32) - np.repeat(begin_P.astype(np.int32), length_P)
 
         return Batch(
-            tokens_BL=tensor(tokens_N, np.int64),
-            labels_BL=tensor(labels_N, np.int64),
-            document_BL=tensor(document_N, np.int32),
-            position_BL=tensor(position_N, np.int32),
+            tokens_BL=torch.from_numpy(tokens_N.reshape(B, L)),
+            labels_BL=torch.from_numpy(labels_N.reshape(B, L)),
+            document_BL=torch.from_numpy(document_N.reshape(B, L)),
+            position_BL=torch.from_numpy(position_N.reshape(B, L)),
             sample_B=torch.from_numpy(row_B),
-            weight_BL=tensor(weight_N, np.float32),
+            weight_BL=torch.from_numpy(weight_N.reshape(B, L)),
         )

@@ -28,7 +28,7 @@ from shoal.job.data import DataOptions
 __all__ = ["Counts", "Prepared", "prepare"]
 
 # Part of the name of a prepared folder: a change of what is written must change it.
-_FORMAT = 1
+_FORMAT = 2
 # The BPE is trained on at most so much text, spread over the corpus.
 _SAMPLE = 64 << 20
 # The validation text that is kept beside its tokens, to compare with other compressors.
@@ -180,18 +180,19 @@ def _cached(folder: Path, say: Callable[[str], None]) -> Prepared | None:
 
 @dataclass
 class _Progress:
-    """Says every few seconds how far the tokens are."""
+    """Says how far the tokens are: after 3 seconds, then less and less often, at least once a minute."""
 
     total: int
     say: Callable[[str], None]
     done: int = 0
     last: float = field(default_factory=time.monotonic)
+    pause: float = 3.0
 
     def add(self, size: int) -> None:
         self.done += size
         now = time.monotonic()
-        if now - self.last > 3:
-            self.last = now
+        if now - self.last > self.pause:
+            self.last, self.pause = now, min(2 * self.pause, 60.0)
             self.say(f"tokenising: {100 * self.done // max(self.total, 1)} % of {_megabytes(self.total)}")
 
 

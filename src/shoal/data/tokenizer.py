@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Model
 
 from shoal.errors import DataError
@@ -81,7 +81,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
-    return _ready(model, END, END, {})
+    return _own(model)
 
 
 def single_bytes() -> Tokenizer:
@@ -90,6 +90,13 @@ def single_bytes() -> Tokenizer:
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.decoder = decoders.ByteLevel()
     model.add_special_tokens([AddedToken(END, special=True)])
+    return _own(model)
+
+
+def _own(model: Model) -> Tokenizer:
+    """A prompt begins with the token that documents began with in training, here and in transformers."""
+    end = model.token_to_id(END)
+    model.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, end)])
     return _ready(model, END, END, {})
 
 

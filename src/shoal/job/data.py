@@ -12,8 +12,8 @@ class DataOptions:
     """Text -> tokens -> packed sequences."""
 
     source: tuple[str, ...] = ("python",)
-    """Files or folders of text or source code, *.jsonl (one object a line), `-` for standard input, or
-    `python`: the source of this Python's standard library (without its tests)."""
+    """Files or folders of text or source code, *.jsonl (one object a line), `-` for standard input (JSONL if its
+    first line is), or `python`: the source of this Python's standard library (without its tests)."""
     text_field: str = "text"
     """JSONL: the key that holds the text."""
     include: tuple[str, ...] = ()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shoal import models
+import torch
+
+from shoal import checkpoint
 from shoal.checkpoint import huggingface
 from shoal.data.describe import compressed_bits_per_byte
 from shoal.data.prepare import Prepared
@@ -24,36 +29,51 @@ from shoal.serving.load import load
 # Beginnings to go on from: of source code, and of a new document for any other text.
 _PROMPT = "def main("
 _SAMPLE_TOKENS = 120
+# Parameters below which several threads wait for each other longer than they compute a token.
+_SMALL = 50_000_000
 
 
-def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> None:
+def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> dict[str, Any]:
     """Closes a run from what its checkpoint and metrics say. figures: what the worker returned.
 
-    Nothing here can fail the run: training has ended and its state is saved.
+    Returns the fields of the run's Result. Nothing here can fail the run, a full disk neither: training has ended
+    and its state is saved.
     """
     run, corpus = Path(folder), Prepared.load(Path(prepared))
     log = Log(run)
 
     def say(text: str) -> None:
         print(text, flush=True)
-        log.write(text)
+        with contextlib.suppress(OSError):
+            log.write(text)
 
     prompt, sample = "", ""
     try:
         model = load(run, say)
+        _tell_if_older(run, figures["step"], say)
+        if count(model.options) < _SMALL:
+            torch.set_num_threads(1)
         _export(model, run, corpus)
         prompt, sample = _sample(model, run)
     except (ShoalError, OSError) as error:
         say(f"warning: the trained model was not written to {run / 'model'}: {error}")
     outcome = _result(run, corpus, figures, prompt, sample)
-    result.write(run, outcome)
-    try:
-        report.write(run)
-    except OSError as error:
-        say(f"warning: no report: {error}")
+    for write in (lambda: result.write(run, outcome), lambda: report.write(run)):
+        try:
+            write()
+        except OSError as error:
+            say(f"warning: {error}")
     for line in summary.lines(outcome):
         say(line)
     log.close()
+    return asdict(outcome)
+
+
+def _tell_if_older(run: Path, step: int, say: Callable[[str], None]) -> None:
+    """Where the last state could not be saved, model and sample are those of an earlier step."""
+    newest = next(iter(checkpoint.complete(run / "checkpoints")), None)
+    if newest is not None and (saved := checkpoint.describe(newest)["step"]) != step:
+        say(f"warning: sample and model/ are those of step {saved}, the last one saved, not of step {step}")
 
 
 def _export(model: Decoder, run: Path, corpus: Prepared) -> None:

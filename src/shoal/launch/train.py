@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ from shoal.launch import local, torchrun
 from shoal.launch.cores import cores, too_many_workers
 from shoal.launch.ranks import Ranks
 from shoal.models import config
-from shoal.observe import result
 from shoal.observe.hold import hold
 from shoal.observe.log import Log
 from shoal.observe.result import Result
@@ -47,7 +47,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
     job.validate()
     if torchrun.is_worker():
         here = {"job": job, "resume": resume, "started": started}
-        return _result(torchrun.run("shoal.launch.train:one_of_many", here, job.run.threads))
+        return Result(**torchrun.run("shoal.launch.train:one_of_many", here, job.run.threads))
     ranks = Ranks([_WORKER, _FINISH])  # imports torch while the text is prepared
     try:
         job, arguments = ready(job, resume, started)
@@ -66,35 +66,40 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
         figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
         if figures["stopped_by"] and stopped:
             figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM
-        local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks)
+        return Result(**local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks))
     finally:
         ranks.close()
-    return _result(folder)
 
 
-def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: float) -> str:
-    """One rank of torchrun's: rank 0 prepares for all. Returns the run folder."""
+def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: float) -> dict[str, Any]:
+    """One rank of torchrun's: rank 0 prepares for all. Returns the fields of the Result."""
     from shoal.launch import finish
     from shoal.training import worker
 
     if seat.member == 0:
         try:
-            job, arguments = ready(replace(job, layout=job.layout or Layout(replicas=seat.world)), resume, started)
+            job = replace(job, layout=job.layout or Layout(replicas=seat.world))
             _fits(job, seat.world)
+            job, arguments = ready(job, resume, started)
         except BaseException:
             seat.store.set("ready", "")
             raise
         seat.store.set("ready", msgspec.json.encode(arguments).decode())
-    told = seat.store.get("ready")
+    told = _told(seat, "ready")
     if not told:
         raise RankError("rank 0 could not prepare the run", where=f"rank {seat.member}", fix="see its message")
     arguments = msgspec.json.decode(told, type=dict[str, Any])
     figures = worker.main(seat, **arguments)
     if seat.member == 0:
-        finish.main(seat, **_afterwards(arguments, figures))
-        seat.store.set("finished", "")
-    seat.store.wait(["finished"])
-    return arguments["folder"]
+        outcome = finish.main(seat, **_afterwards(arguments, figures))
+        seat.store.set("finished", msgspec.json.encode(outcome).decode())
+    return msgspec.json.decode(_told(seat, "finished"), type=dict[str, Any])
+
+
+def _told(seat: Seat, key: str) -> bytes:
+    """What rank 0 puts under a key, however long it prepares text; if it dies, torchrun ends everybody."""
+    seat.store.wait([key], timedelta(days=30))
+    return seat.store.get(key)
 
 
 def _afterwards(arguments: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
@@ -110,21 +115,15 @@ def _fits(job: Job, world: int) -> None:
         )
 
 
-def _result(folder: str | Path) -> Result:
-    found = result.read(Path(folder))
-    assert found is not None, "finish writes it"
-    return found
-
-
 def speaker(folder: Path | None = None) -> Callable[[str], None]:
     """Prints a sentence, and writes it into the run's log once there is a run folder."""
 
     def say(text: str) -> None:
         print(text, flush=True)
         if folder is not None:
-            log = Log(folder)
-            log.write(text)
-            log.close()
+            # A full disk is told by the saving of the state; it ends no run.
+            with contextlib.suppress(OSError), contextlib.closing(Log(folder)) as log:
+                log.write(text)
 
     return say
 
@@ -136,19 +135,28 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
     if resume is None:
         folder = _new_folder(job)
         prepared = prepare(job.data, say=say)
-        job = _vocabulary(job, prepared)
     else:
         folder = Path(resume)
         prepared = _same_data(job, folder, say)
+    job = _vocabulary(job, prepared)
     job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
+    try:
+        _fill(folder, job, prepared)
+    except OSError as error:
+        fix = "name another with --run-dir, or make space"
+        raise JobError(f"cannot write the run folder: {error.strerror}", where=str(folder), fix=fix) from None
+    arguments = {"folder": str(folder), "prepared": str(prepared.folder), "started": started, "command": sys.argv}
+    return job, arguments
+
+
+def _fill(folder: Path, job: Job, prepared: Prepared) -> None:
+    """What a run folder has before the first step."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.toml").write_text(write(job), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(prepared.folder / name, folder / name)
     data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
     (folder / _DATA).write_bytes(msgspec.json.encode(data))
-    arguments = {"folder": str(folder), "prepared": str(prepared.folder), "started": started, "command": sys.argv}
-    return job, arguments
 
 
 def _paths(job: Job) -> Job:

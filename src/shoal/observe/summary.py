@@ -15,12 +15,10 @@ def lines(result: Result) -> list[str]:
     if result.val_loss is not None:
         out.append(f"validation   {result.val_loss:.4f} nats per token{_bits(result)}")
     out.append(
-        f"speed        {number(result.tokens_per_second)} tokens/s on {result.devices} device{'s' * (result.devices > 1)}"
+        f"speed        {number(result.tokens_per_second)} tokens/s on {result.devices} devices"
         + (f", MFU {percent(result.mfu)}" if result.mfu is not None else "")
     )
-    out.append(
-        f"length       {result.steps:,} steps, {result.tokens:,} tokens, {duration(result.seconds)} minutes in all"
-    )
+    out.append(f"length       {result.steps:,} steps, {result.tokens:,} tokens, {duration(result.seconds)} in all")
     if result.stopped_by:
         out.append(f"stopped      by {result.stopped_by}; nothing is lost: resume as below")
     out.append(f"run folder   {result.run}")

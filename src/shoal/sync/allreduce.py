@@ -70,7 +70,7 @@ class AllReduce:
         return Version(step)
 
     def end(self, tally: Tally) -> Applied:
-        """Waits for the sums, then normalises, clips and updates. Raises what a collective raises when a rank is lost."""
+        """Waits for the sums, then normalises, clips and updates. Raises what collectives raise when a rank is lost."""
         start = time.perf_counter()
         totals = torch.stack([tally.loss_sum, tally.weight, torch.full_like(tally.weight, tally.stop)])
         counted = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)

@@ -60,6 +60,8 @@ class Loop:
             self.record(row)
             if self.step % save_every == 0 and self.step < steps and not stopped:
                 self.save()
+        if self.validation and self.last is None and not stopped:
+            self._validate(glance=False)  # a finished run that was resumed: the same figures again
         self.save()
         return self.step >= steps
 

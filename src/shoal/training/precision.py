@@ -18,6 +18,6 @@ def compute(precision: str) -> torch.dtype | None:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context of a forward pass (Micikevicius et al. 2018, "Mixed Precision Training"; bf16 needs no loss scale)."""
+    """The context of a forward pass (Micikevicius et al. 2018, "Mixed Precision Training"; bf16 needs no scale)."""
     dtype = compute(precision)
     return torch.autocast(device.type, dtype) if dtype else nullcontext()

@@ -23,7 +23,7 @@ class Validation:
 
 @torch.no_grad()
 def validate(parts: Parts, loader: Loader, rows: int) -> Validation:
-    """Mean loss of the first `rows` packed sequences of the loader, spread over the ranks."""
+    """Mean loss of `rows` packed sequences, evenly spaced in the loader's data, spread over the ranks."""
     mesh = parts.mesh
     size = mesh.layout.micro_batch or max(1, parts.job.train.global_batch // mesh.world)
     rows = min(rows, loader.samples)
@@ -35,7 +35,7 @@ def validate(parts: Parts, loader: Loader, rows: int) -> Validation:
         for turn in range(rounds):
             first = (turn * mesh.world + mesh.rank) * size
             wanted = np.arange(first, first + size)
-            batch = loader.rows(np.minimum(wanted, rows - 1))
+            batch = loader.rows(np.minimum(wanted, rows - 1) * loader.samples // rows)
             batch.weight_BL.mul_(torch.from_numpy(wanted < rows)[:, None])
             for part in micro_batches(on_device(batch, mesh.device), size):
                 loss_sum, weight = parts.objective(parts.replica.module, part)

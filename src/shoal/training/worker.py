@@ -63,6 +63,7 @@ def main(seat: Seat, *, folder: str, prepared: str, started: float, command: lis
             show.say(f"warning: {loop.saved.error}")
         last = {"nats": loop.last.nats, "tokens": loop.last.tokens} if loop.last else None
         return {
+            "step": loop.step,
             "validation": last,
             "seconds": time.time() - started,
             "devices": ranks.world,

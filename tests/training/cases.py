@@ -1,0 +1,188 @@
+"""What ranks do in the tests of training: they train as always, and are watched or disturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed.distributed_c10d as c10d
+from torch import Tensor
+
+from shoal import mesh as meshes
+from shoal.data.loader import Loader
+from shoal.data.prepare import Prepared
+from shoal.errors import DivergedError
+from shoal.job import read
+from shoal.launch.forkserver import resolve
+from shoal.mesh import Seat
+from shoal.training import loop, validate, worker
+from shoal.training.loop import Loop
+from shoal.training.objective import Objective
+from shoal.training.parts import Parts, assemble
+from tests.launch import sockets
+
+
+@contextlib.contextmanager
+def around_steps(before: Callable[[Loop], None], after: Callable[[Loop], None]) -> Iterator[None]:
+    """Calls these around every step of this rank's loop; `step` counts from 0 before it."""
+    real = Loop._step
+
+    def step(self: Loop) -> Any:
+        before(self)
+        done = real(self)
+        after(self)
+        return done
+
+    with mock.patch.object(Loop, "_step", step):
+        yield
+
+
+def digest(parts: Parts) -> str:
+    """Of all that an update changes: weights, moments and their count."""
+    found = hashlib.sha256(str(parts.update.values()).encode())
+    for shard in (*parts.replica.shards(), *parts.update.state()):
+        found.update(shard.local.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+class _Broken(torch.autograd.Function):
+    """The identity, whose gradient is infinite."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.inf
+
+
+def nonfinite(seat: Seat, what: str, at: int, victim: int, **args: Any) -> dict[str, Any]:
+    """Step `at` (from 1) has a NaN loss with finite gradients, or a finite loss with infinite gradients, in one rank.
+
+    Returns the digests of weights and optimizer before the first and after every step, and why the run ended.
+    """
+    digests: list[str] = []
+    now = [False]
+    real = Objective.__call__
+
+    def broken(self: Objective, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        loss_sum, weight = real(self, module, batch)
+        if now[0]:
+            loss_sum = loss_sum + torch.nan if what == "loss" else _Broken.apply(loss_sum)
+        return loss_sum, weight
+
+    def before(run: Loop) -> None:
+        if not digests:
+            digests.append(digest(run.parts))
+        now[0] = seat.member == victim and run.step + 1 == at
+
+    def after(run: Loop) -> None:
+        now[0] = False
+        digests.append(digest(run.parts))
+
+    error: DivergedError | None = None
+    with mock.patch.object(Objective, "__call__", broken), around_steps(before, after):
+        try:
+            worker.main(seat, **args)
+        except DivergedError as caught:
+            error = caught
+    return {"digests": digests, "error": error and {"what": error.what, "where": error.where, "fix": error.fix}}
+
+
+def validated(seat: Seat, folder: str, prepared: str, rows: int, bug: bool = False) -> list[float]:
+    """[nats per token, tokens] of the first weights on the first validation rows. bug: rows that fill up count."""
+    job = read(Path(folder) / "job.toml")
+    assert job.layout is not None
+    ranks = meshes.build(job.layout, seat, timeout=60)
+    try:
+        parts = assemble(job, ranks)
+        loader = Loader(Prepared.load(prepared), job.data, "validation", job.train.global_batch)
+
+        def heavy(batch: Any, where: torch.device) -> Any:
+            return loader.rows(batch.sample_B.numpy())
+
+        with mock.patch.object(validate, "on_device", heavy) if bug else contextlib.nullcontext():
+            found = validate.validate(parts, loader, rows)
+        return [found.nats, found.tokens]
+    finally:
+        ranks.close()
+
+
+def _refuse(*_: object, **__: object) -> None:
+    raise AssertionError("pickled")
+
+
+def without_pickle(seat: Seat, entry_: str, **args: Any) -> Any:
+    """Calls `entry_` where all ways into pickle fail."""
+    importlib.import_module("torch._dynamo")  # makes a class of Pickler
+    with contextlib.ExitStack() as patches:
+        for name in ("loads", "load", "Unpickler", "_Unpickler", "dumps", "dump", "Pickler", "_Pickler"):
+            patches.enter_context(mock.patch.object(pickle, name, _refuse))
+        for name in ("load", "save"):
+            patches.enter_context(mock.patch.object(torch, name, _refuse))
+        for name in ("_pickler", "_unpickler"):  # behind torch.distributed's *_object_list
+            patches.enter_context(mock.patch.object(c10d, name, _refuse))
+        return resolve(entry_)(seat, **args)
+
+
+def gathers_objects(seat: Seat) -> None:
+    """What `without_pickle` must refuse."""
+    ranks = meshes.build(meshes.Layout(replicas=seat.world), seat, timeout=60)
+    torch.distributed.broadcast_object_list([{"step": 1}], group=ranks.everyone)
+
+
+def listening(seat: Seat, **args: Any) -> list[str]:
+    """Addresses at which all processes of the run listen in its second step."""
+    found: list[str] = []
+
+    def look(run: Loop) -> None:
+        if run.step == 1 and seat.member == 0:
+            found.extend(sockets.listening(sockets.family(os.getppid())))
+
+    with around_steps(look, lambda _: None):
+        worker.main(seat, **args)
+    return found
+
+
+def full_disk(seat: Seat, victim: int, after: int, until: int, **args: Any) -> Any:
+    """Steps `after` < step ≤ `until` find no space for the files of one rank's checkpoints."""
+    real = Loop.save
+    unlimited = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+
+    def save(self: Loop) -> None:
+        if seat.member == victim:
+            full = after < self.step <= until
+            resource.prlimit(
+                self.saver._helper.process.pid, resource.RLIMIT_FSIZE, (10_000, unlimited[1]) if full else unlimited
+            )
+        real(self)
+        assert self.saved is not None
+        self.saved.wait()  # the limit of the next save must not meet this one
+
+    with mock.patch.object(Loop, "save", save):
+        return worker.main(seat, **args)
+
+
+def ledger(seat: Seat, **args: Any) -> list[list[int]]:
+    """This rank's samples of each step."""
+    seen: list[list[int]] = []
+    real = loop.step_batches
+
+    def watched(*words: Any) -> Any:
+        batches = real(*words)
+        seen.append([int(sample) for batch in batches for sample in batch.sample_B])
+        return batches
+
+    with mock.patch.object(loop, "step_batches", watched):
+        worker.main(seat, **args)
+    return seen
