@@ -36,6 +36,7 @@ class ForkServer:
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours, Refused | Ended)
         self._ids = itertools.count()
+        self._forked = False
         # Ranks import what the launcher would: neither more (-P: not the working directory) nor less.
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs:
@@ -51,6 +52,7 @@ class ForkServer:
     def fork(self, entry: str, args: dict[str, Any], file: socket.socket) -> int:
         """A child that calls `entry(file, **args)`; the name under which it is signalled and reported."""
         id = next(self._ids)
+        self._forked = True
         with contextlib.suppress(OSError):
             self.channel.send(Fork(id, entry, args), file.fileno())
         return id
@@ -77,6 +79,9 @@ class ForkServer:
     def close(self) -> None:
         """Ends the server and everything that came from it."""
         self.channel.close()
+        if not self._forked:
+            # It may still be importing, and has nothing to end.
+            self.process.kill()
         try:
             self.process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -19,7 +19,7 @@ from shoal.launch.messages import Call, Ended, Failed, Returned
 from shoal.launch.processes import ForkServer
 
 # What runs in every rank and store; ranks find it imported.
-_PRELOAD = ("shoal.launch.store", "shoal.launch.rank", "torch.distributed.fsdp")
+_PRELOAD = ("shoal.launch.store", "shoal.launch.rank", "torch.distributed.fsdp", "torch._dynamo")
 # Seconds that killed processes may take to be gone, and that ranks may take to end by themselves.
 _KILLED, _ENDING = 2.0, 5.0
 
