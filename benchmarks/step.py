@@ -50,7 +50,7 @@ ROWS = {
     "bf16": Row("bf16", 4096),
     "bf16-compiled": Row("bf16", 4096, compile=True),
     "vocab-49152": Row("bf16", 49152, steps=1),
-    "packed": Row("bf16", 4096, packed=True, sequences=8),
+    "packed": Row("bf16", 4096, packed=True, sequences=8, steps=1),
 }
 LENGTH = 256
 
