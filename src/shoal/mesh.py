@@ -55,6 +55,7 @@ class Mesh:
             world_size=layout.world,
             timeout=timedelta(seconds=timeout),
         )
+        self._open = True
         # The whole rank grid in one expression: neighbouring ranks share a replica.
         grid_RF = torch.arange(layout.world).view(layout.replicas, layout.fsdp)
         self.grid = DeviceMesh(self.device.type, grid_RF, mesh_dim_names=("replicas", "fsdp"))
@@ -83,9 +84,18 @@ class Mesh:
         assert group is not None
         return group
 
+    def abandon(self) -> None:
+        """After a failure: breaks off whatever is under way, then closes. Tells the others that something is wrong:
+        whoever waits for this rank's data sees the connection close."""
+        for group in (self.across_replicas, self.fsdp.get_group(), self.everyone):
+            group.abort()
+        self.close()
+
     def close(self) -> None:
-        """Ends all groups. Never waits for members that are gone."""
-        dist.destroy_process_group()
+        """Ends all groups, once. Never waits for members that are gone."""
+        if self._open:
+            self._open = False
+            dist.destroy_process_group()
 
 
 def build(layout: Layout, seat: Seat, view: View | None = None, timeout: float = 600.0) -> Mesh:

@@ -35,8 +35,11 @@ def world(layout: str) -> int:
     return cases.Layout.parse(layout).world
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("optimizer", "tied"), [("sgd", True), ("adamw", False)])
+@pytest.mark.parametrize(
+    ("layout", "optimizer", "tied"),
+    # AdamW hides a gradient of the wrong size, so SGD goes everywhere and AdamW where shards are cut or sums differ.
+    [(layout, "sgd", True) for layout in LAYOUTS] + [(layout, "adamw", False) for layout in LAYOUTS[3::3]],
+)
 def test_float64_equals_one_process(ranks, layout, optimizer, tied):
     expected = reference(optimizer, tied)
     results = ranks.run(

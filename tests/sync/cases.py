@@ -42,8 +42,11 @@ def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -
         except RuntimeError as error:
             if not device.peer_gone(error):
                 raise
+            applied = None
+        if applied is None:
             parts.update.__dict__.pop("apply", None)
-            parts.mesh = parts.sync.reconfigure(next_view(seat, parts.mesh.view, grace=0.5))
+            parts.sync.abandon()
+            parts.mesh = parts.sync.reconfigure(next_view(seat, parts.mesh.view, grace=1.5))
             step = parts.update.done
             continue
         losses[step] = applied.loss_sum / applied.weight

@@ -93,6 +93,12 @@ class AllReduce:
         version = Version(self.update.done)
         return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited)
 
+    def abandon(self) -> None:
+        """After a failure, outside the `except` that caught it (its traceback would keep the connections open): breaks
+        off this step for the others too, so that whoever waits for this rank learns of it."""
+        self._works.clear()
+        self.mesh.abandon()
+
     def reconfigure(self, view: View) -> Mesh:
         """Goes on among the members of `view`, at a step boundary: the broken step is computed again by them.
 
