@@ -6,6 +6,7 @@ close it and build another for a smaller view without being restarted.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -96,6 +97,8 @@ class Mesh:
         if self._open:
             self._open = False
             dist.destroy_process_group()
+            del self.grid  # it holds the groups, and they their connections
+            gc.collect()
 
 
 def build(layout: Layout, seat: Seat, view: View | None = None, timeout: float = 600.0) -> Mesh:
