@@ -62,6 +62,11 @@ def backend(where: torch.device) -> str:
     return "nccl" if where.type == "cuda" else "gloo"
 
 
+def waits_on_host(where: torch.device) -> bool:
+    """Whether waiting for a collective blocks the process (a GPU queues it, and the process runs ahead)."""
+    return where.type == "cpu"
+
+
 def loopback_environment() -> dict[str, str]:
     """Environment variables that keep every backend on the loopback interface. Set before the first group."""
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")

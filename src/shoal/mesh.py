@@ -6,7 +6,9 @@ close it and build another for a smaller view without being restarted.
 
 from __future__ import annotations
 
-import gc
+import math
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -15,7 +17,12 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from shoal import device
+from shoal.connections import Connections
 from shoal.job.layout import Layout
+
+# How often one who waits for others looks whether they are still there; and seconds that an operation may still take
+# after a connection has ended: its peer may have closed in good order, with the last bytes on their way.
+_GLANCE, _PATIENCE = timedelta(seconds=0.25), 1.0
 
 
 @dataclass(frozen=True)
@@ -49,17 +56,18 @@ class Mesh:
         self.layout, self.seat, self.view, self.timeout = layout, seat, view, timeout
         self.rank = view.members.index(seat.member)
         self.device = device.of_rank(seat.local)
-        dist.init_process_group(
-            device.backend(self.device),
-            store=dist.PrefixStore(f"view-{view.number}", seat.store),
-            rank=self.rank,
-            world_size=layout.world,
-            timeout=timedelta(seconds=timeout),
-        )
+        with Connections() as self._connections:
+            dist.init_process_group(
+                device.backend(self.device),
+                store=dist.PrefixStore(f"view-{view.number}", seat.store),
+                rank=self.rank,
+                world_size=layout.world,
+                timeout=timedelta(seconds=timeout),
+            )
+            # The whole rank grid in one expression: neighbouring ranks share a replica.
+            grid_RF = torch.arange(layout.world).view(layout.replicas, layout.fsdp)
+            self.grid = DeviceMesh(self.device.type, grid_RF, mesh_dim_names=("replicas", "fsdp"))
         self._open = True
-        # The whole rank grid in one expression: neighbouring ranks share a replica.
-        grid_RF = torch.arange(layout.world).view(layout.replicas, layout.fsdp)
-        self.grid = DeviceMesh(self.device.type, grid_RF, mesh_dim_names=("replicas", "fsdp"))
 
     @property
     def world(self) -> int:
@@ -85,20 +93,49 @@ class Mesh:
         assert group is not None
         return group
 
+    def wait(self, work: dist.Work | None) -> None:
+        """Until a collective of this mesh, begun with async_op=True, is done (on a GPU: is queued).
+
+        Raises RuntimeError where it fails, ConnectionError where a rank has gone: soon, whatever the timeout is.
+        """
+        assert work is not None
+        if not device.waits_on_host(self.device):
+            work.wait()
+            return
+        seen = math.inf
+        while True:
+            try:
+                work.wait(_GLANCE)
+                return
+            except RuntimeError:
+                if work.is_completed():  # else only our glance has timed out
+                    raise
+            if time.monotonic() > seen + _PATIENCE:
+                raise ConnectionError("connection closed by peer: a rank is gone in the middle of a collective")
+            if seen == math.inf and self._connections.broken():
+                seen = time.monotonic()
+
     def abandon(self) -> None:
-        """After a failure: breaks off whatever is under way, then closes. Tells the others that something is wrong:
-        whoever waits for this rank's data sees the connection close."""
-        for group in (self.across_replicas, self.fsdp.get_group(), self.everyone):
+        """After a failure: breaks off whatever is under way, also for those who wait for this rank, then closes.
+
+        Never waits: an operation that hangs on a lost rank ends by its timeout, in the background.
+        """
+        groups = [self.across_replicas, self.fsdp.get_group(), self.everyone]
+        for group in groups:
             group.abort()
+        self._connections.sever()
+        # Whoever drops the last reference to a group of gloo's waits for its operations.
+        held = threading.Timer(self.timeout + 1, groups.clear)
+        held.daemon = True
+        held.start()
         self.close()
 
     def close(self) -> None:
         """Ends all groups, once. Never waits for members that are gone."""
         if self._open:
             self._open = False
+            self._connections.close()
             dist.destroy_process_group()
-            del self.grid  # it holds the groups, and they their connections
-            gc.collect()
 
 
 def build(layout: Layout, seat: Seat, view: View | None = None, timeout: float = 600.0) -> Mesh:

@@ -146,3 +146,39 @@ def listening(seat: Seat, bug: bool = False) -> list[str]:
     dist.barrier()
     del store
     return found
+
+
+def abandoned(seat: Seat) -> list[bool]:
+    """Rank 0 abandons its mesh, the others wait for it in a collective: [whether they learn of it, whether all can
+    build another mesh and use it]."""
+    ranks = everybody(seat)
+    told = seat.member == 0
+    if seat.member > 0:
+        try:
+            ranks.wait(dist.all_reduce(torch.ones(1_000_000), async_op=True))
+        except (RuntimeError, ConnectionError) as error:
+            told = device.peer_gone(error)
+    ranks.abandon()
+    again = mesh.build(Layout(replicas=seat.world), seat, mesh.View(1, tuple(range(seat.world))), timeout=30)
+    ones = torch.ones(1)
+    dist.all_reduce(ones)
+    again.close()
+    return [told, ones.item() == seat.world]
+
+
+def killed_in_transfer(seat: Seat) -> bool:
+    """Rank 0 is killed in the middle of a message to the others: whether they learn of it."""
+    ranks = mesh.build(Layout(replicas=seat.world), seat, timeout=600)
+    large = torch.ones(64 << 20)
+    dist.all_reduce(torch.ones(1))
+    if seat.member == 0:
+        dist.broadcast(large, 0, async_op=True)
+        time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGKILL)
+    told = False
+    try:
+        ranks.wait(dist.broadcast(large, 0, async_op=True))
+    except (RuntimeError, ConnectionError) as error:
+        told = device.peer_gone(error)
+    ranks.abandon()
+    return told

@@ -39,14 +39,14 @@ def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -
                 if seat.member == victim:
                     os.kill(os.getpid(), signal.SIGKILL)
                 _next_collective(parts)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError) as error:
             if not device.peer_gone(error):
                 raise
             applied = None
         if applied is None:
             parts.update.__dict__.pop("apply", None)
             parts.sync.abandon()
-            parts.mesh = parts.sync.reconfigure(next_view(seat, parts.mesh.view, grace=1.5))
+            parts.mesh = parts.sync.reconfigure(next_view(seat, parts.mesh.view, grace=3))
             step = parts.update.done
             continue
         losses[step] = applied.loss_sum / applied.weight
@@ -81,4 +81,4 @@ def _cut_off(scale: float) -> float:
 
 def _next_collective(parts: Parts) -> None:
     """Where a rank that has finished its step learns that another has not."""
-    dist.all_reduce(torch.zeros(1), group=parts.mesh.everyone)
+    parts.mesh.wait(dist.all_reduce(torch.zeros(1), group=parts.mesh.everyone, async_op=True))

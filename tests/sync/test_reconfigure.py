@@ -7,9 +7,6 @@ import torch
 
 from tests.equivalence import cases
 
-# Nightly: a survivor that waits for another survivor's data, not for the lost rank's, sometimes learns of the loss too
-# late (docs/roadmap.md). Not to be taken for done until it is back in the default suite.
-pytestmark = pytest.mark.nightly
 
 STEPS = 8
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from pathlib import Path
 from signal import Signals
 from typing import Annotated
 
@@ -14,7 +13,7 @@ import tyro
 from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
-from shoal.job import Job, read
+from shoal.job import Job, read, read_run
 from shoal.job.train import TrainOptions
 
 SHORT = {
@@ -52,10 +51,8 @@ def run(args: list[str]) -> Answer:
     options = flags.parse(Train, args, "shoal train", short=SHORT)
     if options.recipe and options.resume:
         raise JobError("a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them")
-    if options.resume and not (Path(options.resume) / "job.toml").is_file():
-        raise JobError("no run to resume: it has no job.toml", where=options.resume, fix="see `shoal runs`")
-    if file := f"{options.resume}/job.toml" if options.resume else options.recipe:
-        base = read(file)
+    if options.resume or options.recipe:
+        base = read_run(options.resume) if options.resume else read(options.recipe)
         options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(base)))
         _refuse_idle_minutes(base.train, options.train)
     job = Job(**{f.name: getattr(options, f.name) for f in fields(Job)})

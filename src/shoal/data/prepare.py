@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 import tokenizers
 
 from shoal.data import tokenizer as tokenizers_of
+from shoal.data.draft import draft
 from shoal.data.encode import encode
 from shoal.data.prepared import SPLITS, Counts, Prepared
 from shoal.data.sources import Corpus, find
@@ -44,13 +44,12 @@ def prepare(options: DataOptions, seed: int = 0, say: Callable[[str], None] = pr
     options = replace(options, tokenizer="bpe" if options.tokenizer == "auto" else options.tokenizer)
     cache = cache_folder(options)
     try:
-        with tempfile.TemporaryDirectory(prefix=".prepare-", dir=cache) as temporary:
-            draft = Path(temporary)
-            corpus = find(options, draft)
+        with draft(cache) as temporary:
+            corpus = find(options, temporary)
             say(_found(corpus))
             given = None if options.tokenizer in ("bpe", "bytes") else tokenizers_of.load(options.tokenizer)
             folder = cache / _fingerprint(options, seed, corpus, given)
-            prepared = _cached(folder, say) or _make(options, seed, corpus, given, draft / "new", folder, say)
+            prepared = _cached(folder, say) or _make(options, seed, corpus, given, temporary / "new", folder, say)
     except OSError as error:
         fix = "see that the files stay where they are; for space, name another folder in data.cache"
         raise DataError(f"the data cannot be prepared: {error}", where=str(cache), fix=fix) from None
@@ -79,22 +78,22 @@ def _make(
     seed: int,
     corpus: Corpus,
     given: Tokenizer | None,
-    draft: Path,
+    new: Path,
     folder: Path,
     say: Callable[[str], None],
 ) -> Prepared:
-    """Everything is written into `draft`, which becomes `folder` when it is complete."""
-    draft.mkdir()
+    """Everything is written into `new`, which becomes `folder` when it is complete."""
+    new.mkdir()
     sides = dict(zip(SPLITS, split(corpus.files, options.validation, seed), strict=True))
     tokenizer = given or _own_tokenizer(options, sides["train"], say)
-    tokenizer.save(draft)
+    tokenizer.save(new)
     progress = _Progress(corpus.size, say)
-    counts = {name: _encode(name, spans, options, tokenizer, draft, progress) for name, spans in sides.items()}
+    counts = {name: _encode(name, spans, options, tokenizer, new, progress) for name, spans in sides.items()}
     if sum(c.documents for c in counts.values()) == 0:
         fix = f"check data.text_field ('{options.text_field}')"
         raise DataError("there is no text in these files", where=", ".join(options.source), fix=fix)
     prepared = Prepared(
-        folder=draft,
+        folder=new,
         fingerprint=folder.name,
         vocab_size=tokenizer.vocab_size,
         start_token=tokenizer.start,
@@ -108,7 +107,7 @@ def _make(
     )
     prepared.save()
     try:
-        draft.rename(folder)
+        new.rename(folder)
     except OSError:
         if not folder.is_dir():  # else somebody else has made the same just now
             raise
@@ -135,13 +134,13 @@ def _sample(spans: list[Span], size: int, text_field: str) -> Iterator[str]:
 
 
 def _encode(
-    name: str, spans: list[Span], options: DataOptions, tokenizer: Tokenizer, draft: Path, progress: _Progress
+    name: str, spans: list[Span], options: DataOptions, tokenizer: Tokenizer, new: Path, progress: _Progress
 ) -> Counts:
-    writer = Writer(draft / name, tokenizer.vocab_size)
+    writer = Writer(new / name, tokenizer.vocab_size)
     work = partial(encode, pieces(spans), options.text_field, tokenizer, writer, options.workers)
     try:
         if name == "validation":
-            with (draft / "validation.txt").open("wb") as copy:
+            with (new / "validation.txt").open("wb") as copy:
                 tally = work(copy, _COPIED, progress.add)
         else:
             tally = work(None, 0, progress.add)

@@ -26,6 +26,14 @@ def read(path: str | Path, base: Job | None = None) -> Job:
     return parse(text, str(path), base)
 
 
+def read_run(folder: str | Path) -> Job:
+    """The job of the run in a folder."""
+    file = Path(folder) / "job.toml"
+    if not file.is_file():
+        raise JobError("no run to resume: it has no job.toml", where=str(folder), fix="see `shoal runs`")
+    return read(file)
+
+
 def parse(text: str, path: str = "<text>", base: Job | None = None) -> Job:
     """The job in a TOML text, over `base` (default: Job()); `path` is named in errors."""
     file = _File(path, text)

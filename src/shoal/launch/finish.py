@@ -21,6 +21,7 @@ from shoal.mesh import Seat
 from shoal.models.decoder import Decoder
 from shoal.models.spec import count
 from shoal.observe import metrics, report, result, summary
+from shoal.observe.hold import hold
 from shoal.observe.log import Log
 from shoal.observe.result import Result
 from shoal.serving.generate import generate
@@ -40,7 +41,11 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
     and its state is saved.
     """
     run, corpus = Path(folder), Prepared.load(Path(prepared))
-    log = Log(run)
+    with hold(run), contextlib.closing(Log(run)) as log:
+        return _finish(run, corpus, figures, log)
+
+
+def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], log: Log) -> dict[str, Any]:
 
     def say(text: str) -> None:
         print(text, flush=True)
@@ -65,7 +70,6 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
             say(f"warning: {error}")
     for line in summary.lines(outcome):
         say(line)
-    log.close()
     return asdict(outcome)
 
 
@@ -102,7 +106,7 @@ def _result(run: Path, corpus: Prepared, figures: dict[str, Any], prompt: str, s
     mfus = [row["mfu"] * row["seconds"] for row in rows if row.get("mfu")]
     return Result(
         run=str(run),
-        steps=rows[-1]["step"] if rows else 0,
+        steps=figures["step"],
         tokens=tokens,
         loss_first=rows[0]["loss"] if rows else None,
         loss_last=rows[-1]["loss"] if rows else None,

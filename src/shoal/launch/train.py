@@ -17,7 +17,7 @@ import msgspec
 
 from shoal.data.prepare import Prepared, prepare
 from shoal.errors import CheckpointError, DataError, JobError, RankError
-from shoal.job import Job, Layout, write
+from shoal.job import Job, Layout, read_run, write
 from shoal.launch import local, torchrun
 from shoal.launch.cores import cores, too_many_workers
 from shoal.launch.ranks import Ranks
@@ -137,6 +137,7 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
         prepared = prepare(job.data, say=say)
     else:
         folder = Path(resume)
+        read_run(folder)  # refuses a folder without a run
         prepared = _same_data(job, folder, say)
     job = _vocabulary(job, prepared)
     job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()

@@ -11,12 +11,12 @@ from shoal.errors import RankError
 from shoal.mesh import Seat, View
 
 
-def next_view(seat: Seat, view: View, grace: float = 2.0) -> View:
+def next_view(seat: Seat, view: View, grace: float = 10.0) -> View:
     """The view after `view`: all of its members that call this within `grace` seconds of the first one.
 
-    Abandon the mesh first: a survivor that waits for data of this rank, not of the lost one, learns of the loss only
-    from the closed connection. The lowest member that called decides, once; a member that comes too late raises
-    RankError and must leave.
+    grace: longer than a rank computes between two collectives, when it is deaf. Abandon the mesh first: a survivor
+    that waits for data of this rank, not of the lost one, learns of the loss from the broken connection.
+    The lowest member that called decides, once; a member that comes too late raises RankError and must leave.
     The store is assumed to live; who hosts it decides what failures that covers (launch: a process of its own).
     """
     number = view.number + 1

@@ -75,15 +75,14 @@ class AllReduce:
         totals = torch.stack([tally.loss_sum, tally.weight, torch.full_like(tally.weight, tally.stop)])
         counted = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)
         for work in self._works:
-            work.wait()
+            self.mesh.wait(work)
         self._works.clear()
-        assert counted is not None
-        counted.wait()
+        self.mesh.wait(counted)
         loss_sum, weight, stop = totals.tolist()
         waited = time.perf_counter() - start
         squares = sum_of_squares(self.replica.collect())
         if self.mesh.layout.fsdp > 1:
-            dist.all_reduce(squares, group=self.mesh.fsdp.get_group())
+            self.mesh.wait(dist.all_reduce(squares, group=self.mesh.fsdp.get_group(), async_op=True))
         norm = math.sqrt(squares.item()) / weight if weight else math.nan
         finite = math.isfinite(norm) and math.isfinite(loss_sum)
         lr = 0.0
@@ -94,8 +93,7 @@ class AllReduce:
         return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited)
 
     def abandon(self) -> None:
-        """After a failure, outside the `except` that caught it (its traceback would keep the connections open): breaks
-        off this step for the others too, so that whoever waits for this rank learns of it."""
+        """After a failure: breaks off this step, so that whoever waits for this rank learns of it too."""
         self._works.clear()
         self.mesh.abandon()
 
@@ -117,10 +115,11 @@ class AllReduce:
         self.replica.move(self.mesh)
         done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
         done[self.mesh.rank] = self.update.done
-        dist.all_reduce(done, group=self.mesh.everyone)
+        self.mesh.wait(dist.all_reduce(done, group=self.mesh.everyone, async_op=True))
         if done.min() < done.max():
             for shard in (*self.replica.shards(), *self.update.state()):
-                dist.broadcast(shard.local, src=int(done.argmax()), group=self.mesh.everyone)
+                source = int(done.argmax())
+                self.mesh.wait(dist.broadcast(shard.local, source, group=self.mesh.everyone, async_op=True))
             self.update.restore({"updates": int(done.max())})
         return self.mesh
 

@@ -40,6 +40,6 @@ def validate(parts: Parts, loader: Loader, rows: int) -> Validation:
             for part in micro_batches(on_device(batch, mesh.device), size):
                 loss_sum, weight = parts.objective(parts.replica.module, part)
                 totals += torch.stack([loss_sum.double(), weight])
-    dist.all_reduce(totals, group=mesh.everyone)
+    mesh.wait(dist.all_reduce(totals, group=mesh.everyone, async_op=True))
     loss_sum, tokens = totals.tolist()
     return Validation(loss_sum / max(tokens, 1.0), int(tokens))

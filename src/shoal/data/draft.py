@@ -1,0 +1,28 @@
+"""Folders for work under way in the cache: gone when the work ends, and swept up by the next one if it was killed."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX, _LOCK = ".prepare-", "lock"
+
+
+@contextlib.contextmanager
+def draft(cache: Path) -> Iterator[Path]:
+    """A new folder in `cache`. The kernel drops its lock with its process, however that ends."""
+    for left in cache.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=cache, ignore_cleanup_errors=True) as folder:
+        # Locked before it has the name that sweepers look for.
+        unnamed = Path(folder) / "unnamed"
+        with unnamed.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            unnamed.rename(unnamed.with_name(_LOCK))
+            yield Path(folder)
