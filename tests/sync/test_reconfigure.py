@@ -7,7 +7,6 @@ import torch
 
 from tests.equivalence import cases
 
-
 STEPS = 8
 
 
