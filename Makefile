@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# An index to take torch from. On Linux, PyPI's wheel brings 3 GB of CUDA libraries, of no use without an NVIDIA driver;
-# without one:  make train TORCH_INDEX=https://download.pytorch.org/whl/cpu
-TORCH_INDEX ?=
+# One more index to find torch in. PyPI's wheel for Linux brings 3 GB of CUDA libraries, of no use without an NVIDIA
+# driver; PyTorch's own index has one without them, 2.13.0+cpu, which pip takes before a plain 2.13.0.
+DRIVER := $(wildcard /dev/nvidia[0-9]* /dev/dxg)
+TORCH_INDEX ?= $(if $(filter Linux,$(shell uname)),$(if $(DRIVER),,https://download.pytorch.org/whl/cpu))
 
 train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (4 minutes)
 	$(BIN)/shoal train recipes/quickstart.toml
@@ -50,7 +51,7 @@ $(VENV)/.python:
 
 # torch first and by name: the pinned release and no other, which may bring other packages.
 $(VENV)/.torch: constraints.txt | $(VENV)/.python
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) --constraint constraints.txt torch==2.13.0
+	$(PIP) install --quiet $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) --constraint constraints.txt torch==2.13.0
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch

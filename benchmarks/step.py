@@ -5,7 +5,8 @@
 shoal: its own step (buckets, chunked loss, own norm and clipping). ddp: the shortest honest loop: the same model in
 DistributedDataParallel, plain cross-entropy, clip_grad_norm_, fused AdamW. hf: transformers' LlamaForCausalLM of the
 same shape in its Trainer. All three get the same tokens, threads, precision and compile setting, and run in the same
-two processes, in blocks that alternate. A/A: shoal against itself.
+two processes, in blocks that alternate. A/A: shoal against itself. shoal and ddp are given their batch; the Trainer's
+own loop collates it from memory, as it always does. MFU: of shoal, against the matmul peak of the same processes.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ def rank_main(seat: Any, name: str, blocks: int) -> dict[str, Any]:
     import torch.distributed as dist
 
     from shoal import mesh as meshes
+    from shoal.observe.peak import matmul_peak
 
     torch.set_num_threads(1)
     row = ROWS[name]
@@ -113,11 +115,17 @@ def rank_main(seat: Any, name: str, blocks: int) -> dict[str, Any]:
     for _ in range(2):
         for contender in contenders.values():
             contender()
-    per_token = {name: 1 / tokens for name, (_, tokens) in built.items()}
-    per_token["shoal again"] = per_token["shoal"]
+    tokens = {}
+    for contender, (_, mine) in built.items():
+        both = torch.tensor([mine], dtype=torch.float64)
+        dist.all_reduce(both)
+        tokens[contender] = both.item()
+    assert len(set(tokens.values())) == 1, "contenders count different tokens as useful"
     seconds = interleave(contenders, blocks)
+    peak = matmul_peak(mesh.device, row.precision)
     mesh.close()
-    return {name: [s * per_token[name] for s in column] for name, column in seconds.items()}
+    per_token = {name: [s / tokens["shoal"] for s in column] for name, column in seconds.items()}
+    return {"seconds_per_token": per_token, "peak": peak}
 
 
 def full_rows(row: Row, mesh: Any) -> tuple[Any, float]:
@@ -161,8 +169,8 @@ def packed_rows(row: Row, mesh: Any) -> tuple[Any, float]:
 
     texts = mixed_documents(row, mesh)
     flat = torch.cat(texts)
-    length_D = np.array([len(t) for t in texts], np.int32)
-    start_D = np.concatenate(([0], np.cumsum(length_D)[:-1])).astype(np.int64)
+    length_D = np.array([len(t) - 1 for t in texts], np.int32)  # the last token is a label only
+    start_D = np.concatenate(([0], np.cumsum(length_D + 1)[:-1])).astype(np.int64)
     packing = plan(start_D, length_D, LENGTH, "best_fit")
     shape = (packing.rows, LENGTH)
     tokens, labels, document, position = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
@@ -194,7 +202,7 @@ def padded_rows(row: Row, mesh: Any) -> tuple[dict[str, Any], float]:
 
 
 Contender = tuple[Callable[[], float], float]
-"""(a block of steps, which returns its seconds; useful tokens of the block over both workers)"""
+"""(a block of steps, which returns its seconds; useful tokens of this worker in it)"""
 
 
 def shoal_steps(what: Job, mesh: Any, row: Row) -> Contender:
@@ -210,7 +218,7 @@ def shoal_steps(what: Job, mesh: Any, row: Row) -> Contender:
             parts.sync.end(parts.replica.gradients([batch], parts.objective))
         return time.perf_counter() - start
 
-    return block, 2 * useful * row.steps
+    return block, useful * row.steps
 
 
 def ddp_steps(what: Job, mesh: Any, row: Row) -> Contender:
@@ -245,7 +253,7 @@ def ddp_steps(what: Job, mesh: Any, row: Row) -> Contender:
             optimizer.step()
         return time.perf_counter() - start
 
-    return block, 2 * useful * row.steps
+    return block, useful * row.steps
 
 
 def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
@@ -288,13 +296,15 @@ def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
         assert len(ends) == row.steps + 1
         return ends[-1] - ends[0]
 
-    return block, 2 * useful * row.steps
+    return block, useful * row.steps
 
 
 def measure(name: str, blocks: int) -> dict[str, Any]:
     from shoal.launch import local
+    from shoal.models.spec import flops_per_token
 
-    seconds = local.run("benchmarks.step:rank_main", {"name": name, "blocks": blocks}, 2, threads=1)
+    found = local.run("benchmarks.step:rank_main", {"name": name, "blocks": blocks}, 2, threads=1)
+    seconds, what = found["seconds_per_token"], job(ROWS[name])
     speed = {contender: len(column) / sum(column) for contender, column in seconds.items()}
     against_ddp, against_hf = ratio(seconds["ddp"], seconds["shoal"]), ratio(seconds["hf"], seconds["shoal"])
     row = ROWS[name]
@@ -304,6 +314,7 @@ def measure(name: str, blocks: int) -> dict[str, Any]:
         "ratio_ddp": against_ddp[0], "ratio_hf": against_hf[0],
         "ratio_ddp_low": against_ddp[1], "ratio_hf_low": against_hf[1],
         "aa": ratio(seconds["shoal again"], seconds["shoal"])[0], "blocks": blocks,
+        "mfu": found["peak"] and speed["shoal"] * flops_per_token(what.model, LENGTH) / (2 * found["peak"]),
     }  # fmt: skip
 
 
@@ -323,7 +334,7 @@ def main() -> None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{r['row']:<14} shoal {r['shoal']:>6,} tok/s   "
+        f"{r['row']:<14} shoal {r['shoal']:>6,} tok/s, MFU {100 * (r['mfu'] or float('nan')):.1f} %   "
         f"ddp {r['ddp']:>6,}: ×{r['ratio_ddp']:.3f} (≥ {r['ratio_ddp_low']:.3f})   "
         f"hf {r['hf']:>6,}: ×{r['ratio_hf']:.3f} (≥ {r['ratio_hf_low']:.3f})   A/A {r['aa']:.3f}   {r['blocks']} blocks"
         for r in rows

@@ -70,3 +70,11 @@ def test_errors_that_follow_from_another_rank_are_told_apart(error, gone):
 
 def test_what_a_lost_rank_makes_the_others_raise_is_recognised(ranks):
     assert ranks.run("tests.launch.cases:peer_gone", 3, lost={2}) == [True, True, None]
+
+
+def test_what_an_allocator_says_on_a_gpu():
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79 GiB"
+    )
+    assert device.out_of_memory(error) == "2.50 GiB"
+    assert not device.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))

@@ -1,8 +1,9 @@
 """Shoal trains, fine-tunes and serves language models on more than one device.
 
     import shoal
-    run = shoal.train(shoal.job.read("recipes/quickstart.toml"))
-    model = shoal.load(run.folder)
+    result = shoal.train(shoal.job.read("recipes/quickstart.toml"))
+    model = shoal.load(result.run)
+    print(shoal.generate(result.run, "def "))
 
 Names are loaded when first used, so that `import shoal` does not import torch.
 """
@@ -22,7 +23,10 @@ _HOME = {
     "generate": "shoal.serving.generate",
 }
 
+_ROOMS = ("job",)
+
 if TYPE_CHECKING:
+    from shoal import job as job
     from shoal.errors import ShoalError
     from shoal.job import Job, Layout
     from shoal.launch.train import train
@@ -33,12 +37,14 @@ __all__ = ["Job", "Layout", "ShoalError", "generate", "load", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'shoal' has no attribute '{name}'")
     from importlib import import_module
 
+    if name in _ROOMS:
+        return import_module(f"shoal.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'shoal' has no attribute '{name}'")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_HOME, *_ROOMS})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import socket
 import sys
@@ -95,6 +96,16 @@ def peer_gone(error: BaseException) -> bool:
             return True
         chain = chain.__cause__ or chain.__context__
     return False
+
+
+def out_of_memory(error: BaseException) -> str:
+    """What an allocator asked for in vain, e.g. `2.0 GiB`; empty if the error is another."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        asked = re.search(r"Tried to allocate ([\d.]+ \w+)", text)
+        return asked[1] if asked else "some memory"
+    asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
+    return f"{int(asked[1]) / 2**30:.3g} GiB" if asked else ""
 
 
 def synchronize(where: torch.device) -> None:

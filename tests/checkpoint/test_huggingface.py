@@ -58,10 +58,11 @@ def test_loads_what_transformers_saves(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("file_bytes", [1 << 30, 20_000])
 def test_transformers_loads_what_shoal_saves(case: str, file_bytes: int, tmp_path: Path) -> None:
     model = tiny.decoder(tiny.CASES[case])
-    export(model, tmp_path, file_bytes=file_bytes, end_token=5)
+    export(model, tmp_path, file_bytes=file_bytes, start_token=4, end_token=5)
     theirs, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert theirs.generation_config.eos_token_id == 5
+    for said in (theirs.config, theirs.generation_config):
+        assert (said.bos_token_id, said.eos_token_id) == (4, 5)
     tokens_BL = tiny.tokens(2, 9)
     assert (theirs(tokens_BL).logits - model(tokens_BL)).abs().max() < 1e-5 * model(tokens_BL).abs().max()
     assert torch.equal(reload(tmp_path)(tokens_BL), model(tokens_BL))
@@ -107,10 +108,10 @@ def test_only_the_files_of_the_wanted_tensors_are_opened(saved: Path, tmp_path: 
 
 def tokenizer_file(path: Path) -> Path:
     """A tokenizer that splits at every `e`, which Llama's own would not."""
-    vocabulary = {chr(97 + i): i for i in range(26)} | {"<end>": 26, "?": 27}
+    vocabulary = {chr(97 + i): i for i in range(26)} | {"<end>": 26, "?": 27, "<start>": 28}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.add_special_tokens(["<end>", "<start>"])
     tokenizer.save(str(path / "tokenizer.json"))
     return path / "tokenizer.json"
 
@@ -121,10 +122,31 @@ def test_tokenizer_goes_along(given_as: str, tmp_path: Path) -> None:
     source.mkdir()
     file = tokenizer_file(source)
     out = tmp_path / "out"
-    export(tiny.decoder(tiny.BASE), out, tokenizer=file if given_as == "file" else source, end_token=26)
+    given = file if given_as == "file" else source
+    export(tiny.decoder(tiny.BASE), out, tokenizer=given, start_token=28, end_token=26)
     theirs = AutoTokenizer.from_pretrained(out)
     assert theirs("abe?").input_ids == [0, 1, 4, 27]
-    assert theirs.eos_token_id == 26
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (28, 26)
+
+
+@pytest.mark.parametrize(
+    ("source", "end", "expected"),
+    [
+        ({"generation_config.json": "[7, 5]", "config.json": "7"}, 5, [7, 5]),
+        ({"generation_config.json": "5", "config.json": "[5, 7]"}, 5, [5, 7]),
+        ({"config.json": "7"}, 5, 5),
+        ({"generation_config.json": "[7, 8]"}, 5, 5),
+        ({"generation_config.json": "[7,"}, 5, 5),
+        ({}, 5, 5),
+    ],
+    ids=["both", "config only", "another", "of another vocabulary", "damaged", "gone"],
+)
+def test_what_ended_a_text_before_training_still_does(source: dict, end: int, expected, tmp_path: Path) -> None:
+    for name, ids in source.items():
+        (tmp_path / name).write_text(f'{{"eos_token_id": {ids}}}')
+    export(tiny.decoder(tiny.CASES["tied"]), tmp_path / "out", end_token=end, source=tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        assert config.read_json(tmp_path / "out" / name)["eos_token_id"] == expected
 
 
 def damage(folder: Path, kind: str) -> str:

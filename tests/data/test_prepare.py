@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import subprocess
@@ -256,6 +257,21 @@ def test_a_cache_that_cannot_be_made(options, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot make the folder"):
         quiet(replace(options, cache=str(tmp_path / "file" / "cache")))
+
+
+@pytest.mark.parametrize("sentences", [0, 1])
+def test_a_reader_that_left_is_no_fault_of_the_data(options, sentences):
+    """`shoal data prepare | head -1`: what is left is quiet, and nothing half made is taken for the corpus."""
+    heard = []
+
+    def say(text: str) -> None:
+        if len(heard) == sentences:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+        heard.append(text)
+
+    with pytest.raises(BrokenPipeError):
+        prepare(options, 0, say)
+    assert documents(quiet(options), "train")
 
 
 def test_preparing_does_not_import_torch():

@@ -13,9 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.errors import JobError
-from shoal.job import Job, Layout, read
+from shoal.job import Job, Layout, read, write
 from shoal.job.check import fit, nearest, similar
+from shoal.job.data import DataOptions
 from shoal.job.job import check_batch
+from shoal.job.model import ModelOptions
+from shoal.job.optim import OptimOptions
 from shoal.job.toml import parse
 
 
@@ -82,6 +85,50 @@ def test_a_wrong_type_given_from_python_is_refused_by_name():
         replace(job, optim=replace(job.optim, lr="3e-4")).validate()
     with pytest.raises(JobError, match=r"train.steps=1.5 is not a whole number"):
         replace(job, train=replace(job.train, steps=1.5)).validate()
+
+
+def test_what_is_written_freely_from_python_becomes_what_it_means():
+    job = Job(layout="replicas=2,fsdp=2", data=DataOptions(source="a.txt"), optim=OptimOptions(lr=1))
+    valid = job.validate()
+    assert valid.layout == Layout(replicas=2, fsdp=2)
+    assert valid.data.source == ("a.txt",)
+    assert type(valid.optim.lr) is float
+    assert valid.validate() == valid
+    assert parse(write(valid)) == valid
+    assert Job(layout="auto").validate() == Job()
+    assert job.layout == "replicas=2,fsdp=2", "the job that was given is not changed"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"layout": "replica=2"}, "unknown layout key 'replica'"),
+        ({"layout": "replicas=3"}, "not divisible by the 3 workers"),
+        ({"layout": 2}, "layout=2 is not a layout"),
+        ({"data": {"source": "a.txt"}}, "is not DataOptions"),
+        ({"data": None}, "data=None is not DataOptions"),
+        ({"data": OptimOptions()}, "is not DataOptions"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(wrong, what: str):
+    with pytest.raises(JobError) as caught:
+        Job(**wrong).validate()
+    assert what in caught.value.what
+    assert caught.value.fix
+
+
+def test_sequences_longer_than_the_context_are_refused():
+    default = Job().model.max_position_embeddings
+    Job(data=DataOptions(sequence_length=default)).validate()
+    with pytest.raises(JobError) as caught:
+        Job(data=DataOptions(sequence_length=default + 1)).validate()
+    assert f"data.sequence_length={default + 1} " in caught.value.what
+    assert f"max_position_embeddings={default}" in caught.value.what
+    assert f"--model.max-position-embeddings {default + 1}, or take data.sequence_length={default}" in caught.value.fix
+    model = ModelOptions(max_position_embeddings=4096)
+    Job(model=model, data=DataOptions(sequence_length=4096)).validate()
+    # With weights the context is their folder's, which is read later.
+    Job(model=ModelOptions(weights="folder"), data=DataOptions(sequence_length=4096)).validate()
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(1, 8))

@@ -107,3 +107,9 @@ def test_everything_listens_on_loopback(ranks):
 def test_a_store_that_listens_everywhere_would_be_seen(ranks):
     for found in ranks.run(CASES + "listening", 2, bug=True):
         assert not all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def test_memory_that_cannot_be_had_is_said_in_a_sentence(ranks):
+    with pytest.raises(RankError, match=r"^rank \d: out of memory: 1.05e\+06 GiB more could not be had") as caught:
+        ranks.run("tests.launch.cases:greedy", 2)
+    assert "micro_batch" in caught.value.fix

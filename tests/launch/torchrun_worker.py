@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import torch
@@ -22,4 +23,5 @@ def work(seat: Seat) -> list[Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(torchrun.run("tests.launch.torchrun_worker:work", {})), flush=True)
+    # One write: the workers share this pipe, and print may write a line's end by itself.
+    os.write(1, f"{json.dumps(torchrun.run('tests.launch.torchrun_worker:work', {}))}\n".encode())

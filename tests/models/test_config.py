@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from shoal.errors import ModelError
+from shoal.errors import JobError, ModelError
+from shoal.job import Job
+from shoal.job.data import DataOptions
 from shoal.job.model import ModelOptions
 from shoal.models import config
 from tests.models import tiny
@@ -89,8 +91,8 @@ def test_published_configs() -> None:
 def test_round_trips_through_transformers(case: str) -> None:
     """Ours -> LlamaConfig of transformers 5 -> its own words -> ours."""
     options = tiny.CASES[case]
-    theirs = LlamaConfig(**config.to_hf(options, end_token=3)).to_dict()
-    assert theirs["eos_token_id"] == 3
+    theirs = LlamaConfig(**config.to_hf(options, start_token=2, end_token=3)).to_dict()
+    assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (2, 3)
     back = config.from_hf(theirs)
     assert json.loads(back.rope_scaling or "{}") == json.loads(options.rope_scaling or "{}")
     assert replace(back, rope_scaling="") == replace(options, head_dim=options.head_size, rope_scaling="")
@@ -155,3 +157,55 @@ def test_bad_rope_scaling_is_refused(scaling: str, named: str) -> None:
     with pytest.raises(Exception, match="rope_scaling") as raised:
         ModelOptions(rope_scaling=scaling).validate()
     assert named in str(raised.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    """Of a model with heads of 64, a context of 128 and scaled positions."""
+    published = LLAMA_3_2_1B | {"max_position_embeddings": 128}
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    return str(tmp_path)
+
+
+def test_architecture_is_that_of_the_weights(folder: str) -> None:
+    found = config.architecture(Job(model=ModelOptions(weights=folder), data=DataOptions(sequence_length=128)))
+    assert found.model == replace(config.read(Path(folder)), weights=folder)
+    assert found.data == DataOptions(sequence_length=128)
+    assert config.architecture(found) == found
+    assert config.architecture(Job()) == Job()
+
+
+def test_options_that_agree_with_the_weights_are_accepted(folder: str) -> None:
+    scaling = json.dumps(dict(reversed(LLAMA_3_2_1B["rope_scaling"].items())), indent=1)
+    agreeing = ModelOptions(
+        weights=folder, hidden_size=2048, num_attention_heads=32, head_dim=64, rope_scaling=scaling
+    )  # fmt: skip
+    job = Job(model=agreeing, data=DataOptions(sequence_length=128))
+    assert config.architecture(job).model == replace(config.read(Path(folder)), weights=folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"num_hidden_layers": 4}, ["model.num_hidden_layers=4, but theirs is 16"]),
+        ({"vocab_size": 257, "rope_theta": 5e3}, ["vocab_size=257, but theirs is 128256", "rope_theta=5000.0, but"]),
+        ({"tie_word_embeddings": False}, ["tie_word_embeddings=False, but theirs is True"]),
+        ({"head_dim": 32}, ["head_dim=32, but theirs is 64"]),
+        ({"rope_scaling": '{"rope_type": "linear", "factor": 2.0}'}, ["linear", "llama3"]),
+        ({"max_position_embeddings": 4096}, ["max_position_embeddings=4096, but theirs is 128"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_options_that_contradict_the_weights_are_refused(options: dict[str, Any], said: list[str], folder: str) -> None:
+    with pytest.raises(JobError) as raised:
+        config.architecture(Job(model=ModelOptions(weights=folder, **options), data=DataOptions(sequence_length=128)))
+    for words in (*said, folder):
+        assert words in str(raised.value)
+
+
+def test_sequences_longer_than_the_context_of_the_weights_are_refused(folder: str) -> None:
+    """Only once the folder has been read: before, its context is not known."""
+    job = Job(model=ModelOptions(weights=folder), data=DataOptions(sequence_length=129)).validate()
+    with pytest.raises(JobError, match=r"sequence_length=129 .*max_position_embeddings=128") as raised:
+        config.architecture(job)
+    assert raised.value.fix == "take data.sequence_length=128 or less"

@@ -109,6 +109,11 @@ def test_head_replaces_logits() -> None:
     assert abs(ours.item() - plain.item()) < 1e-10
 
 
+def test_tokens_go_by_hugging_faces_name() -> None:
+    model, tokens_BL = tiny.decoder(tiny.BASE), tiny.tokens(2, 9)
+    assert torch.equal(model(input_ids=tokens_BL), model(tokens_BL))
+
+
 def test_meta_model_takes_no_memory_and_needs_no_buffer() -> None:
     with torch.device("meta"):
         model = build(tiny.BASE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 
 import torch
@@ -44,6 +46,21 @@ def test_record_says_what_changed_on_resume(tmp_path):
     assert len(said) == 1
     assert "threads 1 → 2" in said[0]
     assert environment.read(tmp_path) == {"threads": 2}
+
+
+def test_a_record_that_cannot_be_written_is_told_and_the_old_one_kept(tmp_path, monkeypatch):
+    environment.write(tmp_path, {"threads": 1})
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    said: list[str] = []
+    environment.record(tmp_path, {"threads": 2}, said.append)
+    assert "threads 1 → 2" in said[0]
+    assert said[1:] == ["warning: cannot write environment.json (No space left on device); training goes on without"]
+    assert environment.read(tmp_path) == {"threads": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["environment.json"]
 
 
 def test_commit_of_a_checkout_and_outside(tmp_path, monkeypatch):

@@ -47,6 +47,32 @@ def test_a_file_torn_at_any_byte_keeps_every_whole_line(losses, data):
 
 
 @settings(deadline=None)
+@given(rows_of_a_run, st.data())
+def test_going_on_at_a_step_leaves_the_whole_rows_up_to_it(losses, data):
+    """Of any byte prefix of the file, and byte for byte: nothing is written anew, so nothing can get lost."""
+    rows = [{"step": i + 1, "loss": loss} for i, loss in enumerate(losses)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, rows)
+        text, before = (folder / FILE).read_bytes(), (folder / FILE).stat().st_ino
+        cut, step = data.draw(st.integers(0, len(text))), data.draw(st.integers(0, len(rows) + 1))
+        os.truncate(folder / FILE, cut)
+        Metrics(folder, step).close()
+        lines = text.splitlines(keepends=True)
+        # A row is whole without its line break, which it then gets.
+        whole = sum(len(b"".join(lines[: n + 1])) - 1 <= cut for n in range(len(lines)))
+        assert (folder / FILE).read_bytes() == b"".join(lines[: min(whole, step)])
+        assert (folder / FILE).stat().st_ino == before
+
+
+def test_a_torn_line_between_rows_is_no_end(tmp_path):
+    (tmp_path / FILE).write_bytes(b'{"step":1}\n{"st\n{"step":2}\n{"step":3}\n{"ste')
+    Metrics(tmp_path, 2).close()
+    assert read(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert (tmp_path / FILE).read_bytes().endswith(b'{"step":2}\n')
+
+
+@settings(deadline=None)
 @given(st.integers(1, 20), st.data())
 def test_each_step_once_after_resumes(steps, data):
     """Runs that are killed anywhere and go on from an earlier checkpoint leave every step once, in order."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,12 +15,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.errors import ShoalError
+from shoal.errors import DivergedError, ShoalError
 from shoal.job import Job, Layout, write
 from shoal.job.model import ModelOptions
+from shoal.job.train import TrainOptions
 from shoal.models.spec import count
 from shoal.observe import charts, environment, report, result
 from shoal.observe import page as page_module
+from shoal.observe.hold import hold
+from shoal.observe.log import Log
 from shoal.observe.metrics import FILE, Metrics
 from shoal.observe.result import Result
 from tests.observe.rows import row
@@ -62,8 +67,9 @@ class Page(HTMLParser):
         return {chart["title"]: chart for chart in json.loads(self.scripts["charts"])}
 
 
-def run_folder(folder: Path, rows, done: Result | None = RESULT) -> Path:
-    (folder / "job.toml").write_text(write(Job(layout=Layout(replicas=2), model=MODEL)))
+def run_folder(folder: Path, rows, done: Result | None = RESULT, steps: int = 3) -> Path:
+    job = Job(layout=Layout(replicas=2), model=MODEL, train=TrainOptions(steps=steps))
+    (folder / "job.toml").write_text(write(job))
     metrics = Metrics(folder)
     for one in rows:
         metrics.write(one)
@@ -105,12 +111,83 @@ def test_text_has_the_figures_and_is_escaped(tmp_path):
     environment.write(tmp_path, {"host": "node7", "command": ["shoal", "train"], "device": "a CPU"})
     shown = page(run_folder(tmp_path, [row(1), row(2), row(3)]))
     for text in (
-        "2.247", "0.973", "45.3 %", "3:51", "2,000", "1.900", "1.600", "gzip -9", "node7", "shoal train",
+        "2.247", "0.973", "45.3 %", "3:51 to the end of its last step", "duration of all steps", "0:02", "2,000",
+        "1.900", "1.600", "gzip -9", "node7", "shoal train",
         "MFU = formula", f"{count(MODEL):,} parameters", "replicas=2", "</script><b>x</b>", "def <main>(",
         "shoal generate", "--resume",
         "500 ms in the median: data 2 %, forward 30 %, backward 60 %, communication 4 %, optimizer 4 %",
     ):  # fmt: skip
         assert text in shown.text, text
+
+
+def test_a_result_older_than_the_rows_is_dropped(tmp_path):
+    """The run had finished with 3 steps, was resumed for 6, and has done 4."""
+    run_folder(tmp_path, [row(s, val_loss=3.25) for s in (1, 2, 3, 4)], steps=6)
+    with hold(tmp_path):
+        shown = page(tmp_path)
+    assert "4 of 6 steps, running ·" in shown.text
+    for text in ("finished", "stopped", "failed", "2.247", "0.973", "45.3 %", "<x>", "tokens trained on"):
+        assert text not in shown.text, text
+    assert "3.250" in shown.text
+    assert "4 of 6 steps, failed ·" in page(tmp_path).text
+
+
+@pytest.mark.parametrize(
+    ("done", "steps", "under"),
+    [
+        (RESULT, 3, "3 of 3 steps, finished ·"),
+        (RESULT, 6, "3 of 6 steps, stopped ·"),
+        (replace(RESULT, stopped_by="SIGTERM"), 6, "3 of 6 steps, stopped by SIGTERM ·"),
+        (replace(RESULT, stopped_by="SIGTERM"), 3, "3 of 3 steps, finished ·"),
+        (RESULT, 0, "3 steps, finished ·"),
+    ],
+)
+def test_how_it_ended(tmp_path, done, steps, under):
+    run_folder(tmp_path, [row(s) for s in (1, 2, 3)], done, steps)
+    assert under in page(tmp_path).text
+    with hold(tmp_path):  # as whoever closes a run does, while it writes the page
+        assert under in page(tmp_path).text
+
+
+def test_a_run_that_diverged_tells_it(tmp_path):
+    run_folder(tmp_path, [row(1), row(2, loss=math.nan)], done=None)
+    with contextlib.closing(Log(tmp_path)) as log:
+        for line in range(20):
+            log.write(f"line {line}")
+    error = DivergedError("loss is <nan>", where="step 2", fix="lower optim.lr")
+    with hold(tmp_path):  # a rank that is being killed still does
+        report.failed(tmp_path, error)
+    shown = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "2 of 3 steps, failed ·" in shown.text
+    assert shown.charts["Loss"]["data"][0]["y"][0] == 7.99
+    log = (tmp_path / "log.txt").read_text().splitlines()
+    assert log[-2].endswith(" step 2: loss is <nan>")
+    assert "\n".join(log[-8:]) in shown.text
+    # The page that `shoal report` writes later tells it too; once it runs again, no longer.
+    assert "lower optim.lr" in page(tmp_path).text
+    with hold(tmp_path):
+        assert "lower optim.lr" not in page(tmp_path).text
+
+
+def test_a_failure_without_words_is_named(tmp_path):
+    run_folder(tmp_path, [row(1)], done=None)
+    report.failed(tmp_path, KeyboardInterrupt())
+    assert "KeyboardInterrupt" in Page((tmp_path / "report.html").read_text(encoding="utf-8")).text
+
+
+def test_telling_a_failure_never_fails(tmp_path, monkeypatch):
+    report.failed(tmp_path / "deleted", ZeroDivisionError())
+    (tmp_path / "empty").mkdir()
+    report.failed(tmp_path / "empty", ZeroDivisionError())
+    run_folder(tmp_path, [row(1)])
+    before = page(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError
+
+    monkeypatch.setattr("os.fsync", full)
+    report.failed(tmp_path, ZeroDivisionError())
+    assert Page((tmp_path / "report.html").read_text(encoding="utf-8")).text == before.text
 
 
 def test_nothing_is_fetched(tmp_path):

@@ -44,6 +44,8 @@ def make(root, name: str, steps: int = 10, done: Result | None = None):
         (7, replace(DONE, steps=7, stopped_by="SIGINT"), "stopped"),
         (7, None, "failed"),
         (0, None, "failed"),
+        # It finished with 7 steps, and was resumed for more but did none.
+        (7, replace(DONE, steps=7), "stopped"),
         # It was stopped after 5 steps, resumed, and killed after 8.
         (8, replace(DONE, steps=5, stopped_by="SIGINT"), "failed"),
     ],
@@ -63,7 +65,8 @@ def test_a_held_run_is_running_even_after_an_earlier_result(tmp_path):
 def test_figures(tmp_path):
     folder = make(tmp_path, "a", 7)
     (folder / "checkpoints" / "step-00000006").mkdir()
-    (folder / "checkpoints" / "step-00000007.tmp").mkdir()
+    for name in ("step-00000007.tmp", "step-00000007.1f-1.tmp", "step-00000008.old", "step-9"):
+        (folder / "checkpoints" / name).mkdir()
     for path in folder.rglob("*"):
         os.utime(path, (0, time.time() - 3600))
     run = runs.describe(folder)
@@ -71,6 +74,30 @@ def test_figures(tmp_path):
     assert run.checkpoint == str(folder / "checkpoints" / "step-00000006")
     assert run.age == pytest.approx(3600, abs=60)
     assert run.size == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        # Step 4 was saved again, by a start that went on from an earlier one.
+        (["step-00000004-1", "step-00000004-2"], "step-00000004-2"),
+        (["step-00000004-9", "step-00000004-10"], "step-00000004-10"),
+        (["step-99999999", "step-100000000"], "step-100000000"),
+    ],
+)
+def test_the_newest_checkpoint(tmp_path, names, newest):
+    folder = make(tmp_path, "a", 4)
+    for name in names:
+        (folder / "checkpoints" / name).mkdir()
+    assert runs.describe(folder).checkpoint == str(folder / "checkpoints" / newest)
+
+
+def test_a_run_without_a_checkpoint(tmp_path):
+    folder = make(tmp_path, "a", 4)
+    (folder / "checkpoints" / "step-00000004").rmdir()
+    assert runs.describe(folder).checkpoint is None
+    (folder / "checkpoints").rmdir()
+    assert runs.describe(folder).checkpoint is None
 
 
 def test_table_and_json(tmp_path):

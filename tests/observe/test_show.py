@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
+import subprocess
+import sys
 
 import pytest
 
 from shoal.errors import ShoalError
-from shoal.observe import metrics
+from shoal.observe import environment, metrics
 from shoal.observe.hold import held, hold
 from shoal.observe.show import Show
 from tests.observe.rows import row
@@ -75,6 +77,70 @@ def test_a_full_disk_is_told_once_and_training_goes_on(tmp_path, capsys, monkeyp
     shown = capsys.readouterr().out
     assert shown.count("No space left on device") == 1
     assert "step 3/3" in shown
+
+
+@pytest.mark.parametrize("log_too", [False, True])
+def test_metrics_that_cannot_be_opened_are_told_once(tmp_path, capsys, monkeypatch, log_too):
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("shoal.observe.show.Metrics", full)
+    if log_too:
+        monkeypatch.setattr("shoal.observe.log.Log.write", full)
+    with Show(tmp_path) as show:
+        show.begin(0, 2, 1, None, 1.0)
+        for step in (1, 2):
+            show.step(row(step))
+        show.end(2, None)
+    shown = capsys.readouterr().out
+    assert shown.count("Read-only file system") == 1
+    assert "step 2/2" in shown
+    assert "step 2 of 2 is done" in shown
+
+
+_RESUMED_ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+from shoal.observe import environment
+from shoal.observe.show import Show
+from tests.observe.rows import row
+
+folder, size = Path(sys.argv[1]), int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+with Show(folder) as show:
+    environment.record(folder, {"threads": 1, "command": ["x" * size]}, show.say)
+    show.begin(5, 9, 1, None, 1.0)
+    for step in range(6, 10):
+        show.step(row(step, attempt=2))
+    show.end(9, None)
+"""
+
+
+@pytest.mark.parametrize(("rows", "fit"), [(7, [(6, 2)]), (3, [])])
+def test_a_run_goes_on_in_files_that_may_not_grow(tmp_path, rows, fit):
+    """A real limit, of the operating system's: within the rows after the checkpoint, or within those before it."""
+    environment.write(tmp_path, {"threads": 1})
+    with Show(tmp_path) as show:
+        show.begin(0, 9, 1, None, 1.0)
+        for step in range(1, 10):
+            show.step(row(step))
+    lines = (tmp_path / metrics.FILE).read_bytes().splitlines(keepends=True)
+    limit = len(b"".join(lines[:rows]))
+    (tmp_path / "log.txt").write_bytes(b"x" * limit)
+    done = subprocess.run(
+        [sys.executable, "-c", _RESUMED_ON_A_FULL_DISK, str(tmp_path), str(limit)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot write the run's log and metrics (File too large)") == 1
+    assert done.stdout.count("cannot write environment.json (File too large)") == 1
+    assert "step 9 of 9 is done" in done.stdout
+    # Of the rows before the checkpoint none is touched; of those after it, the ones that fit are there, whole.
+    kept = (tmp_path / metrics.FILE).read_bytes()
+    assert kept.startswith(b"".join(lines[:5]))
+    assert [(r["step"], r.get("attempt")) for r in metrics.read(tmp_path)[5:]] == fit
+    assert kept.endswith(b"}\n")
+    assert environment.read(tmp_path) == {"threads": 1}
+    assert {path.name for path in tmp_path.iterdir()} == {"environment.json", "log.txt", metrics.FILE}
 
 
 def test_one_process_at_a_time_holds_a_run(tmp_path):

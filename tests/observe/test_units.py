@@ -32,6 +32,9 @@ from shoal.observe import units
         (units.number(math.nan, ".3f"), "nan"),
         (units.number(None), "–"),
         (units.percent(0.4123), "41.2 %"),
+        (units.counted(1, "step"), "1 step"),
+        (units.counted(0, "step"), "0 steps"),
+        (units.counted(12345, "token"), "12,345 tokens"),
     ],
 )
 def test_text(text, wanted):

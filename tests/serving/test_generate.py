@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.checkpoint import huggingface
+from shoal.cli.main import main
 from shoal.errors import DataError, JobError, ModelError
 from shoal.models.decoder import Decoder
 from shoal.serving import cache
@@ -145,6 +146,13 @@ def test_bad_folders(folder: Path, tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"neither job\.toml nor config\.json"):
         load(tmp_path)
+    with pytest.raises(ModelError, match=r"neither job\.toml nor config\.json"):
+        generate(tmp_path, "A")
+    (tmp_path / "a.txt").write_text("A")
+    for use in (load, generate):
+        with pytest.raises(ModelError, match=r"a\.txt: is a file, neither a run nor a model folder"):
+            use(tmp_path / "a.txt")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DataError, match="no tokenizer"):
         generate(tmp_path, "A")
     with pytest.raises(ModelError, match="there is no such folder"):
@@ -215,3 +223,19 @@ def test_unfinished_character_is_not_lost() -> None:
         stream.add(token)
     assert stream.text == ""
     assert set(stream.end()) == {"\ufffd"}
+
+
+def test_the_prompt_is_shown_when_all_has_been_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else the error follows it on the same line."""
+    assert main(["generate", str(folder), "--prompt", "A" * 128]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: the prompt has 128 tokens")
+    assert main(["generate", str(folder), "--prompt", "ABC", "--max-tokens", "5"]) == 0
+    assert capsys.readouterr().out == f"ABC{generate(folder, 'ABC', max_tokens=5)}\n"
+
+
+def test_the_prompt_is_shown_where_nothing_follows(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("shoal.serving.generate.generate", lambda *args, **options: "")
+    assert main(["generate", "x", "--prompt", "ABC"]) == 0
+    assert capsys.readouterr().out == "ABC\n"

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from shoal import Job, job
 from shoal.checkpoint import Saver, huggingface
 from shoal.errors import ModelError
 from shoal.models.decoder import Decoder
+from shoal.serving.generate import generate
 from shoal.serving.load import load
 from shoal.shard import Shard, State
 from tests.models import tiny
@@ -49,6 +51,21 @@ def test_newest_checkpoint(run: Path) -> None:
 
 def test_one_checkpoint(run: Path) -> None:
     assert same(load(run / "checkpoints" / "step-00000001"), 1)
+
+
+def test_text_from_one_checkpoint(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the tokenizer of its run, wherever one stands."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"{i} ": i for i in range(66)}, unk_token="0 "))
+    words.add_special_tokens(["</s>"])
+    words.save(str(copy / "tokenizer.json"))
+    monkeypatch.chdir(copy / "checkpoints")
+    for step in ("step-00000001", copy / "checkpoints" / "step-00000001"):
+        assert generate(step, "7 ", seed=1, max_tokens=9) == generate(
+            load(step), "7 ", tokenizer=copy, seed=1, max_tokens=9
+        )
+    with pytest.raises(ModelError, match="no run and no model"):
+        generate(copy / "checkpoints", "7 ")
 
 
 def test_damaged_checkpoint_is_passed_over_and_named(run: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import os
 import pickle
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from shoal.errors import DivergedError
 from shoal.job import read
 from shoal.launch.forkserver import resolve
 from shoal.mesh import Seat
+from shoal.observe import files
 from shoal.training import loop, validate, worker
 from shoal.training.loop import Loop
 from shoal.training.objective import Objective
@@ -186,3 +189,18 @@ def ledger(seat: Seat, **args: Any) -> list[list[int]]:
     with mock.patch.object(loop, "step_batches", watched):
         worker.main(seat, **args)
     return seen
+
+
+def deleting_its_folder(seat: Seat, **args: Any) -> Any:
+    """Trains; then somebody deletes the run's folder."""
+    figures = worker.main(seat, **args)
+    if seat.member == 0:
+        shutil.rmtree(args["folder"])
+    return figures
+
+
+def without_space(seat: Seat, **args: Any) -> Any:
+    """Trains while no file of the run folder can be replaced. (Checkpoints are written by another process.)"""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with mock.patch.object(files, "replace", side_effect=full):
+        return worker.main(seat, **args)

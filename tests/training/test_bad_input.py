@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.cli.main import main
-from shoal.job import Job, write
+from shoal.job import Job, Layout, write
 
 
 class NoRanks:
@@ -108,7 +108,10 @@ def test_a_mistake(arguments, tmp_path, monkeypatch, capfd, words, what, fix):
 
 def test_resuming_what_is_no_run(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("shoal.launch.train.Ranks", NoRanks)
-    (tmp_path / "job.toml").write_text(write(Job()))
+    (tmp_path / "job.toml").write_text("")
+    assert main(["train", "--resume", str(tmp_path)]) == 2
+    assert "job.toml of this run is damaged: it names no layout" in capfd.readouterr().err
+    (tmp_path / "job.toml").write_text(write(Job(layout=Layout())))
     assert main(["train", "--resume", str(tmp_path)]) == 2
     assert "cannot be resumed: data.json is missing or damaged" in capfd.readouterr().err
 

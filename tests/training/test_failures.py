@@ -111,6 +111,7 @@ def test_a_rank_that_raises_is_named_last_and_the_run_can_be_resumed(train, tiny
     assert "warning: 3 workers share 2 cores; 2 would be faster" in out
     lines = err.strip().splitlines()
     assert "error: rank 1: failed" in lines
+    assert f"shoal train --resume {run} goes on from step-00000004" in lines
     assert lines[-1] == "ValueError: the cat has sat on the keyboard"
     newest = checkpoint.newest(run / "checkpoints", pytest.fail)
     assert newest is not None

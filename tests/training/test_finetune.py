@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from shoal.data import tokenizer as tokenizers
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
-from shoal.job import read
+from shoal.errors import JobError
+from shoal.job import Job, read
+from shoal.job.model import ModelOptions
 from shoal.launch.train import ready
 from shoal.observe import metrics
 from tests.models import tiny as models
@@ -46,10 +52,16 @@ def first_loss(folder, job, prepared) -> float:
     return total / count
 
 
+def from_weights(job: Job, folder: Path, **options) -> Job:
+    """A job that goes on from a folder, with its tokenizer."""
+    model = ModelOptions(weights=str(folder), **options)
+    return replace(job, model=model, data=replace(job.data, tokenizer="auto"))
+
+
 @pytest.mark.parametrize("layout", ["replicas=2", "fsdp=2,zero=3"])
 def test_first_loss_is_that_of_transformers(ranks, tiny, folder, tmp_path, layout):
     run = tmp_path / "run"
-    job = tiny(run, layout, train={"steps": 4}, model={"weights": str(folder)}, data={"tokenizer": "auto"})
+    job = from_weights(tiny(run, layout, train={"steps": 4}), folder)
     job, arguments = ready(job, None, time.time())
     ranks.run("shoal.training.worker:main", 2, **arguments)
     losses = [row["loss"] for row in metrics.read(run)]
@@ -58,3 +70,36 @@ def test_first_loss_is_that_of_transformers(ranks, tiny, folder, tmp_path, layou
     settled = read(run / "job.toml")
     assert settled.model.vocab_size == 264
     assert settled.data.tokenizer == str(folder)
+
+
+@pytest.fixture(scope="module")
+def chat(folder, tmp_path_factory):
+    """The model with a tokenizer as Llama's: texts begin with another token than they end with, or a turn does."""
+    chat = shutil.copytree(folder, tmp_path_factory.mktemp("chat") / "model")
+    bytes_ = tokenizers.single_bytes()
+    bytes_.model.add_special_tokens(["<s>", "</s>", "<turn>"])
+    replace(bytes_, start=257, end=258).save(chat)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((chat / name).read_text())
+        (chat / name).write_text(json.dumps(said | {"bos_token_id": 257, "eos_token_id": [258, 259]}))
+    return chat
+
+
+def test_what_begins_and_ends_a_text_stays(train, tiny, chat, tmp_path):
+    run = tmp_path / "run"
+    train(from_weights(tiny(run, "replicas=1", train={"steps": 1}), chat), finish=True)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((run / "model" / name).read_text())
+        assert (said["bos_token_id"], said["eos_token_id"]) == (257, [258, 259])
+    theirs = AutoTokenizer.from_pretrained(run / "model")
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+
+
+def test_another_architecture_is_refused_before_anything_is_read(tiny, folder, tmp_path):
+    job = tiny(tmp_path / "run", data={"source": ("no/such/file",)})
+    with pytest.raises(JobError, match=r"model.num_hidden_layers=5, but theirs is 3"):
+        ready(from_weights(job, folder, num_hidden_layers=5), None, time.time())
+    job = replace(job, data=replace(job.data, sequence_length=129))
+    with pytest.raises(JobError, match=r"sequence_length=129 .*max_position_embeddings=128"):
+        ready(from_weights(job, folder).validate(), None, time.time())
+    assert not (tmp_path / "run").exists()

@@ -53,6 +53,9 @@ def test_absurd_learning_rate_ends_the_run_with_exit_code_1(arguments, tmp_path,
     error = capfd.readouterr().err
     assert "Traceback" not in error
     last = [line for line in error.splitlines() if line.strip()][-2:]
-    step = 1 + len(metrics.read(run))
+    step = len(metrics.read(run))  # with the step that failed
     assert f"step {step}: loss or gradient is not finite" in last[0]
     assert "lower optim.lr (now " in last[1]
+    page = (run / "report.html").read_text()
+    assert ", failed ·" in page
+    assert "loss or gradient is not finite" in page

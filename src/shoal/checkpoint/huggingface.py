@@ -6,6 +6,7 @@ Only safetensors files are read: their header is JSON and the rest raw numbers, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -128,16 +129,19 @@ def export(
     folder: Path,
     *,
     tokenizer: Path | None = None,
+    start_token: int | None = None,
     end_token: int | None = None,
+    source: Path | None = None,
     dtype: torch.dtype | None = None,
     file_bytes: int = 5 << 30,
 ) -> None:
     """Writes a folder that `transformers` reads.
 
     tensors: every parameter once, by canonical name, whole, in any order; taken one at a time, one file's
-    worth held. tokenizer: folder with tokenizer.json to be copied, or that file. end_token: id that ends a
-    document. dtype: of the weights, default as they come. config.json is written last: a folder that has one
-    is whole. Raises ModelError if the disk is full or the folder cannot be written.
+    worth held. tokenizer: folder with tokenizer.json to be copied, or that file. start_token, end_token: ids
+    that begin and end a document. source: folder that training began from; what else ends a text there (a turn
+    of a chat, say) still does. dtype: of the weights, default as they come. config.json is written last: a
+    folder that has one is whole. Raises ModelError if the disk is full or the folder cannot be written.
     """
     shapes = {name: spec.shape for name, spec in parameters(options).items()}
     try:
@@ -150,11 +154,12 @@ def export(
         ]:
             stale.unlink(missing_ok=True)
         written = _write_weights(tensors, shapes, folder, dtype, file_bytes)
-        tokens = {"bos_token_id": end_token, "eos_token_id": end_token}
-        _write_json(folder / "generation_config.json", tokens)
+        ends = _ends(end_token, source)
+        _write_json(folder / "generation_config.json", {"bos_token_id": start_token, "eos_token_id": ends})
         if tokenizer is not None:
-            _copy_tokenizer(tokenizer, folder, end_token)
-        _write_json(folder / "config.json", config.to_hf(options, str(written).removeprefix("torch."), end_token))
+            _copy_tokenizer(tokenizer, folder, start_token, end_token)
+        kind = str(written).removeprefix("torch.")
+        _write_json(folder / "config.json", config.to_hf(options, kind, start_token, ends))
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"cannot be written: {error}", where=str(folder), fix="free disk space, or name another folder"
@@ -211,7 +216,19 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_tokenizer(source: Path, folder: Path, end_token: int | None) -> None:
+def _ends(end_token: int | None, source: Path | None) -> int | list[int] | None:
+    """The end token, with the others of `source` if it is one of them: else the vocabulary is another."""
+    if source is None:
+        return end_token
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(ModelError):  # whatever became of that folder meanwhile
+            known = config.read_json(source / name).get("eos_token_id")
+            if isinstance(known, list) and end_token in known:
+                return known
+    return end_token
+
+
+def _copy_tokenizer(source: Path, folder: Path, start_token: int | None, end_token: int | None) -> None:
     home = source if source.is_dir() else source.parent
     for name in _TOKENIZER_FILES:
         if (home / name).is_file():
@@ -220,6 +237,7 @@ def _copy_tokenizer(source: Path, folder: Path, end_token: int | None) -> None:
         shutil.copyfile(source, folder / "tokenizer.json")
     if not (folder / "tokenizer_config.json").exists():
         # Without it, transformers would take tokenizer.json for one of Llama's and split text in another way.
-        end = None if end_token is None else Tokenizer.from_file(str(folder / "tokenizer.json")).id_to_token(end_token)
-        names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end, "eos_token": end}
+        known = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        start, end = (None if token is None else known.id_to_token(token) for token in (start_token, end_token))
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": start, "eos_token": end}
         _write_json(folder / "tokenizer_config.json", names)

@@ -47,7 +47,7 @@ def run(args: list[str]) -> Answer:
 
     from shoal.serving.generate import generate
 
-    print(options.prompt, end="", flush=True)
+    begun = iter([options.prompt])  # printed with the first piece, when all has been checked
     text = generate(
         options.model,
         options.prompt,
@@ -56,8 +56,8 @@ def run(args: list[str]) -> Answer:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
-        on_text=lambda piece: print(piece, end="", flush=True),
+        on_text=lambda piece: print(next(begun, "") + piece, end="", flush=True),
         say=lambda line: print(f"\n{line}", end="", file=sys.stderr, flush=True),
     )
-    print(flush=True)
+    print(next(begun, ""), flush=True)
     return Answer({"model": options.model, "prompt": options.prompt, "text": text})

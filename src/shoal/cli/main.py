@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from importlib import import_module
+from signal import Signals
 from types import ModuleType
 
 from shoal import __version__
@@ -54,9 +55,9 @@ def main(args: list[str] | None = None) -> int:
     except ShoalError as error:
         answer.refuse(error, form)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "interrupted", file=sys.stderr)
+        return 128 + Signals[getattr(stopped, "name", "SIGINT")]
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; Python must not complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -50,6 +50,8 @@ def prepare(options: DataOptions, seed: int = 0, say: Callable[[str], None] = pr
             given = None if options.tokenizer in ("bpe", "bytes") else tokenizers_of.load(options.tokenizer)
             folder = cache / _fingerprint(options, seed, corpus, given)
             prepared = _cached(folder, say) or _make(options, seed, corpus, given, temporary / "new", folder, say)
+    except BrokenPipeError:  # who reads what `say` prints (`| head`) has left; no fault of the data
+        raise
     except OSError as error:
         fix = "see that the files stay where they are; for space, name another folder in data.cache"
         raise DataError(f"the data cannot be prepared: {error}", where=str(cache), fix=fix) from None

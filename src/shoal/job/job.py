@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
-from functools import reduce
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_type_hints
 
 from shoal.errors import JobError
-from shoal.job.check import fit, kinds
+from shoal.job.check import fit, kinds, require
 from shoal.job.checkpoint import CheckpointOptions
 from shoal.job.data import DataOptions
 from shoal.job.layout import Layout
@@ -36,21 +35,53 @@ class Job:
     run: RunOptions = field(default_factory=RunOptions)
 
     def validate(self) -> Job:
-        """Checks every option and the pairs that depend on each other. Raises JobError; returns self."""
-        for name, kind in kinds(Job).items():
-            if name != "layout":
-                fit(name, reduce(getattr, name.split("."), self), kind)
-        for _, part in parts(self):
+        """This job, each option checked, and those that depend on each other; to be used in its place. Raises JobError.
+
+        What was written more freely has become what it means: a layout's text a Layout, a single source a tuple.
+        """
+        tables = {name: _fitted(name, part) for name, part in parts(self)}
+        job = replace(self, layout=_layout(self.layout), **tables)
+        for _, part in parts(job):
             part.validate()
-        if self.layout is not None:
-            self.layout.validate()
-            check_batch(self.train.global_batch, self.layout)
-        return self
+        if not job.model.weights:  # with weights, once their folder has been read: models.config.architecture
+            check_context(job)
+        if job.layout is not None:
+            job.layout.validate()
+            check_batch(job.train.global_batch, job.layout)
+        return job
 
 
 def parts(job: Job) -> Iterator[tuple[str, Any]]:
     """The tables of a job, by name: model, data, optim, ..."""
     return ((f.name, getattr(job, f.name)) for f in fields(job) if f.name != "layout")
+
+
+def _fitted(table: str, options: Any) -> Any:
+    """The options of a table, each as its kind."""
+    kind = get_type_hints(Job)[table]
+    if not isinstance(options, kind):
+        raise JobError(f"{table}={options!r} is not {kind.__name__}", fix=f"{table}={kind.__name__}(...)")
+    known = kinds(kind)
+    return replace(options, **{key: fit(f"{table}.{key}", getattr(options, key), known[key]) for key in known})
+
+
+def _layout(layout: Any) -> Layout | None:
+    if layout is None or isinstance(layout, Layout):
+        return layout
+    if not isinstance(layout, str):
+        raise JobError(f"layout={layout!r} is not a layout", fix='e.g. "replicas=2"')
+    return None if layout == "auto" else Layout.parse(layout)
+
+
+def check_context(job: Job) -> None:
+    """Sequences fit into the context that the model declares. Raises JobError that says what would do."""
+    length, context = job.data.sequence_length, job.model.max_position_embeddings
+    shorter = f"data.sequence_length={context} or less"
+    require(
+        length <= context,
+        f"data.sequence_length={length} is more than the model's context, model.max_position_embeddings={context}",
+        f"take {shorter}" if job.model.weights else f"give --model.max-position-embeddings {length}, or take {shorter}",
+    )
 
 
 def check_batch(global_batch: int, layout: Layout) -> None:

@@ -18,13 +18,13 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """A decoder-only transformer. The defaults are the quickstart model."""
+    """A decoder-only transformer. The defaults make a Llama of 5 M parameters, with a vocabulary of 4096."""
 
     family: str = "llama"
     """Model family: `llama` (Llama 2/3, SmolLM2)."""
     weights: str = ""
     """Hugging Face folder to start from (config.json and safetensors); empty = random initialisation.
-    With a folder, the architecture fields below are read from it."""
+    With a folder, the options below are read from it, and refused where they say otherwise."""
     vocab_size: int = 0
     """Rows of the embedding; 0 = the tokenizer's size."""
     hidden_size: int = 256

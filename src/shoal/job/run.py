@@ -16,9 +16,12 @@ class RunOptions:
     name: str = "run"
     """First part of the folder's name."""
     threads: int = 0
-    """Threads of each rank on CPU; 0 = cores / local ranks, at least 1."""
+    """Threads of each rank on CPU; 0 = cores / local ranks, at least 1. It stays 0 in job.toml: another machine has
+    other cores."""
 
     def validate(self) -> None:
         at_least("run.threads", self.threads, 0)
+        most = 1024  # torch starts them all, and dies of too many
+        require(self.threads <= most, f"run.threads={self.threads} is more than {most}", "0: cores / local ranks")
         plain = self.name not in ("", ".", "..") and not set(self.name) & set("/\\\0")
         require(plain, f"run.name={self.name!r} is not part of a folder's name", "e.g. quickstart")

@@ -10,6 +10,9 @@ from shoal import errors
 from shoal.errors import RankError, ShoalError
 from shoal.launch.messages import Failed
 
+# What a user can do about it.
+LESS_MEMORY = "a smaller micro_batch, recompute=block or fsdp in the layout, or a smaller model"
+
 
 class Terminated(RankError):
     """A rank did what SIGTERM asks for: it ended, without an answer."""
@@ -47,7 +50,7 @@ def ended(rank: int, code: int, at: float, out_of_memory: bool) -> Failure:
         return Failure(rank, Terminated("ended by SIGTERM", where=where), at, False)
     fix = ""
     if out_of_memory and code == -signal.SIGKILL:
-        fix = "the kernel ran out of memory: use a smaller layout.micro_batch, fsdp, or recompute=block"
+        fix = f"the kernel ran out of memory: {LESS_MEMORY}"
     error = RankError(f"killed by {signal.Signals(-code).name}", where=where, fix=fix)
     # Backends abort their process when a peer is gone.
     return Failure(rank, error, at, code == -signal.SIGABRT)

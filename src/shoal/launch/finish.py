@@ -16,7 +16,7 @@ from shoal.checkpoint import huggingface
 from shoal.data.describe import compressed_bits_per_byte
 from shoal.data.prepare import Prepared
 from shoal.errors import ShoalError
-from shoal.job import read
+from shoal.job import Job, parse
 from shoal.mesh import Seat
 from shoal.models.decoder import Decoder
 from shoal.models.spec import count
@@ -26,6 +26,7 @@ from shoal.observe.log import Log
 from shoal.observe.result import Result
 from shoal.serving.generate import generate
 from shoal.serving.load import load
+from shoal.training.folder import fill
 
 # Beginnings to go on from: of source code, and of a new document for any other text.
 _PROMPT = "def main("
@@ -41,6 +42,7 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
     and its state is saved.
     """
     run, corpus = Path(folder), Prepared.load(Path(prepared))
+    run.mkdir(parents=True, exist_ok=True)
     with hold(run), contextlib.closing(Log(run)) as log:
         return _finish(run, corpus, figures, log)
 
@@ -52,22 +54,28 @@ def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], log: Log) -> d
         with contextlib.suppress(OSError):
             log.write(text)
 
+    job = parse(figures["job"])
     prompt, sample = "", ""
     try:
+        if not (run / "job.toml").is_file():
+            say(f"warning: {run} was deleted while the run went on; what can be written again now is")
+            fill(run, job, corpus)
         model = load(run, say)
         _tell_if_older(run, figures["step"], say)
         if count(model.options) < _SMALL:
             torch.set_num_threads(1)
-        _export(model, run, corpus)
-        prompt, sample = _sample(model, run)
+        _export(model, run, job, corpus)
+        prompt, sample = _sample(model, run, job)
     except (ShoalError, OSError) as error:
         say(f"warning: the trained model was not written to {run / 'model'}: {error}")
-    outcome = _result(run, corpus, figures, prompt, sample)
+    outcome = _result(run, job, corpus, figures, prompt, sample)
     for write in (lambda: result.write(run, outcome), lambda: report.write(run)):
         try:
             write()
         except OSError as error:
             say(f"warning: {error}")
+    if figures["skipped"]:
+        say(f"warning: {figures['skipped']:,} updates were not applied: loss or gradient was not finite")
     for line in summary.lines(outcome):
         say(line)
     return asdict(outcome)
@@ -80,27 +88,27 @@ def _tell_if_older(run: Path, step: int, say: Callable[[str], None]) -> None:
         say(f"warning: sample and model/ are those of step {saved}, the last one saved, not of step {step}")
 
 
-def _export(model: Decoder, run: Path, corpus: Prepared) -> None:
+def _export(model: Decoder, run: Path, job: Job, corpus: Prepared) -> None:
     huggingface.export(
         model.options,
         model.named_parameters(),
         run / "model",
         tokenizer=corpus.tokenizer,
+        start_token=corpus.start_token,
         end_token=corpus.end_token,
+        source=Path(job.model.weights) if job.model.weights else None,
     )
 
 
-def _sample(model: Decoder, run: Path) -> tuple[str, str]:
-    python = read(run / "job.toml").data.source == ("python",)
-    prompt = _PROMPT if python else ""
+def _sample(model: Decoder, run: Path, job: Job) -> tuple[str, str]:
+    prompt = _PROMPT if job.data.source == ("python",) else ""
     return prompt, generate(model, prompt, tokenizer=run, max_tokens=_SAMPLE_TOKENS)
 
 
-def _result(run: Path, corpus: Prepared, figures: dict[str, Any], prompt: str, sample: str) -> Result:
+def _result(run: Path, job: Job, corpus: Prepared, figures: dict[str, Any], prompt: str, sample: str) -> Result:
     rows = metrics.read(run)
     tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
     validation = figures["validation"]
-    job = read(run / "job.toml")
     rivals = compressed_bits_per_byte(corpus) if validation else {}
     loss = validation["nats"] if validation and math.isfinite(validation["nats"]) else None
     mfus = [row["mfu"] * row["seconds"] for row in rows if row.get("mfu")]

@@ -14,6 +14,14 @@ from shoal.launch.failure import Terminated
 from shoal.launch.ranks import Ranks
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run before it could answer. name: SIGINT or SIGTERM. what: for the user to know then."""
+
+    def __init__(self, name: str, what: str = ""):
+        self.name, self.what = name, what
+        super().__init__(f"stopped by {name}" + (f"; {what}" if what else ""))
+
+
 def run(
     entry: str,
     args: dict[str, Any],
@@ -25,8 +33,8 @@ def run(
     """What `entry(seat, **args)` returned in rank 0 of `world` ranks, as `shoal.launch.call.call` says.
 
     The first SIGINT or SIGTERM is passed on to all ranks as SIGTERM, which asks them to finish their step and
-    save, and on_signal is called with its name; the second kills them. KeyboardInterrupt if they end without
-    an answer because of it. Signals are caught in the main thread only; elsewhere they do what they did.
+    save, and on_signal is called with its name; the second kills them. Interrupted if they end without an
+    answer because of it. Signals are caught in the main thread only; elsewhere they do what they did.
     """
     own = ranks is None
     ranks = ranks or Ranks([entry.partition(":")[0]])
@@ -35,8 +43,8 @@ def run(
             try:
                 value = call(ranks, entry, args, world, threads=threads)[0]
             except Terminated:
-                if interrupts.count:
-                    raise KeyboardInterrupt from None
+                if interrupts.first:
+                    raise Interrupted(interrupts.first) from None
                 raise
             if own:
                 ranks.hang_up()
@@ -51,7 +59,7 @@ class _Interrupts:
 
     def __init__(self, ranks: Ranks, on_signal: Callable[[str], None] | None):
         self.ranks, self.on_signal = ranks, on_signal
-        self.count = 0
+        self.first = ""
         self.wake, self._waker = socket.socketpair()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -74,9 +82,10 @@ class _Interrupts:
 
     def _pass_on(self) -> None:
         for number in self.wake.recv(64):
-            self.count += 1
-            if self.count > 1:
-                raise KeyboardInterrupt
+            name = signal.Signals(number).name
+            if self.first:
+                raise Interrupted(name)
+            self.first = name
             self.ranks.signal(signal.SIGTERM)
             if self.on_signal is not None:
-                self.on_signal(signal.Signals(number).name)
+                self.on_signal(name)

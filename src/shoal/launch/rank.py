@@ -17,6 +17,7 @@ import torch.distributed as dist
 from shoal import device, errors
 from shoal.errors import ShoalError
 from shoal.launch.channel import Channel
+from shoal.launch.failure import LESS_MEMORY
 from shoal.launch.forkserver import resolve, set_name
 from shoal.launch.messages import Call, Failed, Returned
 from shoal.launch.store import HOST
@@ -62,6 +63,8 @@ def _failed(error: BaseException) -> Failed:
     if isinstance(error, ShoalError):
         known = next(base.__name__ for base in type(error).__mro__ if base.__module__ == errors.__name__)
         return Failed(known, error.what, error.where, error.fix, at, follows)
+    if asked := device.out_of_memory(error):
+        return Failed("RankError", f"out of memory: {asked} more could not be had", "", LESS_MEMORY, at, follows)
     # The first frame is ours and says nothing.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -16,23 +15,23 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shoal.data.prepare import Prepared, prepare
-from shoal.errors import CheckpointError, DataError, JobError, RankError
-from shoal.job import Job, Layout, read_run, write
+from shoal.errors import DivergedError, JobError, RankError
+from shoal.job import Job, Layout, write
 from shoal.launch import local, torchrun
 from shoal.launch.cores import cores, too_many_workers
 from shoal.launch.ranks import Ranks
+from shoal.launch.resume import resumable, way_on
 from shoal.models import config
-from shoal.observe.hold import hold
+from shoal.observe import report
 from shoal.observe.log import Log
 from shoal.observe.result import Result
+from shoal.training.folder import fill
 
 if TYPE_CHECKING:
     from shoal.mesh import Seat
 
 _WORKER, _FINISH = "shoal.training.worker", "shoal.launch.finish"
 _MOST_CPU_RANKS = 8
-# Which token store a run reads: folder and fingerprint.
-_DATA = "data.json"
 
 
 def train(job: Job, *, resume: str | Path | None = None) -> Result:
@@ -44,7 +43,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
     before it could save.
     """
     started = time.time()
-    job.validate()
+    job = job.validate()
     if torchrun.is_worker():
         here = {"job": job, "resume": resume, "started": started}
         return Result(**torchrun.run("shoal.launch.train:one_of_many", here, job.run.threads))
@@ -63,12 +62,27 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
             stopped.append(name)
             say(f"{name}: finishing this step, then saving; once more to kill")
 
-        figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
-        if figures["stopped_by"] and stopped:
-            figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM
-        return Result(**local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks))
+        with _broken_off(folder):
+            figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
+            if figures["stopped_by"] and stopped:
+                figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM
+            return Result(**local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks))
     finally:
         ranks.close()
+
+
+@contextlib.contextmanager
+def _broken_off(folder: Path) -> Iterator[None]:
+    """A run that ends too early still has its report, and says how to go on with it if anything was saved."""
+    try:
+        yield
+    except local.Interrupted as error:
+        report.failed(folder, error)
+        raise local.Interrupted(error.name, way_on(folder) or "nothing was saved yet") from None
+    except (RankError, DivergedError) as error:
+        report.failed(folder, error)
+        print(way_on(folder) or "nothing was saved yet", file=sys.stderr)  # before the root cause, which comes last
+        raise
 
 
 def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: float) -> dict[str, Any]:
@@ -89,7 +103,12 @@ def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: flo
     if not told:
         raise RankError("rank 0 could not prepare the run", where=f"rank {seat.member}", fix="see its message")
     arguments = msgspec.json.decode(told, type=dict[str, Any])
-    figures = worker.main(seat, **arguments)
+    try:
+        figures = worker.main(seat, **arguments)
+    except (RankError, DivergedError, RuntimeError, OSError) as error:
+        if seat.member == 0:
+            report.failed(Path(arguments["folder"]), error)
+        raise
     if seat.member == 0:
         outcome = finish.main(seat, **_afterwards(arguments, figures))
         seat.store.set("finished", msgspec.json.encode(outcome).decode())
@@ -129,35 +148,34 @@ def speaker(folder: Path | None = None) -> Callable[[str], None]:
 
 
 def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dict[str, Any]]:
-    """Text prepared, layout and architecture resolved, run folder made: the job and the worker's arguments."""
+    """Text prepared, layout and architecture resolved, run folder made: the job and the worker's arguments.
+
+    A run that goes on keeps its files as they are until its checkpoint has been loaded into the job.
+    """
     say = speaker()
-    job = _architecture(_paths(job))
+    job = _paths(job)
     if resume is None:
         folder = _new_folder(job)
+        job = _architecture(job)
         prepared = prepare(job.data, say=say)
     else:
         folder = Path(resume)
-        read_run(folder)  # refuses a folder without a run
-        prepared = _same_data(job, folder, say)
+        prepared = resumable(job, folder, say)
     job = _vocabulary(job, prepared)
     job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
+    # A copy of its job.toml makes a new run, not this folder's.
+    job = replace(job, run=replace(job.run, dir=""))
     try:
-        _fill(folder, job, prepared)
+        if resume is None:
+            fill(folder, job, prepared)
     except OSError as error:
         fix = "name another with --run-dir, or make space"
         raise JobError(f"cannot write the run folder: {error.strerror}", where=str(folder), fix=fix) from None
-    arguments = {"folder": str(folder), "prepared": str(prepared.folder), "started": started, "command": sys.argv}
+    arguments = {
+        "folder": str(folder), "job": write(job), "prepared": str(prepared.folder), "started": started,
+        "command": sys.argv,
+    }  # fmt: skip
     return job, arguments
-
-
-def _fill(folder: Path, job: Job, prepared: Prepared) -> None:
-    """What a run folder has before the first step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "job.toml").write_text(write(job), encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(prepared.folder / name, folder / name)
-    data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
-    (folder / _DATA).write_bytes(msgspec.json.encode(data))
 
 
 def _paths(job: Job) -> Job:
@@ -177,10 +195,9 @@ def _paths(job: Job) -> Job:
 def _architecture(job: Job) -> Job:
     """With weights from a folder, the architecture is the folder's, and so is the tokenizer if none is named."""
     tokenizer = job.data.tokenizer
-    if job.model.weights:
-        tokenizer = job.model.weights if tokenizer == "auto" else tokenizer
-        architecture = config.read(Path(job.model.weights))
-        job = replace(job, model=replace(architecture, weights=job.model.weights))
+    if job.model.weights and tokenizer == "auto":
+        tokenizer = job.model.weights
+    job = config.architecture(job)
     return replace(job, data=replace(job.data, tokenizer="bpe" if tokenizer == "auto" else tokenizer))
 
 
@@ -221,23 +238,3 @@ def _new_folder(job: Job) -> Path:
             fix=f"shoal train --resume {folder}, or another --run-dir",
         )
     return folder
-
-
-def _same_data(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
-    """The token store that the run began with; made again where it has been deleted."""
-    with hold(folder):  # refuses while somebody trains in it
-        pass
-    try:
-        known = msgspec.json.decode((folder / _DATA).read_bytes(), type=dict[str, str])
-    except (OSError, msgspec.DecodeError):
-        raise CheckpointError("the run cannot be resumed: data.json is missing or damaged", where=str(folder)) from None
-    if (Path(known["folder"]) / "meta.json").exists():
-        return Prepared.load(Path(known["folder"]))
-    prepared = prepare(job.data, say=say)
-    if prepared.fingerprint != known["fingerprint"]:
-        raise DataError(
-            "the text has changed since this run began, and its token store is gone",
-            where=", ".join(job.data.source),
-            fix="restore the text as it was, or start a new run from model/ of this one (model.weights)",
-        )
-    return prepared

@@ -4,11 +4,14 @@ ignored."""
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from shoal.errors import JobError, ModelError
+from shoal.job import Job
 from shoal.job.check import fit, kinds
+from shoal.job.job import check_context
 from shoal.job.model import ROPE_KEYS, ModelOptions
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -27,6 +30,39 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1, 1.0),
     "is_encoder_decoder": (None, False),
 }
+
+
+def architecture(job: Job) -> Job:
+    """The job with the architecture of the folder in model.weights; as it is, where there is none.
+
+    Raises ModelError for that folder, and JobError for options that differ from it and from the default (a default
+    cannot be told from nothing said), or for sequences that are longer than its context.
+    """
+    if not job.model.weights:
+        return job
+    found = replace(read(Path(job.model.weights)), weights=job.model.weights)
+    said = asdict(found) | {"head_dim": found.head_size}
+    if _scaling(job.model) == _scaling(found):
+        said["rope_scaling"] = job.model.rope_scaling
+    usual = ModelOptions()
+    against = [
+        f"model.{name}={given!r}, but theirs is {said[name]!r}"
+        for name, given in asdict(job.model).items()
+        if given not in (getattr(usual, name), said[name])
+    ]
+    if against:
+        raise JobError(
+            f"the weights have another architecture: {'; '.join(against)}",
+            where=job.model.weights,
+            fix="leave such options out: with model.weights, the architecture is the folder's",
+        )
+    job = replace(job, model=found)
+    check_context(job)
+    return job
+
+
+def _scaling(options: ModelOptions) -> Any:
+    return json.loads(options.rope_scaling) if options.rope_scaling else None
 
 
 def read(folder: Path) -> ModelOptions:
@@ -106,8 +142,13 @@ def _rope(config: dict[str, Any], where: str) -> tuple[float, str]:
     return theta, json.dumps({"rope_type": kind} | {key: rope.get(key) for key in ROPE_KEYS[kind]})
 
 
-def to_hf(options: ModelOptions, dtype: str = "float32", end_token: int | None = None) -> dict[str, Any]:
-    """A config.json that transformers 4 and 5 read. end_token: id that ends and begins a document."""
+def to_hf(
+    options: ModelOptions,
+    dtype: str = "float32",
+    start_token: int | None = None,
+    end_token: int | list[int] | None = None,
+) -> dict[str, Any]:
+    """A config.json that transformers 4 and 5 read. start_token, end_token: ids that begin and end a document."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -121,7 +162,7 @@ def to_hf(options: ModelOptions, dtype: str = "float32", end_token: int | None =
         "hidden_act": "silu",
         "max_position_embeddings": options.max_position_embeddings,
         "rope_theta": options.rope_theta,
-        "rope_scaling": json.loads(options.rope_scaling) if options.rope_scaling else None,
+        "rope_scaling": _scaling(options),
         "rms_norm_eps": options.rms_norm_eps,
         "tie_word_embeddings": options.tie_word_embeddings,
         "attention_bias": options.attention_bias,
@@ -129,7 +170,7 @@ def to_hf(options: ModelOptions, dtype: str = "float32", end_token: int | None =
         "mlp_bias": options.mlp_bias,
         "initializer_range": options.initializer_range,
         "torch_dtype": dtype,
-        "bos_token_id": end_token,
+        "bos_token_id": start_token,
         "eos_token_id": end_token,
         "pad_token_id": None,
         "use_cache": True,

@@ -127,7 +127,7 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        tokens_BL: Tensor,
+        input_ids: Tensor,
         positions_BL: Tensor | None = None,
         attend: Attend | None = None,
         head: Head | None = None,
@@ -135,11 +135,11 @@ class Decoder(nn.Module):
         """Logits (B, L, V), or what `head(hidden_BLD, weight_VD)` makes of the last hidden states and output
         weights.
 
-        positions_BL: each token's place in its document, None = its place in the row. attend: layer index ->
-        attention function, None = causal over the row. The head runs in here so that whatever gathers weights
-        sees it.
+        input_ids: tokens (B, L); named as in Hugging Face's models. positions_BL: each token's place in its
+        document, None = its place in the row. attend: layer index -> attention function, None = causal over
+        the row. The head runs in here so that whatever gathers weights sees it.
         """
-        hidden_BLD = self.model(tokens_BL, positions_BL, attend or causal_attend())
+        hidden_BLD = self.model(input_ids, positions_BL, attend or causal_attend())
         weight_VD = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight
         return (head or F.linear)(hidden_BLD, weight_VD)
 

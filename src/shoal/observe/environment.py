@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shoal.observe import machine
+from shoal.observe import files, machine
 
 if TYPE_CHECKING:
     import torch
@@ -50,12 +50,15 @@ def record(folder: Path, environment: dict[str, Any], say: Callable[[str], None]
     changed = differences(before, environment) if before else []
     if changed:
         say(f"not bitwise the same as without the interruption: {', '.join(changed)}")
-    write(folder, environment)
+    try:
+        write(folder, environment)
+    except OSError as error:
+        say(f"warning: cannot write {FILE} ({error.strerror or error}); training goes on without")
 
 
 def write(folder: Path, environment: dict[str, Any]) -> None:
-    """Replaces the run's environment.json."""
-    (folder / FILE).write_bytes(msgspec.json.format(msgspec.json.encode(environment)) + b"\n")
+    """Replaces the run's environment.json. OSError when the disk is full; the old one is kept then."""
+    files.replace(folder / FILE, msgspec.json.format(msgspec.json.encode(environment)) + b"\n")
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -22,3 +22,12 @@ class Log:
 
     def close(self) -> None:
         self._file.close()
+
+
+def tail(folder: Path, lines: int) -> str:
+    """The last lines of the run's log.txt; empty if it has none."""
+    try:
+        text = (folder / FILE).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return "\n".join(text.splitlines()[-lines:])

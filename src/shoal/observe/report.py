@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,32 +11,50 @@ from shoal.errors import ShoalError
 from shoal.job import Job
 from shoal.job import read as read_job
 from shoal.models.spec import count
-from shoal.observe import commands, environment, metrics, page, result
+from shoal.observe import commands, environment, files, metrics, page, result
 from shoal.observe.charts import PARTS, Rows, charts, median
+from shoal.observe.hold import held
+from shoal.observe.log import Log, tail
 from shoal.observe.result import Result
-from shoal.observe.units import duration, number, percent, short
+from shoal.observe.units import counted, duration, number, percent, short
 
 FILE = "report.html"
+# Of the log, on the page of a run that failed: an error has up to two, before them what led to it.
+_LAST_WORDS = 8
 
 
 def write(folder: Path) -> Path:
     """Writes the report of the run in `folder`, whatever of it there is, and returns its path.
 
-    ShoalError if the folder holds no run.
+    ShoalError if the folder holds no run, OSError if the page cannot be written.
     """
+    return _write(folder, held(folder))
+
+
+def failed(folder: Path, error: BaseException) -> None:
+    """For a run that ended in `error`: logs it, and writes the report, which tells it.
+
+    Never raises for a full disk or a folder that is gone: the error is what the user must see.
+    """
+    with contextlib.suppress(OSError, ShoalError):
+        with contextlib.closing(Log(folder)) as log:
+            log.write(str(error) or type(error).__name__)
+        _write(folder, running=False)  # ranks that are being killed may still hold the folder
+
+
+def _write(folder: Path, running: bool) -> Path:
     if not (folder / "job.toml").is_file() and not (folder / metrics.FILE).is_file():
         raise ShoalError("there is no run here: job.toml is missing", where=str(folder), fix="see `shoal runs`")
     path = folder / FILE
-    fresh = path.with_suffix(".new")
-    fresh.write_text(render(folder), encoding="utf-8")
-    fresh.replace(path)
+    files.replace(path, render(folder, running).encode())
     return path
 
 
-def render(folder: Path) -> str:
-    """The page as text."""
-    rows, done = metrics.read(folder), result.read(folder)
-    job, where = _job(folder), environment.read(folder)
+def render(folder: Path, running: bool) -> str:
+    """The page as text. running: whether some process holds the folder."""
+    rows, job, where = metrics.read(folder), _job(folder), environment.read(folder)
+    done = result.current(folder, _last(rows))
+    state = _state(done, job, running)
     drawn = charts(rows)
     facts = [page.table("Run", _run_rows(folder, job, rows, done)), page.code("Go on", _go_on(folder, done))]
     more = [page.table("Machine", _machine_rows(where))] if where else []
@@ -43,8 +62,10 @@ def render(folder: Path) -> str:
         more.insert(0, _compression(done))
     if done and done.sample:
         more.append(page.code("Sample", done.sample, marked=done.prompt))
+    if state == "failed" and (words := tail(folder, _LAST_WORDS)):
+        more.insert(0, page.code("Last lines of log.txt", words))
     sections = [page.figures(_headline(rows, done)), page.plots(drawn), page.columns(facts, more)]
-    return page.page(folder.resolve().name, _under(rows, done, job), sections, drawn)
+    return page.page(folder.resolve().name, _under(rows, done, job, state), sections, drawn)
 
 
 def _job(folder: Path) -> Job | None:
@@ -54,13 +75,22 @@ def _job(folder: Path) -> Job | None:
         return None  # of another release of shoal, or damaged: the metrics are still worth a page
 
 
-def _under(rows: Rows, done: Result | None, job: Job | None) -> str:
-    steps = rows[-1]["step"] if rows else 0
-    of = f" of {job.train.steps:,}" if job and job.train.steps else ""
-    state = ""
-    if done:
-        state = f", stopped by {done.stopped_by}" if done.stopped_by else ", finished"
-    return f"{steps:,}{of} steps{state} · written {datetime.now().strftime('%Y-%m-%d %H:%M')}"
+def _last(rows: Rows) -> int:
+    return rows[-1]["step"] if rows else 0
+
+
+def _state(done: Result | None, job: Job | None, running: bool) -> str:
+    """A result that no row came after is the end of the run, though who writes this page may still hold the folder."""
+    if running and done is None:
+        return "running"
+    state = result.state(done, job.train.steps if job else None)
+    return f"{state} by {done.stopped_by}" if done and done.stopped_by and state == "stopped" else state
+
+
+def _under(rows: Rows, done: Result | None, job: Job | None, state: str) -> str:
+    step, steps = done.steps if done else _last(rows), job.train.steps if job else 0
+    reached = f"{step:,} of {counted(steps, 'step')}" if steps else counted(step, "step")
+    return f"{reached}, {state} · written {datetime.now().strftime('%Y-%m-%d %H:%M')}"
 
 
 def _headline(rows: Rows, done: Result | None) -> list[tuple[str, str, str]]:
@@ -77,7 +107,7 @@ def _headline(rows: Rows, done: Result | None) -> list[tuple[str, str, str]]:
         ),
         ("throughput", number(speed), "tokens/s"),
         ("MFU", percent(done.mfu if done else median(rows, "mfu")), ""),
-        ("duration", duration(done.seconds if done else sum(r.get("seconds") or 0 for r in rows)), ""),
+        ("duration of all steps", duration(sum(row.get("seconds") or 0 for row in rows)), ""),
     ]
 
 
@@ -87,6 +117,7 @@ def _run_rows(folder: Path, job: Job | None, rows: Rows, done: Result | None) ->
         found += _job_rows(job)
     if done:
         found.append(("tokens trained on", f"{done.tokens:,}"))
+        found.append(("last command", f"{duration(done.seconds)} to the end of its last step"))
     found.append(("step", _step(rows)))
     if done and done.mfu_note:
         found.append(("MFU", done.mfu_note))

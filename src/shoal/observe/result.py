@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from shoal.observe import files
+
 FILE = "result.json"
 
 
@@ -31,7 +33,7 @@ class Result:
     mfu: float | None
     """A share of the measured matmul peak."""
     seconds: float
-    """From the user's command to the end of the last step."""
+    """From the user's command, the last one if the run was resumed, to the end of the last step."""
 
     stopped_by: str = ""
     """The signal that asked the run to stop; empty if it reached its last step."""
@@ -59,9 +61,7 @@ _LINE = (
 
 def write(folder: Path, result: Result) -> None:
     """Replaces the run's result.json at once, so that a reader never sees half of it."""
-    fresh = folder / f"{FILE}.new"
-    fresh.write_bytes(msgspec.json.format(msgspec.json.encode(asdict(result))) + b"\n")
-    fresh.replace(folder / FILE)
+    files.replace(folder / FILE, msgspec.json.format(msgspec.json.encode(asdict(result))) + b"\n")
 
 
 def read(folder: Path) -> Result | None:
@@ -70,3 +70,23 @@ def read(folder: Path) -> Result | None:
         return msgspec.json.decode((folder / FILE).read_bytes(), type=Result)
     except (OSError, ValueError):
         return None
+
+
+def current(folder: Path, last: int) -> Result | None:
+    """The run's result, unless it is from before a resume: then it says nothing about what came after it.
+
+    last: step of the last row of metrics.
+    """
+    done = read(folder)
+    return done if done and done.steps >= last else None
+
+
+def state(done: Result | None, steps: int | None) -> str:
+    """How a run ended, by its current result and the steps of its job, None or 0 if unknown.
+
+    `finished`: reached its last step; `stopped`: saved before, and can go on; `failed`: neither.
+    """
+    if done is None:
+        return "failed"
+    # Not only a signal leaves steps to do: a run that had finished may have been resumed for more, and done none.
+    return "stopped" if (done.steps < steps if steps else done.stopped_by) else "finished"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from shoal import checkpoint
 from shoal.errors import ShoalError
 from shoal.job import read as read_job
 from shoal.observe import metrics, result
@@ -15,8 +16,6 @@ from shoal.observe.charts import median
 from shoal.observe.hold import held
 from shoal.observe.text import plain
 from shoal.observe.units import duration, number, size
-
-_CHECKPOINTS = "checkpoints/step-*"
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Run:
     name: str
     folder: str
     state: str
-    """`running`; `finished`: reached its last step; `stopped`: asked to, and saved; `failed`: neither."""
+    """`running`, or how it ended, as `result.state` says."""
     step: int
     steps: int | None
     """Of the whole run."""
@@ -79,30 +78,23 @@ def find(root: str | Path = "runs") -> Runs:
 
 def describe(folder: Path) -> Run:
     """One run, from what lies in its folder."""
-    rows, done = metrics.read(folder), result.read(folder)
+    rows, steps = metrics.read(folder), _steps(folder)
     step = rows[-1]["step"] if rows else 0
+    done = result.current(folder, step)
     validated = [row["val_loss"] for row in rows if row.get("val_loss") is not None]
-    # A result from before a resume says nothing about what came after it.
-    done = done if done and done.steps >= step else None
-    if held(folder):
-        state = "running"
-    elif done:
-        state = "stopped" if done.stopped_by else "finished"
-    else:
-        state = "failed"
     last_written, bytes_ = _files(folder)
-    checkpoints = sorted(path for path in folder.glob(_CHECKPOINTS) if path.name[5:].isdigit())
+    newest = next(iter(checkpoint.complete(folder / "checkpoints")), None)
     return Run(
         name=folder.name,
         folder=str(folder),
-        state=state,
+        state="running" if held(folder) else result.state(done, steps),
         step=done.steps if done else step,
-        steps=_steps(folder),
+        steps=steps,
         val_loss=done.val_loss if done else next(reversed(validated), None),
         tokens_per_second=done.tokens_per_second if done else median(rows, "tokens_per_second"),
         age=max(0.0, time.time() - last_written),
         size=bytes_,
-        checkpoint=str(checkpoints[-1]) if checkpoints else None,
+        checkpoint=str(newest) if newest else None,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -62,7 +62,8 @@ class Show:
         """Prints a sentence, above the live display, and logs it."""
         if self._log is not None:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-            self._keep(self._log.write, text)
+            with self._keeping():
+                self._log.write(text)
 
     def begin(self, step: int, steps: int, devices: int, peak: float | None, flops_per_token: float) -> None:
         """The run goes on after `step`, to `steps`. peak: FLOP/s of one device, None if unknown."""
@@ -70,8 +71,9 @@ class Show:
             return
         self._mfu = Mfu(flops_per_token, devices, peak)
         self.say(self._mfu.note())
-        self._metrics = Metrics(self.folder, step)
-        self._ending.callback(self._metrics.close)
+        with self._keeping():
+            self._metrics = Metrics(self.folder, step)
+            self._ending.callback(self._metrics.close)
         self._progress = Progress(self._console, steps, self._mfu, step)
         self._ending.callback(self._progress.close)
 
@@ -80,10 +82,11 @@ class Show:
         if self.quiet:
             return
         assert self._mfu is not None, "step before begin"
-        assert self._metrics is not None
         assert self._progress is not None
         row = row | {"mfu": self._mfu.of(row["tokens_per_second"])}
-        self._keep(self._metrics.write, row)
+        if self._metrics is not None:
+            with self._keeping():
+                self._metrics.write(row)
         self._progress.step(row)
 
     def end(self, step: int, last: Validated | None) -> None:
@@ -96,9 +99,11 @@ class Show:
             text += f"; validation loss {last.nats:.4f} nats per token, over {last.tokens:,} tokens"
         self.say(text)
 
-    def _keep(self, write: Callable[[Any], None], value: Any) -> None:
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """What is written within may fail; only the first time is told."""
         try:
-            write(value)
+            yield
         except OSError as error:
             if not self._warned:
                 self._warned = True

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shoal.observe import commands
 from shoal.observe.result import Result
-from shoal.observe.units import duration, number, percent
+from shoal.observe.units import counted, duration, number, percent
 
 
 def lines(result: Result) -> list[str]:
@@ -15,17 +15,19 @@ def lines(result: Result) -> list[str]:
     if result.val_loss is not None:
         out.append(f"validation   {result.val_loss:.4f} nats per token{_bits(result)}")
     out.append(
-        f"speed        {number(result.tokens_per_second)} tokens/s on {result.devices} devices"
+        f"speed        {number(result.tokens_per_second)} tokens/s on {counted(result.devices, 'device')}"
         + (f", MFU {percent(result.mfu)}" if result.mfu is not None else "")
     )
-    out.append(f"length       {result.steps:,} steps, {result.tokens:,} tokens, {duration(result.seconds)} in all")
+    # Steps and tokens are those of the whole run, the time is that of this start.
+    done = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')}"
+    out.append(f"length       {done}; this command took {duration(result.seconds)}")
     if result.stopped_by:
         out.append(f"stopped      by {result.stopped_by}; nothing is lost: resume as below")
     out.append(f"run folder   {result.run}")
     out.append(f"report       {Path(result.run) / 'report.html'}")
-    out.append(
-        f"resume       {commands.resume(result.run)}" + ("" if result.stopped_by else f" --steps {2 * result.steps}")
-    )
+    # A comment of the shell's, so that the line can be copied as it is.
+    more = "" if result.stopped_by else f" --steps {2 * result.steps}  # stretches the learning-rate schedule"
+    out.append(f"resume       {commands.resume(result.run)}{more}")
     out.append(f"generate     {commands.generate(result.run, result.prompt or 'Once')}")
     return out
 

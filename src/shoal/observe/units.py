@@ -20,6 +20,11 @@ def number(value: float | None, form: str = ",.0f") -> str:
     return UNKNOWN if value is None else format(value, form)
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `12,345 steps`."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def percent(share: float | None) -> str:
     return UNKNOWN if share is None else f"{100 * share:.1f} %"
 

@@ -13,10 +13,6 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor
 
-# Kernels skip what a causal rule hides in blocks of keys about this long; in shorter rows nothing is gained,
-# and a compiled model would be compiled twice.
-_LONG = 512
-
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q_BLHD, k_BSKD, v_BSKD) -> out_BLHD; H query heads share K key and value heads in turn (K divides H)."""
 

@@ -11,7 +11,7 @@ from shoal.errors import ModelError
 from shoal.job.check import at_least
 from shoal.models.decoder import Decoder
 from shoal.serving.cache import Cache
-from shoal.serving.load import load
+from shoal.serving.load import home_of, load
 from shoal.serving.sampler import Sampling, draw
 from shoal.serving.text import PromptTokenizer, Stream, load_tokenizer
 
@@ -47,7 +47,7 @@ def generate(
     if tokenizer is None:
         if isinstance(model, Decoder):
             raise ModelError("a model alone has no tokenizer", fix="give tokenizer=folder, or the folder as model")
-        tokenizer = model
+        tokenizer = home_of(model)
     if not isinstance(tokenizer, PromptTokenizer):
         tokenizer = load_tokenizer(tokenizer)
     if not isinstance(model, Decoder):

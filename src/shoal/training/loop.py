@@ -22,6 +22,8 @@ from shoal.training.validate import Validation, validate
 
 # Tokens of a validation during training; the one at the end reads all of them.
 GLANCE_TOKENS = 16_384
+# Steps in a row whose update cannot be applied: so many are no bad luck.
+MOST_SKIPPED = 10
 
 
 @dataclass
@@ -29,6 +31,7 @@ class Loop:
     """One run of one rank, from `step` to the job's last step or to the step after which somebody asked to stop.
 
     record: is given one dict a step, on every rank (rank 0 shows and stores it). say: prints one sentence.
+    skipped: steps whose update was not applied, since this start.
     """
 
     parts: Parts
@@ -42,17 +45,19 @@ class Loop:
     position: int = 0
     saved: Pending | None = None
     last: Validation | None = None
+    skipped: int = 0
+    _in_a_row: int = 0
 
     def run(self) -> bool:
         """True when the run reached its last step. The state is saved in any case."""
         job, steps = self.parts.job, self.parts.job.train.steps
-        validate_every = job.train.validate_every or max(1, steps // 10)
-        save_every = job.checkpoint.every or max(1, steps // 5)
+        validate_every, save_every = job.train.validate_every, job.checkpoint.every
+        assert validate_every > 0 < save_every
         stopped = False
         while self.step < steps and not stopped:
             row, applied = self._step()
             stopped = applied.stop
-            self._check(applied)
+            self._check(applied, row)
             if self.validation and self.step % validate_every == 0 and self.step < steps and not stopped:
                 row["val_loss"] = self._validate(glance=True).nats
             if self.validation and self.step == steps:
@@ -99,18 +104,24 @@ class Loop:
         }
         return row, applied
 
-    def _check(self, applied: Applied) -> None:
+    def _check(self, applied: Applied, row: dict[str, Any]) -> None:
+        """What `on_nonfinite` says, where the update was not applied."""
         if applied.applied:
+            self._in_a_row = 0
             return
         lr = learning_rate(self.parts.job.optim, applied.version.number, self.parts.job.train.steps)
         what = f"loss or gradient is not finite (gradient norm {applied.grad_norm}); the update was not applied"
-        if self.parts.job.train.on_nonfinite == "skip":
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.parts.job.train.on_nonfinite == "skip" and self._in_a_row < MOST_SKIPPED:
             self.say(f"warning: step {self.step}: {what}; skipped")
             return
+        self.record(row)
+        again = f", {MOST_SKIPPED} times in a row" if self._in_a_row == MOST_SKIPPED else ""
         raise DivergedError(
-            what,
+            what + again,
             where=f"step {self.step}",
-            fix=f"lower optim.lr (now {lr:.2g}), or train.on_nonfinite=skip; earlier checkpoints are intact",
+            fix=f"lower optim.lr (now {lr:.2g})" + ("" if again else ", or train.on_nonfinite=skip"),
         )
 
     def _validate(self, glance: bool) -> Validation:

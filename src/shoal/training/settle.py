@@ -44,6 +44,13 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
     return job
 
 
+def cadences(job: Job) -> Job:
+    """The job with how often it validates and saves, of a number of steps that is known."""
+    steps = job.train.steps
+    job = replace_train(job, validate_every=job.train.validate_every or max(1, steps // 10))
+    return replace(job, checkpoint=replace(job.checkpoint, every=job.checkpoint.every or max(1, steps // 5)))
+
+
 def _compiling_pays(job: Job, mesh: Mesh, batch: Batch, per_step: int, say: Callable[[str], None]) -> bool:
     if mesh.device.type == "cpu" and not shutil.which("g++") and not shutil.which("clang++"):
         say("compile off: no C++ compiler (g++) on this machine")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,45 +14,48 @@ from shoal import checkpoint, device, mesh
 from shoal.checkpoint import Saver
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
-from shoal.job import Job, read, write
+from shoal.errors import CheckpointError, JobError
+from shoal.job import Job, parse, read, write
 from shoal.mesh import Mesh, Seat
 from shoal.models.spec import flops_per_token
-from shoal.observe import environment
+from shoal.observe import environment, metrics
 from shoal.observe.peak import matmul_peak
 from shoal.observe.show import Show
+from shoal.optim.schedule import learning_rate
 from shoal.training.feed import micro_batches, on_device
+from shoal.training.folder import fill
 from shoal.training.loop import GLANCE_TOKENS, Loop
 from shoal.training.parts import Parts, assemble
-from shoal.training.settle import replace_train, settle, steps_in
+from shoal.training.settle import cadences, replace_train, settle, steps_in
 from shoal.training.stop import Stop
 
 # What follows the last step: its checkpoint, the sample, the report, in seconds.
 _AFTERWARDS = 8.0
 
 
-def main(seat: Seat, *, folder: str, prepared: str, started: float, command: list[str]) -> dict[str, Any]:
-    """Trains the job in `folder`/job.toml, from its newest checkpoint if there is one. Returns figures of the run.
+def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, command: list[str]) -> dict[str, Any]:
+    """Trains a job (TOML), from the newest checkpoint in `folder` if there is one. Returns figures of the run.
 
     prepared: folder of the token store. started: time.time() of the user's command; `train.minutes` counts from it.
     command: the user's words, for the record.
     """
     stop, run = Stop(), Path(folder)
-    job = read(run / "job.toml")
-    assert job.layout is not None
-    ranks = mesh.build(job.layout, seat, timeout=job.sync.timeout)
+    given = parse(job)
+    assert given.layout is not None
+    ranks = mesh.build(given.layout, seat, timeout=given.sync.timeout)
     with contextlib.ExitStack() as ending:
         ending.callback(ranks.close)
         show = ending.enter_context(Show(run, quiet=ranks.rank > 0))
-        saver = ending.enter_context(_saver(run, job, ranks, started))
+        saver = ending.enter_context(_saver(run, given, ranks, started))
         corpus = Prepared.load(Path(prepared))
-        training = Loader(corpus, job.data, "train", job.train.global_batch, job.train.seed)
-        validation = _validation(corpus, job)
-        parts = _parts(job, ranks, training, validation, started, show.say)
-        if ranks.rank == 0:
-            (run / "job.toml").write_text(write(parts.job), encoding="utf-8")
-            environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
+        training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
+        validation = _validation(corpus, given)
+        parts = _parts(given, ranks, training, validation, started, show.say)
         loop = Loop(parts, training, validation, saver, stop, show.step, show.say)
-        _resume(loop, run / "checkpoints", seat, ranks)
+        _resume(loop, run, seat, ranks)
+        if ranks.rank == 0:
+            _record(run, parts.job, corpus, show.say)
+            environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
         precision = parts.job.train.precision
         flops = flops_per_token(parts.job.model, parts.job.data.sequence_length)
         show.begin(loop.step, parts.job.train.steps, ranks.world, matmul_peak(ranks.device, precision), flops)
@@ -63,7 +67,9 @@ def main(seat: Seat, *, folder: str, prepared: str, started: float, command: lis
             show.say(f"warning: {loop.saved.error}")
         last = {"nats": loop.last.nats, "tokens": loop.last.tokens} if loop.last else None
         return {
+            "job": write(parts.job),
             "step": loop.step,
+            "skipped": loop.skipped,
             "validation": last,
             "seconds": time.time() - started,
             "devices": ranks.world,
@@ -92,22 +98,59 @@ def _parts(
     batch = on_device(training.batch(0, ranks.rank, ranks.world), ranks.device)
     batches = micro_batches(batch, ranks.layout.micro_batch)
     job = settle(job, ranks, batches, say)
-    if job.train.steps:
-        return assemble(job, ranks)
-    parts = assemble(replace_train(job, steps=1), ranks)
-    held_out = validation.tokens if validation else 0
-    left = 60 * job.train.minutes - (time.time() - started) - _AFTERWARDS
-    steps = steps_in(left, parts, batches, validated=held_out + 9 * min(held_out, GLANCE_TOKENS))
-    say(f"{steps:,} steps fit into what is left of {job.train.minutes:g} minutes")
-    return assemble(replace_train(job, steps=steps), ranks)
+    if not job.train.steps:
+        held_out = validation.tokens if validation else 0
+        left = 60 * job.train.minutes - (time.time() - started) - _AFTERWARDS
+        validated = held_out + 9 * min(held_out, GLANCE_TOKENS)
+        steps = steps_in(left, assemble(replace_train(job, steps=1), ranks), batches, validated)
+        gc.collect()  # the model that was measured, before there is another
+        say(f"steps that fit into what is left of {job.train.minutes:g} minutes: {steps:,}")
+        job = replace_train(job, steps=steps)
+    return assemble(cadences(job), ranks)
 
 
-def _resume(loop: Loop, checkpoints: Path, seat: Seat, ranks: Mesh) -> None:
+def _resume(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> None:
     """Fills weights, optimizer and sync from the newest undamaged checkpoint. Rank 0 chooses for all."""
     if ranks.rank == 0:
-        newest = checkpoint.newest(checkpoints, loop.say)
-        seat.store.set("checkpoint", str(newest or ""))
+        seat.store.set("checkpoint", str(_newest(run, loop) or ""))
     chosen = seat.store.get("checkpoint").decode()
-    if chosen:
-        loop.load(Path(chosen))
-        loop.say(f"goes on from {chosen}: step {loop.step:,}, sample {loop.position:,}")
+    if not chosen:
+        return
+    loop.load(Path(chosen))
+    loop.say(f"goes on from {chosen}: step {loop.step:,}, sample {loop.position:,}")
+    job, before = loop.parts.job, read(run / "job.toml")
+    if loop.step > job.train.steps:
+        raise JobError(
+            f"the run has done {loop.step:,} steps already, more than the {job.train.steps:,} asked for",
+            where=str(run),
+            fix=f"--steps {2 * loop.step}, or `shoal generate {run}`",
+        )
+    if before.train.steps and loop.step < job.train.steps:
+        done = loop.parts.update.done
+        old = learning_rate(before.optim, max(0, done - 1), before.train.steps)
+        new = learning_rate(job.optim, done, job.train.steps)
+        if (before.optim, before.train.steps) != (job.optim, job.train.steps):
+            loop.say(f"the schedule is now that of {job.train.steps:,} steps: learning rate {old:.2e} → {new:.2e}")
+
+
+def _newest(run: Path, loop: Loop) -> Path | None:
+    """Where to go on from; None at the start. CheckpointError where all that was saved is damaged."""
+    saved = run / "checkpoints"
+    newest = checkpoint.newest(saved, loop.say)
+    if newest is None and checkpoint.complete(saved):
+        raise CheckpointError(
+            "every checkpoint of this run is damaged; nothing was changed",
+            where=str(saved),
+            fix="restore one from a copy of the folder, or begin a new run",
+        )
+    if newest is None and metrics.read(run):
+        loop.say("this run has no checkpoint yet: it begins again at step 0")
+    return newest
+
+
+def _record(run: Path, job: Job, corpus: Prepared, say: Callable[[str], None]) -> None:
+    """The job that is trained from now on."""
+    try:
+        fill(run, job, corpus)
+    except OSError as error:
+        say(f"warning: cannot write job.toml ({error.strerror}); training goes on, and a resume with the old one")

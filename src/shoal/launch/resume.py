@@ -1,0 +1,71 @@
+"""Going on with a run: which job and which text, and what may not change on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from shoal import checkpoint
+from shoal.data.prepare import Prepared, prepare
+from shoal.errors import CheckpointError, DataError, JobError
+from shoal.job import Job, read_run
+from shoal.observe import commands
+from shoal.observe.hold import hold
+from shoal.training.folder import DATA
+
+
+def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
+    """The token store that the run in `folder` began with; made again where it has been deleted.
+
+    Raises JobError where `job` would make another run of it.
+    """
+    before = read_run(folder)
+    with hold(folder):  # refuses while somebody trains in it
+        pass
+    if before.layout is None:  # every run's has one
+        fix = f"write its tables again, from the recipe; then `shoal train --resume {folder}`"
+        raise JobError("job.toml of this run is damaged: it names no layout", where=str(folder / "job.toml"), fix=fix)
+    _same_run(before, job, folder)
+    try:
+        known = msgspec.json.decode((folder / DATA).read_bytes(), type=dict[str, str])
+    except (OSError, msgspec.DecodeError):
+        raise CheckpointError("the run cannot be resumed: data.json is missing or damaged", where=str(folder)) from None
+    if (Path(known["folder"]) / "meta.json").exists():
+        return Prepared.load(Path(known["folder"]))
+    if job.data.source == ("-",):
+        raise DataError(
+            "the run was trained on standard input, and its token store is gone",
+            where=known["folder"],
+            fix=f"start a new run from {folder / 'model'} (--model.weights)",
+        )
+    prepared = prepare(job.data, say=say)
+    if prepared.fingerprint != known["fingerprint"]:
+        raise DataError(
+            "the text has changed since this run began, and its token store is gone",
+            where=", ".join(job.data.source),
+            fix="restore the text as it was, or start a new run from model/ of this one (model.weights)",
+        )
+    return prepared
+
+
+def _same_run(before: Job, job: Job, folder: Path) -> None:
+    """Position in the data is one integer: it means other samples where anything that orders them has changed."""
+    names = [("data", name) for name in vars(before.data) if name not in ("cache", "workers")]
+    names += [("model", name) for name in vars(before.model)]
+    names += [("train", "seed"), ("optim", "name")]
+    for table, name in names:
+        old, new = (getattr(getattr(one, table), name) for one in (before, job))
+        if old != new:
+            raise JobError(
+                f"{table}.{name} cannot change while a run goes on: {old!r} → {new!r}",
+                where=str(folder),
+                fix=f"leave it out, or begin a new run from its weights: --model.weights {folder / 'model'}",
+            )
+
+
+def way_on(folder: Path) -> str:
+    """What to do after a run broke off; empty where nothing was saved."""
+    newest = next(iter(checkpoint.complete(folder / "checkpoints")), None)
+    return f"{commands.resume(folder)} goes on from {newest.name}" if newest else ""

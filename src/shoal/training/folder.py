@@ -1,0 +1,30 @@
+"""What makes a folder a run's: its job, its tokenizer, and where its tokens are. Written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from shoal.data.prepare import Prepared
+from shoal.job import Job, write
+from shoal.observe import files
+
+# Which token store a run reads: folder and fingerprint.
+DATA = "data.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def fill(folder: Path, job: Job, prepared: Prepared) -> None:
+    """Writes what is not there yet or has changed. OSError if it cannot; then each file is as it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _TOKENIZER:
+        _write(folder / name, (prepared.folder / name).read_bytes())
+    data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
+    _write(folder / DATA, msgspec.json.encode(data))
+    _write(folder / "job.toml", write(job).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != content:
+        files.replace(path, content)

@@ -1,0 +1,152 @@
+"""Going on with a run: what may change on the way, what may not, and that a refusal changes nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from pathlib import Path
+from signal import Signals
+
+import pytest
+
+from shoal import checkpoint
+from shoal.cli.main import main
+from shoal.errors import CheckpointError
+from shoal.job import read
+from shoal.observe import metrics
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Everything in a run folder but the log, which may say that somebody tried."""
+    return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
+
+
+@pytest.fixture
+def finished(train, tiny, tmp_path) -> Path:
+    """A run of 8 steps, with a checkpoint at 4 and at 8."""
+    run = tmp_path / "run"
+    train(tiny(run, checkpoint={"every": 4}), finish=True)
+    return run
+
+
+class NoRanks:
+    """Instead of the ranks: nothing may be started."""
+
+    def __init__(self, *_: object):
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data.sequence-length", "32"],
+        ["--data.order", "sequential"],
+        ["--data.validation", "0.2"],
+        ["--model.num-hidden-layers", "2"],
+        ["--train.seed", "7"],
+        ["--optim.name", "sgd"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_what_makes_it_another_run_is_refused(finished, monkeypatch, capfd, words):
+    before = content(finished)
+    monkeypatch.setattr("shoal.launch.train.Ranks", NoRanks)
+    assert main(["train", "--resume", str(finished), *words, "--steps", "16"]) == 2
+    error = capfd.readouterr().err
+    assert f"{words[0][2:].replace('-', '_')} cannot change while a run goes on: " in error
+    assert f"--model.weights {finished / 'model'}" in error
+    assert content(finished) == before
+
+
+def test_every_checkpoint_damaged(finished, train, tiny, capfd):
+    """To begin again at step 0 would write over what somebody may still want to mend."""
+    for saved in checkpoint.complete(finished / "checkpoints"):
+        victim = next(saved.glob("*.safetensors"))
+        victim.write_bytes(victim.read_bytes()[:-1])
+    before = content(finished)
+    with pytest.raises(CheckpointError, match="every checkpoint of this run is damaged; nothing was changed"):
+        train(tiny(finished), resume=True)
+    assert content(finished) == before
+
+
+def test_no_checkpoint_yet(finished, train, tiny):
+    first = metrics.read(finished)
+    shutil.rmtree(finished / "checkpoints")
+    train(tiny(finished), resume=True)
+    assert "this run has no checkpoint yet: it begins again at step 0" in (finished / "log.txt").read_text()
+    again = metrics.read(finished)
+    assert [row["loss"] for row in again] == [row["loss"] for row in first]
+
+
+def test_fewer_steps_than_done(finished, capfd):
+    before = content(finished)
+    assert main(["train", "--resume", str(finished), "--steps", "6"]) == 2
+    assert "the run has done 8 steps already, more than the 6 asked for" in capfd.readouterr().err
+    assert content(finished) == before
+
+
+def test_more_steps_stretch_the_schedule_and_it_says_so(finished, capfd):
+    assert main(["train", "--resume", str(finished), "--steps", "16"]) == 0
+    said = capfd.readouterr().out
+    assert "the schedule is now that of 16 steps: learning rate " in said
+    assert metrics.read(finished)[-1]["step"] == read(finished / "job.toml").train.steps == 16
+
+
+def test_the_same_steps_say_nothing_of_a_schedule(finished, train, tiny):
+    shutil.rmtree(finished / "checkpoints/step-00000008")
+    train(tiny(finished), resume=True)
+    log = (finished / "log.txt").read_text()
+    assert "goes on from" in log
+    assert "the schedule is now" not in log
+
+
+def test_a_full_disk_at_resume_keeps_the_job(finished, train, tiny):
+    shutil.rmtree(finished / "checkpoints/step-00000008")
+    job = finished / "job.toml"
+    job.write_text(job.read_text().replace("on_nonfinite", "# as it was\non_nonfinite"))  # else it is not written
+    before = content(finished)
+    train(tiny(finished), resume=True, entry="tests.training.cases:without_space")
+    after = content(finished)
+    for name in ("job.toml", "data.json", "environment.json", "tokenizer.json"):
+        assert after[str(finished / name)] == before[str(finished / name)]
+    assert not list(finished.glob(".*.new"))
+    log = (finished / "log.txt").read_text()
+    assert "cannot write job.toml (No space left on device); training goes on" in log
+    assert metrics.read(finished)[-1]["step"] == 8
+
+
+def test_a_run_folder_that_was_deleted_meanwhile_is_written_again(ranks, train, tiny, tmp_path):
+    """What is known at the end is: the job, the figures and the state of the last step; `finish` writes them."""
+    run = tmp_path / "run"
+    train(tiny(run), entry="tests.training.cases:deleting_its_folder", finish=True)
+    assert f"warning: {run} was deleted while the run went on" in (run / "log.txt").read_text()
+    assert read(run / "job.toml").train.steps == 8
+
+
+def test_a_runs_job_as_recipe_makes_a_new_run(finished, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = content(finished)
+    assert main(["train", str(finished / "job.toml"), "--steps", "2"]) == 0
+    assert content(finished) == before
+    (fresh,) = (tmp_path / "runs").iterdir()
+    assert len(metrics.read(fresh)) == 2
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_before_anything_was_saved(arguments, tmp_path, monkeypatch, capfd, name):
+    monkeypatch.setattr("shoal.launch.train._WORKER", "tests.training.waiting")
+    run = tmp_path / "run"
+
+    def interrupt() -> None:
+        while not (run / "waiting").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), Signals[name])
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main([*arguments, "--layout", "replicas=2", "--steps", "4", "--run-dir", str(run)]) == 128 + Signals[name]
+    assert capfd.readouterr().err.splitlines()[-1] == f"stopped by {name}; nothing was saved yet"
