@@ -91,9 +91,9 @@ def test_the_layout(trained: Recorder, tmp_path: Path):
 
 def test_resuming_starts_from_the_job_of_the_run(trained: Recorder, tmp_path: Path):
     (tmp_path / "job.toml").write_text(write(Job(optim=OptimOptions(lr=1.5e-5), layout=Layout(2))))
-    assert main(["train", "--resume", str(tmp_path), "--layout", "replicas=3", "--steps", "9"]) == 0
+    assert main(["train", "--resume", str(tmp_path), "--layout", "replicas=4", "--steps", "9"]) == 0
     assert trained.resume == str(tmp_path)
-    default = Job(optim=OptimOptions(lr=1.5e-5), layout=Layout(3))
+    default = Job(optim=OptimOptions(lr=1.5e-5), layout=Layout(4))
     assert trained.job == replace(default, train=replace(default.train, steps=9))
 
 
@@ -176,6 +176,7 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(trained: Recorder):
         (["--resume", "none"], "none: no run to resume", "shoal runs"),
         (["a.toml", "--resume", "none"], "a recipe and --resume are both given", ""),
         (["--data", "\udcff.txt"], "is not UTF-8", ""),
+        (["--data", "a.txt", "b.toml"], "b.toml stands after --data", "shoal train b.toml --data a.txt"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(args, what, fix, trained: Recorder, capsys: pytest.CaptureFixture):
@@ -196,6 +197,17 @@ def test_a_mistake_in_the_recipe_is_shown_with_its_line(tmp_path: Path, capsys: 
     assert err == f"error: {file}:3: unknown key 'optim.lrr'\n  → did you mean 'optim.lr'?\n"
     error = {"what": "unknown key 'optim.lrr'", "where": f"{file}:3", "fix": "did you mean 'optim.lr'?"}
     assert json.loads(out) == {"error": error}
+
+
+def test_a_value_out_of_range_is_blamed_on_the_recipe_or_the_command_line(tmp_path: Path, capsys):
+    file = recipe(tmp_path, "[optim]\nlr = -1\n")
+    assert main(["train", file]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}:2: optim.lr=-1.0 is not positive")
+    assert main(["train", file, "--optim.lr", "-2"]) == 2
+    assert capsys.readouterr().err.startswith("error: optim.lr=-2.0 is not positive")
+    file = recipe(tmp_path, "[data]\nsequence_length = 0\n")
+    assert main(["data", "inspect", file]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {file}:2: data.sequence_length=0 is less than")
 
 
 def test_help_shows_every_option_with_what_it_means(capsys: pytest.CaptureFixture):

@@ -102,6 +102,10 @@ def test_one_jsonl_is_split_between_its_lines(tmp_path, documents):
 def test_what_cannot_be_split_at_lines(tmp_path):
     single = source(tmp_path / "one.jsonl", '{"text": "only one"}\n')
     assert split([single], 0.1)[1] == []
+    long_at_the_end = jsonl(tmp_path / "long.jsonl", [words(5, 1), words(5, 2), words(900, 3)])
+    training, validation = split([source(long_at_the_end, long_at_the_end.read_text())], 0.1)
+    assert validation == [], "most of the text would never be trained on"
+    assert sum(span.stop - span.start for span in training) == long_at_the_end.stat().st_size
     line = source(tmp_path / "line.txt", "日本語" * 1000)
     training, validation = split([line], 0.1)
     whole = line.path.read_bytes()

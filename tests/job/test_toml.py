@@ -13,7 +13,8 @@ from shoal.errors import JobError, LayoutError
 from shoal.job import Job, Layout, read, write
 from shoal.job.check import kinds
 from shoal.job.optim import OptimOptions
-from shoal.job.toml import parse
+from shoal.job.toml import blame, parse
+from shoal.job.train import TrainOptions
 from tests.job.strategies import jobs
 
 
@@ -114,3 +115,43 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path):
     path = tmp_path / "windows.toml"
     path.write_bytes(b"\xef\xbb\xbf[optim]\r\nlr = 1e-3\r\n")
     assert read(path).optim == OptimOptions(lr=1e-3)
+
+
+def refused(job: Job) -> JobError:
+    with pytest.raises(JobError) as caught:
+        job.validate()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("[optim]\n# the peak\nlr = -1\n", "optim.lr=-1.0 is not positive"),
+        ("[optim]\n\nbetas = [0.9, 1.5]\n", "optim.betas: 1.5 is not in [0, 1)"),
+        (
+            'layout = "replicas=2"\n[train]\nglobal_batch = 5\n',
+            "train.global_batch=5 is not divisible by the 2 workers",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_shown_with_its_line(tmp_path, text: str, what: str):
+    file = tmp_path / "recipe.toml"
+    file.write_text(text)
+    base = read(file)
+    error = refused(base)
+    assert what in error.what
+    assert not error.where
+    blamed = blame(error, file, base)
+    assert blamed.where == f"{file}:3"
+    assert (blamed.what, blamed.fix) == (error.what, error.fix)
+    # The command line's mistakes are not the file's.
+    other = replace(base, layout=None, train=TrainOptions(), optim=OptimOptions(lr=-2.0))
+    assert not blame(refused(other), file, base).where
+
+
+def test_what_the_file_does_not_say_is_not_blamed_on_it(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text('layout = "replicas=3"\n')
+    error = refused(read(file))
+    assert error.what.startswith("train.global_batch=32 is not divisible")
+    assert not blame(error, file, read(file)).where

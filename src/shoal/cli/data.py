@@ -10,7 +10,7 @@ import tyro
 from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
-from shoal.job import read
+from shoal.job import blame, read
 from shoal.job.check import nearest
 from shoal.job.data import DataOptions
 
@@ -53,10 +53,16 @@ def run(args: list[str]) -> Answer:
         raise JobError(f"unknown verb 'data {verb}'", fix=nearest(verb, ("prepare", "inspect")))
     prog = f"shoal data {verb}"
     options = flags.parse(DataVerb, args[1:], prog, short=SHORT)
-    if options.recipe:
-        recipe = DataVerb(data=read(options.recipe).data)
-        options = flags.parse(DataVerb, args[1:], prog, short=SHORT, default=recipe)
-    options.data.validate()
+    if not options.recipe:
+        flags.refuse_recipe_as_text(options.data.source, prog)
+        options.data.validate()
+    else:
+        base = read(options.recipe)
+        options = flags.parse(DataVerb, args[1:], prog, short=SHORT, default=DataVerb(data=base.data))
+        try:
+            options.data.validate()
+        except JobError as error:
+            raise blame(error, options.recipe, base) from None
 
     from shoal.data.describe import describe
     from shoal.data.prepare import prepare

@@ -61,6 +61,17 @@ def parse(
     return found
 
 
+def refuse_recipe_as_text(source: tuple[str, ...], prog: str) -> None:
+    """--data takes all the words that follow it: a recipe among them would be trained on, not followed."""
+    recipes = [name for name in source if name.endswith(".toml")]
+    if recipes:
+        others = " ".join(name for name in source if name != recipes[0]) or "TEXT"
+        raise JobError(
+            f"{recipes[0]} stands after --data, as text to train on",
+            fix=f"a recipe comes first: {prog} {recipes[0]} --data {others}",
+        )
+
+
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

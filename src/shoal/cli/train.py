@@ -13,7 +13,7 @@ import tyro
 from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
-from shoal.job import Job, read, read_run
+from shoal.job import Job, blame, read, read_run
 from shoal.job.train import TrainOptions
 
 SHORT = {
@@ -51,11 +51,19 @@ def run(args: list[str]) -> Answer:
     options = flags.parse(Train, args, "shoal train", short=SHORT)
     if options.recipe and options.resume:
         raise JobError("a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them")
-    if options.resume or options.recipe:
-        base = read_run(options.resume) if options.resume else read(options.recipe)
+    if not options.resume and not options.recipe:
+        flags.refuse_recipe_as_text(options.data.source, "shoal train")
+        job = _job(options)
+    else:
+        file = f"{options.resume}/job.toml" if options.resume else options.recipe
+        base = read_run(options.resume) if options.resume else read(file)
         options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(base)))
         _refuse_idle_minutes(base.train, options.train)
-    job = Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
+        job = _job(options)
+        try:
+            job = job.validate()
+        except JobError as error:
+            raise blame(error, file, base) from None
 
     from shoal.launch import torchrun
     from shoal.launch.train import train
@@ -64,6 +72,10 @@ def run(args: list[str]) -> Answer:
     stopped = Signals.__members__.get(result.stopped_by, Signals.SIGTERM) if result.stopped_by else 0
     silent = torchrun.is_worker() and os.environ["RANK"] != "0"
     return Answer(None if silent else msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)
+
+
+def _job(options: Train) -> Job:
+    return Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
 
 
 def _refuse_idle_minutes(file: TrainOptions, given: TrainOptions) -> None:

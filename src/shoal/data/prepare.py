@@ -28,7 +28,7 @@ from shoal.job.data import DataOptions
 __all__ = ["Counts", "Prepared", "prepare"]
 
 # Part of the name of a prepared folder: a change of what is written must change it.
-_FORMAT = 2
+_FORMAT = 3
 # The BPE is trained on at most so much text, spread over the corpus.
 _SAMPLE = 64 << 20
 # The validation text that is kept beside its tokens, to compare with other compressors.

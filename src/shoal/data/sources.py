@@ -61,14 +61,14 @@ def find(options: DataOptions, spool: Path) -> Corpus:
 
     A file that is named must exist, be readable, not be empty and not be binary, else DataError. Of a folder,
     the files that are so are taken; hidden ones and links to folders are passed over. A file found twice is
-    taken once. A stream is JSONL if its first line is an object with the text field.
+    taken once. A stream is JSONL if its first line is a JSON object.
     """
     found: dict[str, Source] = {}
     skipped: Counter[str] = Counter()
     for number, name in enumerate(options.source):
         path = Path(name).expanduser()
         if name == "-":
-            files = [_spooled("standard input", sys.stdin.buffer, spool / f"{number}", options.text_field)]
+            files = [_spooled("standard input", sys.stdin.buffer, spool / f"{number}")]
         elif name == "python":
             files = _folder(Path(sysconfig.get_paths()["stdlib"]), "python", ("*.py",), _NOT_LIBRARY, skipped)
         elif path.is_dir():
@@ -77,7 +77,7 @@ def find(options: DataOptions, spool: Path) -> Corpus:
             files = [_named(path, name)]
         elif path.exists():  # a pipe, e.g. <(zcat corpus.gz)
             with _opened(path, name) as stream:
-                files = [_spooled(name, stream, spool / f"{number}", options.text_field)]
+                files = [_spooled(name, stream, spool / f"{number}")]
         else:
             raise DataError("no such file or folder", where=name, fix=_nearby(path))
         for file in files:
@@ -165,7 +165,7 @@ def _source(path: Path, name: str) -> Source:
     return Source(_printable(name), path, status.st_size, _printable(identity), path.suffix.lower() in _JSONL)
 
 
-def _spooled(name: str, stream: BinaryIO, path: Path, text_field: str) -> Source:
+def _spooled(name: str, stream: BinaryIO, path: Path) -> Source:
     """A stream copied into a file, since it is read twice (for the tokenizer, and for the tokens)."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("wb") as copy:
@@ -178,8 +178,7 @@ def _spooled(name: str, stream: BinaryIO, path: Path, text_field: str) -> Source
             first = json.loads(copy.readline(1 << 24))
         except ValueError:
             first = None
-    jsonl = isinstance(first, dict) and text_field in first
-    return Source(name, path, path.stat().st_size, digest.hexdigest(), jsonl)
+    return Source(name, path, path.stat().st_size, digest.hexdigest(), isinstance(first, dict))
 
 
 def _opened(path: Path, name: str) -> BinaryIO:

@@ -95,10 +95,9 @@ def _blocks(file: Source, share: float) -> tuple[list[Span], list[Span]]:
 
 
 def _last_cut(file: Source, start: int, end: int, wanted: int) -> int:
-    """Where to cut when no line starts between `wanted` and `end`: at the last line before, if that is near.
+    """Where to cut when no line starts between `wanted` and `end`: at the last line before, if that leaves half.
 
-    Plain text is else cut within its line, at `wanted`; a JSONL line cannot be: without a line to spare it is
-    all for training.
+    Plain text is else cut within its line, at `wanted`; a JSONL line cannot be: it is all for training.
     """
     with file.path.open("rb") as stream:
         reach = min(wanted - start, 1 << 20)
@@ -106,7 +105,7 @@ def _last_cut(file: Source, start: int, end: int, wanted: int) -> int:
         before = stream.read(reach)
         newline = before.rfind(b"\n")
         line = wanted - reach + newline + 1
-        if newline >= 0 and (file.jsonl or end - line <= (end - start) / 2):
+        if newline >= 0 and end - line <= (end - start) / 2:
             return line
         if file.jsonl:
             return end

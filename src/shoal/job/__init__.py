@@ -2,6 +2,6 @@
 
 from shoal.job.job import Job
 from shoal.job.layout import Layout
-from shoal.job.toml import parse, read, read_run, write
+from shoal.job.toml import blame, parse, read, read_run, write
 
-__all__ = ["Job", "Layout", "parse", "read", "read_run", "write"]
+__all__ = ["Job", "Layout", "blame", "parse", "read", "read_run", "write"]

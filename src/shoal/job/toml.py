@@ -65,6 +65,23 @@ def parse(text: str, path: str = "<text>", base: Job | None = None) -> Job:
     return replace(job, **changes)
 
 
+def blame(error: JobError, path: str | Path, base: Job) -> JobError:
+    """An error of validating a job, with file and line if the file at `path` is wrong by itself.
+
+    base: the job of that file, before the command line changed it.
+    """
+    named = re.match(r"(?:(\w+)\.)?(\w+)[=: ]", error.what)
+    try:
+        base.validate()
+    except JobError as own:
+        if named and not error.where and own.what == error.what:
+            keys = [key for key in named.groups() if key]
+            file = _File(str(path), Path(path).read_text(encoding="utf-8-sig"))
+            if file.holds(*keys):
+                return type(error)(error.what, where=file.where(*keys), fix=error.fix)
+    return error
+
+
 def layout(text: str) -> Layout | None:
     """`replicas=2,fsdp=2` -> Layout, `auto` -> None. Raises LayoutError."""
     return None if text == "auto" else Layout.parse(text)
@@ -83,15 +100,16 @@ class _File:
         start = 1
         for end in range(1, len(lines) + 1):
             try:
-                value: Any = tomllib.loads("\n".join(lines[:end]))
+                value = tomllib.loads("\n".join(lines[:end]))
             except tomllib.TOMLDecodeError:
                 continue  # the end of this value comes on a later line
-            for key in keys:
-                value = value.get(key) if isinstance(value, dict) else None
-            if value is not None:
+            if _in(value, keys):
                 break
             start = end + 1
         return f"{self.path}:{start}"
+
+    def holds(self, *keys: str) -> bool:
+        return _in(tomllib.loads(self.text), keys)
 
     @contextlib.contextmanager
     def at(self, *keys: str) -> Iterator[None]:
@@ -100,6 +118,12 @@ class _File:
             yield
         except JobError as error:
             raise type(error)(error.what, where=self.where(*keys), fix=error.fix) from None
+
+
+def _in(table: Any, keys: tuple[str, ...]) -> bool:
+    for key in keys:
+        table = table.get(key) if isinstance(table, dict) else None
+    return table is not None
 
 
 def _part(part: Any, table: str, values: dict[str, Any], file: _File) -> Any:
