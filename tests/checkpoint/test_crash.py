@@ -12,6 +12,7 @@ import pytest
 
 from shoal import checkpoint
 from shoal.checkpoint import Saver, saver
+from shoal.checkpoint.messages import part_name
 from tests.checkpoint.fleet import LARGE, Fleet, assert_is, names, newest_is_whole, rank_state
 
 
@@ -63,7 +64,25 @@ def test_helper_killed_at_any_time(tmp_path):
         newest_is_whole(tmp_path, 99)
 
 
-def test_a_rank_that_lost_its_helper_does_not_hold_up_rank_0(tmp_path):
+def test_a_rank_says_that_its_helper_died_in_the_last_save(tmp_path):
+    """Rank 0 need not wait for the timeout, nor for a next save, which never comes."""
+    with Fleet(tmp_path, world=2, timeout=600) as fleet:
+        fleet.step(1)
+        os.kill(fleet.helper(1), signal.SIGSTOP)
+        last = [one.save(rank_state(2, one.rank, 2), 2) for one in fleet.savers]
+        os.kill(fleet.helper(1), signal.SIGKILL)
+        assert all(one.wait(20) for one in reversed(last))
+        told = str(last[0].error)
+        assert "step 2 was not saved: rank 1: the helper process ended with code -9" in told
+        assert "step-00000001 is intact" in told
+        assert newest_is_whole(tmp_path, 1) == 1
+        assert all(pending.error is None for pending in fleet.step(3))
+        assert names(tmp_path) == ["step-00000001", "step-00000003"]
+
+
+def test_a_rank_that_lost_its_helper_does_not_hold_up_rank_0(tmp_path, monkeypatch):
+    """Nor where the disk is too full to say so: its next save tells."""
+    monkeypatch.setattr(saver, "_excuse", lambda *_: None)
     with Fleet(tmp_path, world=2, timeout=60) as fleet:
         os.kill(fleet.helper(1), signal.SIGSTOP)
         first = [one.save(rank_state(1, one.rank, 2), 1) for one in fleet.savers]
@@ -76,6 +95,21 @@ def test_a_rank_that_lost_its_helper_does_not_hold_up_rank_0(tmp_path):
         assert all(one.wait(20) for one in second)
         assert names(tmp_path) == ["step-00000002"]
         assert_is(tmp_path / "step-00000002", 2)
+
+
+def test_a_part_that_was_finished_counts_though_its_helper_died(tmp_path):
+    with Fleet(tmp_path, world=2) as fleet:
+        os.kill(fleet.helper(0), signal.SIGSTOP)
+        pending = [one.save(rank_state(1, one.rank, 2), 1) for one in fleet.savers]
+        while not list(tmp_path.glob("*/" + part_name(1))):
+            time.sleep(0.01)
+        order = fleet.savers[1]._helper._order
+        assert order is not None
+        saver._excuse(order, "died")
+        os.kill(fleet.helper(0), signal.SIGCONT)
+        assert all(one.wait(20) for one in pending)
+        assert pending[0].error is None
+        assert_is(tmp_path / "step-00000001", 1)
 
 
 RANK = """

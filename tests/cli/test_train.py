@@ -177,6 +177,8 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(trained: Recorder):
         (["a.toml", "--resume", "none"], "a recipe and --resume are both given", ""),
         (["--data", "\udcff.txt"], "is not UTF-8", ""),
         (["--data", "a.txt", "b.toml"], "b.toml stands after --data", "shoal train b.toml --data a.txt"),
+        (["--data", "b.toml", "my notes", "c.toml"], "b.toml stands", "shoal train b.toml --data 'my notes'\n"),
+        (["--data.source", "b.toml"], "b.toml stands after --data", "shoal train b.toml --data TEXT"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(args, what, fix, trained: Recorder, capsys: pytest.CaptureFixture):

@@ -80,6 +80,8 @@ def test_standard_input_and_pipes_are_copied(tmp_path, monkeypatch):
     # Whatever the text's key is called, so that its absence is an error, as in a file.
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"content": "a"}\n{"content": "b"}\n')))
     assert find(DataOptions(source=("-",)), tmp_path).files[0].jsonl
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"[" * 100_000)))
+    assert not find(DataOptions(source=("-",)), tmp_path).files[0].jsonl
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     writer = threading.Thread(target=fifo.write_bytes, args=(b"through a fifo",))

@@ -99,13 +99,58 @@ def test_one_jsonl_is_split_between_its_lines(tmp_path, documents):
         assert whole[span.start : span.stop].endswith(b"\n")
 
 
+def documents(tmp_path: Path, sizes: list[int]) -> Source:
+    """JSONL with lines of so many bytes, each at least 14."""
+    return source(tmp_path / "sizes.jsonl", "".join(f'{{"text": "{"x" * (size - 13)}"}}\n' for size in sizes))
+
+
+@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(14, 400) | st.integers(14, 200_000), min_size=2, max_size=12),
+    share=st.floats(0.001, 0.45),
+)
+def test_jsonl_is_split_as_files_are_at_least_one_document_to_either_side_and_no_long_one(tmp_path, sizes, share):
+    file = documents(tmp_path, sizes)
+    assert file.size == sum(sizes)
+    training, validation = split([file], share)
+    spans = sorted(training + validation, key=lambda s: s.start)
+    assert [0, *(s.stop for s in spans)] == [*(s.start for s in spans), file.size]
+    starts = {sum(sizes[:i]) for i in range(len(sizes) + 1)}
+    assert {s.start for s in spans} <= starts
+    assert training
+    taken = sum(s.stop - s.start for s in validation)
+    assert 0 < taken <= max(2 * share, 0.5) * file.size
+
+
+@pytest.mark.parametrize("size", [200, 3000, 20_000, 100_000, 400_000])
+def test_documents_longer_than_the_blocks_do_not_enlarge_the_share(tmp_path, size):
+    """At 400,000 bytes there is one of 50 documents: 2 % of the text is what is asked for."""
+    lengths = [int(size * (0.5 + i * 37 % 101 / 101)) for i in range(20_000_000 // size)]
+    file = documents(tmp_path, lengths)
+    taken = sum(s.stop - s.start for s in split([file], 0.02)[1])
+    assert abs(taken - 0.02 * file.size) <= max(lengths) / 2 + 0.05 * 0.02 * file.size
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"), [([50, 51], 0), ([51, 50], 1), ([30, 20, 900], 1), ([20] * 30 + [900], 0), ([20, 900], 0)]
+)
+def test_one_long_document_is_trained_on_and_another_kept(tmp_path, sizes, kept):
+    start = sum(sizes[:kept])
+    assert [(s.start, s.stop) for s in split([documents(tmp_path, sizes)], 0.02)[1]] == [(start, start + sizes[kept])]
+
+
+def test_a_blank_line_is_no_document_to_keep(tmp_path):
+    file = source(tmp_path / "blank.jsonl", '\n \n{"text": "only one"}\n\n')
+    assert split([file], 0.1)[1] == []
+    lines = [*['{"text": "twenty letters or so"}'] * 9, "", ""]
+    file = source(tmp_path / "last.jsonl", "\n".join(lines))
+    (kept,) = split([file], 0.05)[1]
+    assert file.path.read_bytes()[kept.start : kept.stop].startswith(b'{"text"')
+
+
 def test_what_cannot_be_split_at_lines(tmp_path):
     single = source(tmp_path / "one.jsonl", '{"text": "only one"}\n')
     assert split([single], 0.1)[1] == []
-    long_at_the_end = jsonl(tmp_path / "long.jsonl", [words(5, 1), words(5, 2), words(900, 3)])
-    training, validation = split([source(long_at_the_end, long_at_the_end.read_text())], 0.1)
-    assert validation == [], "most of the text would never be trained on"
-    assert sum(span.stop - span.start for span in training) == long_at_the_end.stat().st_size
     line = source(tmp_path / "line.txt", "日本語" * 1000)
     training, validation = split([line], 0.1)
     whole = line.path.read_bytes()

@@ -2,41 +2,54 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from shoal import mesh as meshes
+from shoal.models.spec import parameters
+from shoal.ops.initialise import initialise_
 from shoal.parallel.replica import Tally
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 
 
-def run(seat: meshes.Seat, bug: str, layout: str, steps: int) -> dict[str, Any]:
-    what = cases.job(layout, steps, "sgd")
+def run(seat: meshes.Seat, bug: str, layout: str, steps: int, order: int = 0, **options: Any) -> dict[str, Any]:
+    """bug: one of `plant`'s, "" = none."""
+    # Clipping hides a scale, as it does in real jobs; without it the bug must show.
+    what = cases.job(layout, steps, "sgd", clip=0.0, **options)
     assert what.layout is not None
     mesh = meshes.build(what.layout, seat, timeout=60)
     try:
         parts = assemble(what, mesh)
-        plant(parts, bug)
-        return cases.take_steps(parts, steps)
+        if bug:
+            plant(parts, bug)
+        return cases.take_steps(parts, steps, order)
     finally:
         mesh.close()
 
 
 def plant(parts: Parts, bug: str) -> None:
+    """Only in these objects, which end with the run: the ranks' processes are used again."""
     objective, sync, replica = parts.objective, parts.sync, parts.replica
-    if bug == "mean":
+    sharded = replica._sharded
+    if bug == "mean":  # of each micro-batch's tokens
 
         def mean(module, batch):
             loss_sum, weight = objective(module, batch)
             return loss_sum / weight, weight / weight
 
         parts.objective = mean  # type: ignore[assignment]
-    elif bug == "scaled":
+    elif bug == "scaled":  # by the number of ranks
         end = sync.end
         sync.end = lambda tally: end(Tally(tally.loss_sum, tally.weight / parts.mesh.world))  # type: ignore[method-assign]
-        # Clipping hides a scale, as it does in real jobs; without it the bug must show.
-        sync.clip = 0.0
-    elif bug == "bucket":
+    elif bug == "alone":  # no all-reduce over replicas
+        replica.on_bucket(lambda flat: None)
+    elif bug == "bucket":  # one is not reduced
         sent: list[int] = []
 
         def skip_second(flat):
@@ -45,7 +58,7 @@ def plant(parts: Parts, bug: str) -> None:
                 sync._send(flat)
 
         replica.on_bucket(skip_second)
-    elif bug == "local":
+    elif bug == "local":  # normalised by this rank's tokens
         end = sync.end
 
         def local(tally):
@@ -56,5 +69,54 @@ def plant(parts: Parts, bug: str) -> None:
             return applied
 
         sync.end = local  # type: ignore[method-assign]
+    elif bug == "forgotten":  # all micro-batches but the last
+        backward = replica._backward
+
+        def forgets(last):
+            # Where each ZeRO stage keeps what earlier micro-batches left: gathered, cut, or summed for the replicas.
+            replica.module.zero_grad()
+            for parameter in replica._parameters:
+                parameter.grad = None
+            if sharded is not None:
+                sharded._sum.clear()
+            return backward(last)
+
+        replica._backward = forgets  # type: ignore[method-assign]
+    elif bug == "divided":  # reduce-scatter takes the mean, torch's default
+        assert sharded is not None
+        for group in sharded.groups:
+            group.set_gradient_divide_factor(float(parts.mesh.layout.fsdp))
+    elif bug == "unreduced":  # a block is cut, but not summed over the ranks
+        assert sharded is not None
+        sharded.groups[1].set_custom_reduce_scatter(_KeepOwn())  # type: ignore[arg-type]
+    elif bug == "misplaced":  # every rank takes its piece for the first one
+        fills = parameters(parts.job.model)
+        for s in replica.shards():
+            first = (0,) * len(s.offsets)
+            initialise_(s.local, s.name, s.global_shape, first, fills[s.name].fill, parts.job.train.seed)
+    elif bug == "stale":  # gathered weights outlive the update: the first gradient is right, the second step is not
+        assert sharded is not None
+        gathers = sharded.backward
+
+        @contextmanager
+        def keeps(last):
+            with gathers(last):
+                sharded.groups[0].set_reshard_after_backward(False)
+                yield
+
+        sharded.backward = keeps  # type: ignore[method-assign]
+    elif bug == "own norm":  # not summed over the ranks of a replica
+        sync.mesh = copy.copy(parts.mesh)
+        sync.mesh.layout = replace(parts.mesh.layout, fsdp=1)
     else:
         raise AssertionError(bug)
+
+
+class _KeepOwn:
+    """In place of a reduce-scatter: this rank's piece of its own gradient, without the others'."""
+
+    def allocate(self, size, *, dtype, device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor, input_tensor, group, op, async_op=False) -> None:
+        output_tensor.copy_(input_tensor.chunk(group.size())[group.rank()])

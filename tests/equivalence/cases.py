@@ -33,15 +33,18 @@ MODEL = ModelOptions(
 )  # fmt: skip
 
 
-def job(layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True) -> Job:
+def job(
+    layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True, layers: int = 3,
+    clip: float = 0.5, compile: str = "off",
+) -> Job:  # fmt: skip
     lr = 1e-2 if optimizer == "adamw" else 0.3
     return Job(
         layout=Layout.parse(layout),
-        model=replace(MODEL, tie_word_embeddings=tied),
+        model=replace(MODEL, tie_word_embeddings=tied, num_hidden_layers=layers),
         data=DataOptions(sequence_length=LENGTH),
-        optim=OptimOptions(name=optimizer, lr=lr, schedule="wsd", warmup=0.1, decay=0.3, clip=0.5),
+        optim=OptimOptions(name=optimizer, lr=lr, schedule="wsd", warmup=0.1, decay=0.3, clip=clip),
         train=TrainOptions(
-            steps=steps, global_batch=GLOBAL_BATCH, precision=precision, compile="off", loss_chunk=17, seed=5
+            steps=steps, global_batch=GLOBAL_BATCH, precision=precision, compile=compile, loss_chunk=17, seed=5
         ),
         # Buckets of a few kilobytes, so that there are several.
         sync=SyncOptions(bucket_mib=0.01),
@@ -112,9 +115,9 @@ def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: A
         mesh.close()
 
 
-def reference(steps: int, optimizer: str = "adamw", tied: bool = True) -> dict[str, Any]:
+def reference(steps: int, **options: Any) -> dict[str, Any]:
     """The same job in one process in float64, with torch's own loss, clipping and optimizers."""
-    what = job("replicas=1", steps, optimizer, tied=tied)
+    what = job("replicas=1", steps, **options)
     model = build(what.model).double()
     fills = parameters(what.model)
     for name, p in model.named_parameters():
@@ -125,7 +128,7 @@ def reference(steps: int, optimizer: str = "adamw", tied: bool = True) -> dict[s
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer_ = (
         torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=False)
-        if optimizer == "adamw"
+        if o.name == "adamw"
         else torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
     )
     losses, norms, gradients = [], [], {}
@@ -140,19 +143,33 @@ def reference(steps: int, optimizer: str = "adamw", tied: bool = True) -> dict[s
         loss.backward()
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
         for p in model.parameters():
-            p.grad.mul_(min(1.0, o.clip / norms[-1]))
+            p.grad.mul_(min(1.0, o.clip / norms[-1]) if o.clip else 1.0)
         lr = learning_rate(o, step, steps)
         for group in optimizer_.param_groups:
             group["lr"] = lr
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-        if optimizer == "sgd":
+        if o.name == "sgd":
             for p in matrices:
                 p.data.mul_(1 - lr * o.weight_decay)
         optimizer_.step()
         losses.append(loss.item())
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def gradient_errors(results: list[dict[str, Any]], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Per parameter: how far the worst rank's piece is from its place in the gradient, relative to the whole norm."""
+    errors: dict[str, float] = {}
+    for result in results:
+        for name, values in result["gradients"].items():
+            piece, like = torch.tensor(values, dtype=torch.float64), expected[name]
+            if piece.numel():
+                start = result["offsets"][name]
+                difference = (piece - like[start : start + piece.shape[0]]).norm() / like.norm()
+                errors[name] = max(errors.get(name, 0.0), difference.item())
+    assert errors.keys() == expected.keys(), "no rank holds a piece of some parameter"
+    return errors
 
 
 def whole(results: list[dict[str, Any]], what: str, name: str, like: torch.Tensor) -> torch.Tensor:

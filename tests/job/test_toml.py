@@ -155,3 +155,11 @@ def test_what_the_file_does_not_say_is_not_blamed_on_it(tmp_path):
     error = refused(read(file))
     assert error.what.startswith("train.global_batch=32 is not divisible")
     assert not blame(error, file, read(file)).where
+
+
+def test_the_second_mistake_of_a_file_is_shown_with_its_line_when_the_command_line_mends_the_first(tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text("[optim]\nlr = -1\n[train]\nsteps = -1\n")
+    base = read(file)
+    assert blame(refused(base), file, base).where == f"{file}:2"
+    assert blame(refused(replace(base, optim=OptimOptions())), file, base).where == f"{file}:4"

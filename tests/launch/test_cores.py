@@ -15,10 +15,23 @@ def test_threads_are_an_equal_part_of_the_cores(monkeypatch, there, threads, ran
     assert cores.threads_per_rank(threads, ranks) == each
 
 
-def test_more_workers_than_cores_are_warned_of(monkeypatch):
+def test_more_workers_than_cores_are_warned_of(monkeypatch, tmp_path):
     monkeypatch.setattr(cores, "cores", lambda: 2)
+    monkeypatch.setattr(cores, "DEVICES", tmp_path)
     assert cores.too_many_workers(2) == ""
     assert cores.too_many_workers(3) == "3 workers share 2 cores; 2 would be faster"
+    monkeypatch.setattr(cores, "cores", lambda: 1)
+    assert cores.too_many_workers(2) == "2 workers share 1 core; 1 would be faster"
+    assert cores.too_many_workers(1) == ""
+
+
+def test_workers_that_have_gpus_are_not_warned_of_cores(monkeypatch, tmp_path):
+    monkeypatch.setattr(cores, "cores", lambda: 2)
+    monkeypatch.setattr(cores, "DEVICES", tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert cores.too_many_workers(3)
+    (tmp_path / "nvidia0").touch()
+    assert cores.too_many_workers(3) == ""
 
 
 def test_a_containers_quota_counts(monkeypatch, tmp_path):

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from shoal import device
-from shoal.errors import ShoalError
-from shoal.launch import torchrun
+from shoal.errors import JobError, RankError, ShoalError
+from shoal.launch import elastic, torchrun
+
+
+def words(*options: str) -> list[str]:
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return [*run, *options, "-m", "tests.launch.torchrun_worker"]
 
 
 def start(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
     return subprocess.run(
-        [*command, "-m", "tests.launch.torchrun_worker"],
+        words(*options),
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
@@ -47,8 +55,48 @@ def test_workers_take_their_seats_and_listen_on_loopback():
         assert all(ipaddress.ip_address(address).is_loopback for address in listening)
 
 
+def test_workers_end_with_a_torchrun_that_is_killed():
+    options, environment = documented()
+    launcher = subprocess.Popen(
+        words(*options),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "SHOAL_TEST_ENTRY": "linger", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert launcher.stdout is not None
+    workers = [int(launcher.stdout.readline()) for _ in range(2)]
+    try:
+        launcher.kill()
+        launcher.wait()
+        # Liveness: it takes about a second, and without the watch they linger for minutes.
+        deadline = time.monotonic() + 30
+        while (alive := [pid for pid in workers if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not alive
+    finally:
+        launcher.stdout.close()
+        for pid in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_mistake_is_said_by_one_rank_and_a_failure_by_each(monkeypatch, tmp_path):
+    for name in elastic._SET:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    said = []
+    for rank in range(3):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        said.append((elastic.to_be_said(JobError("mistake")), elastic.to_be_said(RankError("failure"))))
+    assert said == [(True, True), (False, True), (False, True)]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "gone" / "0" / "error.json"))
+    assert elastic.to_be_said(JobError("mistake"))
+
+
 def test_without_torchrun_there_is_no_seat():
-    assert not torchrun.is_worker()
+    assert not elastic.is_worker()
     assert torchrun.seat_from_environment() is None
 
 

@@ -1,9 +1,13 @@
-"""A program for torchrun: prints its seat, a sum over all ranks, and where all processes of the run listen."""
+"""A program for torchrun: prints its seat, a sum over all ranks, and where all processes of the run listen.
+
+With SHOAL_TEST_ENTRY=linger it prints its process id, and then does nothing for minutes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from typing import Any
 
 import torch
@@ -22,6 +26,13 @@ def work(seat: Seat) -> list[Any]:
     return [[seat.member, seat.world, seat.local, seat.neighbours], value.tolist(), listening]
 
 
+def linger(seat: Seat) -> int:
+    os.write(1, f"{os.getpid()}\n".encode())
+    time.sleep(300)
+    return 0
+
+
 if __name__ == "__main__":
     # One write: the workers share this pipe, and print may write a line's end by itself.
-    os.write(1, f"{json.dumps(torchrun.run('tests.launch.torchrun_worker:work', {}))}\n".encode())
+    entry = os.environ.get("SHOAL_TEST_ENTRY", "work")
+    os.write(1, f"{json.dumps(torchrun.run(f'tests.launch.torchrun_worker:{entry}', {}))}\n".encode())

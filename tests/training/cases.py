@@ -10,6 +10,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
 from shoal import mesh as meshes
+from shoal.checkpoint import Pending, Saver
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
 from shoal.errors import DivergedError
@@ -173,6 +175,26 @@ def full_disk(seat: Seat, victim: int, after: int, until: int, **args: Any) -> A
         self.saved.wait()  # the limit of the next save must not meet this one
 
     with mock.patch.object(Loop, "save", save):
+        return worker.main(seat, **args)
+
+
+def loses_its_helper(seat: Seat, victim: int, at: list[int], **args: Any) -> Any:
+    """One rank's helper process is killed in the first save of each of these steps, before it has written anything."""
+    real, left = Saver.save, list(at)
+
+    def save(self: Saver, state: Any, step: int) -> Pending:
+        doomed = seat.member == victim and step in left
+        if doomed:
+            left.remove(step)
+            if self._pending is not None:
+                self._pending.wait()  # the one before is not meant
+            os.kill(self._helper.process.pid, signal.SIGSTOP)
+        pending = real(self, state, step)
+        if doomed:
+            os.kill(self._helper.process.pid, signal.SIGKILL)
+        return pending
+
+    with mock.patch.object(Saver, "save", save):
         return worker.main(seat, **args)
 
 

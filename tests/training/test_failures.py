@@ -17,6 +17,18 @@ from shoal.serving.load import load
 from tests.training.test_resume import losses, weights
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_helper_process_costs_one_checkpoint_and_never_the_last(train, tiny, tmp_path, victim):
+    run = tmp_path / "run"
+    job = tiny(run, train={"steps": 8}, checkpoint={"every": 2, "keep": 8})
+    train(job, entry="tests.training.cases:loses_its_helper", victim=victim, at=[4, 8])
+    saved = [folder.name for folder in sorted((run / "checkpoints").glob("step-????????"))]
+    assert saved == ["step-00000002", "step-00000006", "step-00000008"]
+    assert not checkpoint.verify(run / "checkpoints/step-00000008")
+    log = (run / "log.txt").read_text()
+    assert [log.count(f"step {step} was not saved") for step in (2, 4, 6, 8)] == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize("layout", ["replicas=2", "fsdp=2,zero=3"])
 def test_full_disk_while_saving(train, tiny, tmp_path, layout):
     """The disk is full from step 3 to 6: what was saved stays, training goes on, says so, and saves again later."""

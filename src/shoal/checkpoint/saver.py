@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import select
@@ -17,7 +18,7 @@ import torch
 
 from shoal.checkpoint import folders
 from shoal.checkpoint.folders import Attempt
-from shoal.checkpoint.messages import Order, Report, file_name
+from shoal.checkpoint.messages import Order, Part, Report, file_name, part_name
 from shoal.checkpoint.pack import pack
 from shoal.errors import CheckpointError
 from shoal.shard import State
@@ -57,10 +58,12 @@ class Pending:
         """Why nothing was saved, if that is so and known by now. Never raised: training goes on."""
         if not self.done() or not self._error:
             return None
+        newest = next(iter(folders.complete(self._root)), None)
         return CheckpointError(
             f"step {self._step} was not saved: {self._error}",
             where=str(self._root),
-            fix="earlier checkpoints are intact, and the next save tries again; is there space on the disk?",
+            fix=(f"{newest.name} is intact" if newest else "nothing is saved yet")
+            + ", and the next save (or --resume) tries again; is there space on the disk?",
         )
 
 
@@ -167,6 +170,7 @@ class _Helper:
             bufsize=0,
             env={**os.environ, "PYTHONPATH": path},
         )
+        self._order: Order | None = None
 
     @property
     def ended(self) -> bool:
@@ -174,6 +178,7 @@ class _Helper:
 
     def send(self, order: Order) -> None:
         assert self.process.stdin
+        self._order = order
         line = memoryview(msgspec.json.encode(order) + b"\n")
         try:
             while line:
@@ -189,7 +194,10 @@ class _Helper:
         line = self.process.stdout.readline()
         if line:
             return msgspec.json.decode(line, type=Report)
-        return Report(0.0, f"the helper process ended with code {self.process.wait()}")
+        error = f"the helper process ended with code {self.process.wait()}"
+        if self._order is not None and self._order.rank > 0:
+            _excuse(self._order, error)
+        return Report(0.0, error)
 
     def close(self) -> None:
         assert self.process.stdin
@@ -201,3 +209,17 @@ class _Helper:
         except subprocess.TimeoutExpired:
             # It is stopped, or waits for a disk that does not answer, in which case it cannot be waited for.
             self.process.kill()
+
+
+def _excuse(order: Order, error: str) -> None:
+    """Says in a dead helper's place why its part will not come: rank 0's helper would wait for it until its timeout."""
+    folder = Path(order.root) / order.attempt.temporary(folders.name_of(order.step))
+    part = folder / part_name(order.rank)
+    if part.exists():
+        return  # it died after its work was done
+    unfinished = part.with_name(part.name + ".excuse")
+    # A full disk. Rank 0's helper then learns of it from this rank's next save.
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished.write_bytes(msgspec.json.encode(Part({}, error=error)))
+        os.rename(unfinished, part)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
 from functools import reduce
@@ -65,10 +66,10 @@ def refuse_recipe_as_text(source: tuple[str, ...], prog: str) -> None:
     """--data takes all the words that follow it: a recipe among them would be trained on, not followed."""
     recipes = [name for name in source if name.endswith(".toml")]
     if recipes:
-        others = " ".join(name for name in source if name != recipes[0]) or "TEXT"
+        others = shlex.join(name for name in source if name not in recipes) or "TEXT"
         raise JobError(
             f"{recipes[0]} stands after --data, as text to train on",
-            fix=f"a recipe comes first: {prog} {recipes[0]} --data {others}",
+            fix=f"a recipe comes first: {prog} {shlex.quote(recipes[0])} --data {others}",
         )
 
 

@@ -53,7 +53,10 @@ def main(args: list[str] | None = None) -> int:
             given = _verb(args[0]).run(args[1:])
         answer.give(given.result, form)
     except ShoalError as error:
-        answer.refuse(error, form)
+        from shoal.launch import elastic
+
+        if elastic.to_be_said(error):
+            answer.refuse(error, form)
         return error.exit_code
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "interrupted", file=sys.stderr)

@@ -65,12 +65,12 @@ def run(args: list[str]) -> Answer:
         except JobError as error:
             raise blame(error, file, base) from None
 
-    from shoal.launch import torchrun
+    from shoal.launch import elastic
     from shoal.launch.train import train
 
     result = train(job, resume=options.resume or None)
     stopped = Signals.__members__.get(result.stopped_by, Signals.SIGTERM) if result.stopped_by else 0
-    silent = torchrun.is_worker() and os.environ["RANK"] != "0"
+    silent = elastic.is_worker() and os.environ["RANK"] != "0"
     return Answer(None if silent else msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)
 
 

@@ -176,7 +176,7 @@ def _spooled(name: str, stream: BinaryIO, path: Path) -> Source:
     with path.open("rb") as copy:
         try:
             first = json.loads(copy.readline(1 << 24))
-        except ValueError:
+        except (ValueError, RecursionError):  # text may well begin with many brackets
             first = None
     return Source(name, path, path.stat().st_size, digest.hexdigest(), isinstance(first, dict))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import BinaryIO
 
 from shoal.data.sources import Source
 from shoal.data.text import Span, next_character, next_line
@@ -76,40 +77,58 @@ def _hash(file: Source, seed: int) -> bytes:
 def _blocks(file: Source, share: float) -> tuple[list[Span], list[Span]]:
     """The end of each of n equal parts of a file is kept for validation, cut where lines start.
 
-    n grows with the text, so that a block is long enough to be read with its context. What lies between two
-    cuts is one document of plain text (JSONL: one a line).
+    n grows with the text, so that a block is long enough to be read with its context. A line that was longer than
+    wanted is made up for by the next parts. What lies between two cuts is one document of plain text (JSONL: one
+    a line). As with files, JSONL gives at least one document if it has two, and none of more than half the bytes.
     """
     parts = min(_BLOCKS, max(1, int(share * file.size) // _BLOCK))
     training, validation = [], []
-    start = 0
+    start = taken = 0
     with file.path.open("rb") as stream:
         for part in range(1, parts + 1):
             end = next_line(stream, file, file.size * part // parts)
-            cut = next_line(stream, file, end - round(share * (end - start)))
-            if cut >= end:
-                cut = _last_cut(file, start, end, end - round(share * (end - start)))
+            owed = min(max(0, round(share * end) - taken), end - start)
+            cut = next_line(stream, file, end - owed)
+            if cut >= end and owed:
+                cut = _last_cut(stream, file, start, end, owed)
             training.append(Span(file, start, cut))
             validation.append(Span(file, cut, end))
+            taken += end - cut
             start = end
+    if file.jsonl and taken < share * file.size / 2:  # long documents, or a blank line at the end
+        return _one_document(file, share)
     return _filled(training), _filled(validation)
 
 
-def _last_cut(file: Source, start: int, end: int, wanted: int) -> int:
-    """Where to cut when no line starts between `wanted` and `end`: at the last line before, if that leaves half.
+def _last_cut(stream: BinaryIO, file: Source, start: int, end: int, owed: int) -> int:
+    """Where to cut when no line starts in the last `owed` bytes of a part: where the last line before starts.
 
-    Plain text is else cut within its line, at `wanted`; a JSONL line cannot be: it is all for training.
+    If that is too much, plain text is cut within its line (too much: half of the part), and JSONL, which cannot
+    be, is all for training (too much: no nearer to what is owed than nothing).
     """
+    wanted = end - owed
+    reach = min(wanted - start, 1 << 20)
+    stream.seek(wanted - reach)
+    newline = stream.read(reach).rfind(b"\n")
+    line = wanted - reach + newline + 1
+    most = 2 * owed if file.jsonl else (end - start) / 2
+    if newline >= 0 and end - line <= most:
+        return line
+    return end if file.jsonl else min(end, next_character(stream, wanted))
+
+
+def _one_document(file: Source, share: float) -> tuple[list[Span], list[Span]]:
+    """The JSONL line whose length is nearest to the share is for validation, unless it is most of the text."""
+    start, found = 0, []
     with file.path.open("rb") as stream:
-        reach = min(wanted - start, 1 << 20)
-        stream.seek(wanted - reach)
-        before = stream.read(reach)
-        newline = before.rfind(b"\n")
-        line = wanted - reach + newline + 1
-        if newline >= 0 and end - line <= (end - start) / 2:
-            return line
-        if file.jsonl:
-            return end
-        return min(end, next_character(stream, wanted))
+        for line in stream:
+            if len(line) <= file.size / 2 and not line.isspace():
+                found.append(Span(file, start, start + len(line)))
+            start += len(line)
+    if not found:
+        return [Span(file, 0, file.size)], []
+    one = min(found, key=lambda span: abs(span.stop - span.start - share * file.size))
+    return _filled([Span(file, 0, one.start), Span(file, one.stop, file.size)]), [one]
 
 
 def _filled(spans: list[Span]) -> list[Span]:

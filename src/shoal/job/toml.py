@@ -71,15 +71,20 @@ def blame(error: JobError, path: str | Path, base: Job) -> JobError:
     base: the job of that file, before the command line changed it.
     """
     named = re.match(r"(?:(\w+)\.)?(\w+)[=: ]", error.what)
+    # Table by table too: the first mistake of the file may be one that the command line mends.
+    if not named or error.where or error.what not in map(_mistake, (base, *(part for _, part in parts(base)))):
+        return error
+    keys = [key for key in named.groups() if key]
+    file = _File(str(path), Path(path).read_text(encoding="utf-8-sig"))
+    return type(error)(error.what, where=file.where(*keys), fix=error.fix) if file.holds(*keys) else error
+
+
+def _mistake(options: Any) -> str:
     try:
-        base.validate()
-    except JobError as own:
-        if named and not error.where and own.what == error.what:
-            keys = [key for key in named.groups() if key]
-            file = _File(str(path), Path(path).read_text(encoding="utf-8-sig"))
-            if file.holds(*keys):
-                return type(error)(error.what, where=file.where(*keys), fix=error.fix)
-    return error
+        options.validate()
+    except JobError as error:
+        return error.what
+    return ""
 
 
 def layout(text: str) -> Layout | None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 QUOTA = Path("/sys/fs/cgroup/cpu.max")
+DEVICES = Path("/dev")
 
 
 def cores() -> int:
@@ -18,14 +19,22 @@ def cores() -> int:
     return max(1, allowed)
 
 
+def has_driver() -> bool:
+    """Whether an NVIDIA driver shows GPUs here. Torch would know more, but takes a second to import."""
+    return any(DEVICES.glob("nvidia[0-9]*"))
+
+
 def threads_per_rank(threads: int, neighbours: int) -> int:
     """`threads`, or where it is 0 an equal part of the cores among the ranks of this machine, at least 1."""
     return threads or max(1, cores() // neighbours)
 
 
 def too_many_workers(workers: int) -> str:
-    """The warning for more workers than cores on this machine; empty if there is nothing to warn of."""
+    """The warning for more workers than cores on this machine; empty if there is nothing to warn of.
+
+    So it is where there are GPUs: each worker has its own, and fewer would be slower.
+    """
     there = cores()
-    if workers <= there:
+    if workers <= there or has_driver():
         return ""
     return f"{workers} workers share {there} core{'s' * (there > 1)}; {there} would be faster"

@@ -9,11 +9,21 @@ machine, this keeps everything on loopback (the rendezvous is a file, and the st
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from shoal import errors
+from shoal.errors import RankError, ShoalError
 from shoal.launch.cores import threads_per_rank
+from shoal.launch.elastic import is_mistake, is_worker
 from shoal.launch.forkserver import resolve
 
 if TYPE_CHECKING:
@@ -21,27 +31,84 @@ if TYPE_CHECKING:
 
     from shoal.mesh import Seat
 
-# Unlike the first four, which clusters also set for whole machines, the last two are torchrun's alone.
-_SET = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-
-
-def is_worker() -> bool:
-    """Whether torchrun started this process. Does not import torch."""
-    return all(name in os.environ for name in _SET)
+# Taken as early as can be: importing torch takes long enough for torchrun to be killed meanwhile.
+_PARENT = os.getppid()
+# Seconds that rank 0, which may keep the store, gives the others to read what it told them before it goes on.
+_HEARD = 10.0
 
 
 def run(entry: str, args: dict[str, Any], threads: int = 0) -> Any:
     """What `entry(seat, **args)` returns in this rank. threads: 0 = an equal part of this machine's cores.
 
-    What it raises is also told to torchrun, which prints the first failure of all ranks last.
+    What it raises is also told to torchrun, which prints the first failure of all ranks last, with its traceback;
+    so a mistake of the user's is not. The process ends within seconds when torchrun is killed.
     """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
     from torch.distributed.elastic.multiprocessing.errors import record
 
     seat = seat_from_environment()
     assert seat is not None, "not started by torchrun"
     torch.set_num_threads(threads_per_rank(threads, seat.neighbours))
-    return record(resolve(entry))(seat, **args)
+
+    @record
+    def value_or_mistake() -> Any:
+        try:
+            return resolve(entry)(seat, **args)
+        except ShoalError as error:
+            if is_mistake(error):
+                return error
+            raise
+
+    value = value_or_mistake()
+    if isinstance(value, ShoalError):
+        raise value
+    return value
+
+
+def _end_with_parent() -> None:
+    """torchrun cannot end its workers when it is killed itself; nobody is left who could save or go on."""
+    while os.getppid() == _PARENT:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def from_rank_0(seat: Seat, key: str, make: Callable[[], Any]) -> Any:
+    """What `make()` returns in rank 0, which alone calls it; any JSON. A ShoalError that it raises is raised in all."""
+    if seat.member > 0:
+        told = _told(seat, key)
+        if "error" in told:
+            kind, what, where, fix = told["error"]
+            raise getattr(errors, kind)(what, where=where, fix=fix)
+        return told["value"]
+    try:
+        value = make()
+    except ShoalError as error:
+        _tell(seat, key, {"error": (type(error).__name__, error.what, error.where, error.fix)})
+        raise
+    _tell(seat, key, {"value": value})
+    return value
+
+
+def _tell(seat: Seat, key: str, what: dict[str, Any]) -> None:
+    from torch.distributed import DistError
+
+    seat.store.set(key, msgspec.json.encode(what).decode())
+    with contextlib.suppress(DistError):
+        seat.store.wait([f"{key}-{rank}" for rank in range(1, seat.world)], timedelta(seconds=_HEARD))
+
+
+def _told(seat: Seat, key: str) -> dict[str, Any]:
+    from torch.distributed import DistError
+
+    try:
+        # However long rank 0 prepares text; if it dies, torchrun ends everybody.
+        seat.store.wait([key], timedelta(days=30))
+        told = msgspec.json.decode(seat.store.get(key), type=dict[str, Any])
+        seat.store.set(f"{key}-{seat.member}", "")
+    except DistError:
+        raise RankError("rank 0 has ended", where=f"rank {seat.member}", fix="see its message") from None
+    return told
 
 
 def seat_from_environment() -> Seat | None:

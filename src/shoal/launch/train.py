@@ -8,17 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from shoal.data.prepare import Prepared, prepare
 from shoal.errors import DivergedError, JobError, RankError
 from shoal.job import Job, Layout, write
-from shoal.launch import local, torchrun
-from shoal.launch.cores import cores, too_many_workers
+from shoal.launch import elastic, local, torchrun
+from shoal.launch.cores import cores, has_driver, too_many_workers
 from shoal.launch.ranks import Ranks
 from shoal.launch.resume import resumable, way_on
 from shoal.models import config
@@ -44,7 +42,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
     """
     started = time.time()
     job = job.validate()
-    if torchrun.is_worker():
+    if elastic.is_worker():
         here = {"job": job, "resume": resume, "started": started}
         return Result(**torchrun.run("shoal.launch.train:one_of_many", here, job.run.threads))
     ranks = Ranks([_WORKER, _FINISH])  # imports torch while the text is prepared
@@ -90,35 +88,19 @@ def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: flo
     from shoal.launch import finish
     from shoal.training import worker
 
-    if seat.member == 0:
-        try:
-            job = replace(job, layout=job.layout or Layout(replicas=seat.world))
-            _fits(job, seat.world)
-            job, arguments = ready(job, resume, started)
-        except BaseException:
-            seat.store.set("ready", "")
-            raise
-        seat.store.set("ready", msgspec.json.encode(arguments).decode())
-    told = _told(seat, "ready")
-    if not told:
-        raise RankError("rank 0 could not prepare the run", where=f"rank {seat.member}", fix="see its message")
-    arguments = msgspec.json.decode(told, type=dict[str, Any])
+    def prepared() -> dict[str, Any]:
+        fitting = replace(job, layout=job.layout or Layout(replicas=seat.world))
+        _fits(fitting, seat.world)
+        return ready(fitting, resume, started)[1]
+
+    arguments = torchrun.from_rank_0(seat, "ready", prepared)
     try:
         figures = worker.main(seat, **arguments)
     except (RankError, DivergedError, RuntimeError, OSError) as error:
         if seat.member == 0:
             report.failed(Path(arguments["folder"]), error)
         raise
-    if seat.member == 0:
-        outcome = finish.main(seat, **_afterwards(arguments, figures))
-        seat.store.set("finished", msgspec.json.encode(outcome).decode())
-    return msgspec.json.decode(_told(seat, "finished"), type=dict[str, Any])
-
-
-def _told(seat: Seat, key: str) -> bytes:
-    """What rank 0 puts under a key, however long it prepares text; if it dies, torchrun ends everybody."""
-    seat.store.wait([key], timedelta(days=30))
-    return seat.store.get(key)
+    return torchrun.from_rank_0(seat, "finished", lambda: finish.main(seat, **_afterwards(arguments, figures)))
 
 
 def _afterwards(arguments: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
@@ -221,7 +203,7 @@ def _auto_layout(global_batch: int) -> Layout:
 
 def _gpus() -> int:
     """GPUs that ranks will see. Torch is asked only where a driver is: importing it takes a second."""
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
+    if not has_driver():
         return 0
     from shoal import device
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ class Loop:
         if self.validation and self.last is None and not stopped:
             self._validate(glance=False)  # a finished run that was resumed: the same figures again
         self.save()
+        if self._in_vain():
+            self.save()  # there is no later one to make up for it
         return self.step >= steps
 
     def _step(self) -> tuple[dict[str, Any], Applied]:
@@ -138,6 +141,17 @@ class Loop:
         # Known by now: a save waits for the one before.
         if before is not None and before.error:
             self.say(f"warning: {before.error}")
+
+    def _in_vain(self) -> bool:
+        """Waits for the save that is on its way; whether it failed, of which rank 0's helper knows for all ranks."""
+        assert self.saved is not None
+        failed = self.saved.wait() and self.saved.error is not None
+        mesh, key = self.parts.mesh, f"in vain: {self.step}"
+        if mesh.rank == 0:
+            mesh.seat.store.set(key, "yes" if failed else "no")
+        # However long the disk takes; if rank 0 dies, the launcher ends everybody.
+        mesh.seat.store.wait([key], timedelta(days=30))
+        return mesh.seat.store.get(key) == b"yes"
 
     def state(self) -> State:
         """Weights, optimizer, sync and the position in the data: all that the next step depends on."""
