@@ -169,8 +169,8 @@ def packed_rows(row: Row, mesh: Any) -> tuple[Any, float]:
 
     texts = mixed_documents(row, mesh)
     flat = torch.cat(texts)
-    length_D = np.array([len(t) - 1 for t in texts], np.int32)  # the last token is a label only
-    start_D = np.concatenate(([0], np.cumsum(length_D + 1)[:-1])).astype(np.int64)
+    length_D = np.array([len(t) for t in texts], np.int32)
+    start_D = np.concatenate(([0], np.cumsum(length_D)[:-1])).astype(np.int64)
     packing = plan(start_D, length_D, LENGTH, "best_fit")
     shape = (packing.rows, LENGTH)
     tokens, labels, document, position = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))

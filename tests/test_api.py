@@ -66,9 +66,10 @@ def test_every_name_that_is_shown_exists(text: str) -> None:
 
 
 def test_importing_it_loads_neither_torch_nor_anything_slow() -> None:
-    ended = fresh(
-        "import sys, shoal; dir(shoal); shoal.__version__; print(*{name.partition('.')[0] for name in sys.modules})"
-    )
+    """Nor do the jobs, which are there without another import; here no other name has brought them along."""
+    modules = "print(*{name.partition('.')[0] for name in sys.modules})"
+    ended = fresh(f"import sys, shoal; dir(shoal); shoal.__version__; shoal.job.read; {modules}")
+    assert ended.returncode == 0, ended.stderr
     assert not {"torch", "numpy", "tokenizers", "tyro", "plotly"} & set(ended.stdout.split())
     assert "shoal" in ended.stdout.split()
 

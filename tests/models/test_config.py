@@ -180,8 +180,23 @@ def test_options_that_agree_with_the_weights_are_accepted(folder: str) -> None:
     agreeing = ModelOptions(
         weights=folder, hidden_size=2048, num_attention_heads=32, head_dim=64, rope_scaling=scaling
     )  # fmt: skip
-    job = Job(model=agreeing, data=DataOptions(sequence_length=128))
+    job = Job(model=agreeing, data=DataOptions(sequence_length=128)).validate()
     assert config.architecture(job).model == replace(config.read(Path(folder)), weights=folder)
+    published = {key: value for key, value in LLAMA_3_2_1B.items() if key != "head_dim"}
+    (Path(folder) / "config.json").write_text(json.dumps(published))
+    assert config.architecture(job).model.head_size == 64, "said by the folder as hidden_size / num_attention_heads"
+
+
+def test_options_are_not_held_against_defaults_where_there_are_weights(folder: str) -> None:
+    """9 heads do not go with the default of 2 for keys and values, which nobody has asked for."""
+    job = Job(model=ModelOptions(weights=folder, num_attention_heads=9), data=DataOptions(sequence_length=128))
+    with pytest.raises(JobError, match="num_attention_heads=9, but theirs is 32"):
+        config.architecture(job.validate())
+    with pytest.raises(JobError, match=r"is not a multiple of model\.num_key_value_heads=2"):
+        replace(job, model=replace(job.model, weights="")).validate()
+    (Path(folder) / "config.json").write_text(json.dumps(LLAMA_3_2_1B | {"num_key_value_heads": 5}))
+    with pytest.raises(ModelError, match=r"is not a multiple of model\.num_key_value_heads=5"):
+        config.architecture(Job(model=ModelOptions(weights=folder)))
 
 
 @pytest.mark.parametrize(

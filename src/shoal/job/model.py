@@ -69,6 +69,14 @@ class ModelOptions:
             at_least(f"model.{name}", getattr(self, name), 1)
         for name in ("vocab_size", "head_dim"):
             at_least(f"model.{name}", getattr(self, name), 0)
+        if not self.weights:  # else what was not given is the folder's, whose heads are checked when it is read
+            self._validate_heads()
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            positive(f"model.{name}", getattr(self, name))
+        if self.rope_scaling:
+            self._validate_rope()
+
+    def _validate_heads(self) -> None:
         require(
             self.num_attention_heads % self.num_key_value_heads == 0,
             f"model.num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -82,10 +90,6 @@ class ModelOptions:
             "choose such a width, or give model.head_dim",
         )
         require(self.head_size % 2 == 0, f"head size {self.head_size} is odd", "rotary positions need an even one")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            positive(f"model.{name}", getattr(self, name))
-        if self.rope_scaling:
-            self._validate_rope()
 
     def _validate_rope(self) -> None:
         try:
