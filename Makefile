@@ -51,7 +51,8 @@ $(VENV)/.python:
 
 # torch first and by name: the pinned release and no other, which may bring other packages.
 $(VENV)/.torch: constraints.txt | $(VENV)/.python
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--retries 2 --extra-index-url $(TORCH_INDEX)) --constraint constraints.txt torch==2.13.0
+	$(if $(TORCH_INDEX),$(PIP) install --quiet --retries 1 --extra-index-url $(TORCH_INDEX) --no-deps torch==2.13.0)
+	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch

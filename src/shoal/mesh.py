@@ -109,7 +109,8 @@ class Mesh:
                 return
             except RuntimeError:
                 if work.is_completed():  # else only our glance has timed out
-                    raise
+                    work.wait()  # says how it ended: it may have been done a moment after the glance
+                    return
             if time.monotonic() > seen + _PATIENCE:
                 raise ConnectionError("connection closed by peer: a rank is gone in the middle of a collective")
             if seen == math.inf and self._connections.broken():
