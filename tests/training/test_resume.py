@@ -71,7 +71,9 @@ def test_killed_and_resumed_equals_never_killed_bitwise(arguments, tmp_path):
         assert mine.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.parametrize("layout", ["fsdp=2,zero=2,micro_batch=3", "replicas=1"])
+@pytest.mark.parametrize(
+    "layout", ["fsdp=2,zero=2,micro_batch=3", pytest.param("replicas=1", marks=pytest.mark.nightly)]
+)
 def test_resumes_in_another_layout(arguments, tmp_path, layout):
     """In float64: rounding stays below 1e-8, a lost or repeated sample would not."""
     job = [*arguments, "--steps", "12", "--checkpoint.every", "6", "--train.precision", "fp64"]
