@@ -176,6 +176,7 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(trained: Recorder):
         (["--resume", "none"], "none: no run to resume", "shoal runs"),
         (["a.toml", "--resume", "none"], "a recipe and --resume are both given", ""),
         (["--data", "\udcff.txt"], "is not UTF-8", ""),
+        (["--resume", "none", "--run-dir", "other"], "--run-dir and --resume are both given", "leave out --run-dir"),
         (["--data", "a.txt", "b.toml"], "b.toml stands after --data", "shoal train b.toml --data a.txt"),
         (["--data", "b.toml", "my notes", "c.toml"], "b.toml stands", "shoal train b.toml --data 'my notes'\n"),
         (["--data.source", "b.toml"], "b.toml stands after --data", "shoal train b.toml --data TEXT"),

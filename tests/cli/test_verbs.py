@@ -136,3 +136,13 @@ def test_data_is_prepared_as_the_recipe_says(tmp_path: Path, monkeypatch, capsys
     assert "already prepared" in out
     assert "\nline 1" in out
     assert prepared["folder"] in out
+
+
+def test_a_report_that_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shoal.observe.files.replace", full)
+    (tmp_path / "job.toml").write_text(write(Job()))
+    assert main(["report", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: cannot write the report: No space left on device")

@@ -6,6 +6,8 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from signal import Signals
 
@@ -13,9 +15,11 @@ import pytest
 
 from shoal import checkpoint
 from shoal.cli.main import main
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, JobError
 from shoal.job import read
-from shoal.observe import metrics
+from shoal.launch.train import ready
+from shoal.observe import metrics, summary
+from shoal.observe.result import Result
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -150,3 +154,41 @@ def test_a_signal_before_anything_was_saved(arguments, tmp_path, monkeypatch, ca
     threading.Thread(target=interrupt, daemon=True).start()
     assert main([*arguments, "--layout", "replicas=2", "--steps", "4", "--run-dir", str(run)]) == 128 + Signals[name]
     assert capfd.readouterr().err.splitlines()[-1] == f"stopped by {name}; nothing was saved yet"
+
+
+@pytest.mark.parametrize("left", ["job.toml", "metrics.jsonl", "checkpoints"])
+def test_a_new_run_takes_nothing_from_a_folder_that_has_a_runs_files(finished, train, tiny, left):
+    for path in finished.iterdir():
+        if path.name != left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = content(finished)
+    with pytest.raises(JobError, match="there is a run in this folder already"):
+        train(tiny(finished))
+    assert content(finished) == before
+
+
+def test_two_runs_that_begin_in_the_same_second_have_a_folder_each(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    class Stopped(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Stopped:
+            return cls(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.setattr("shoal.launch.train.datetime", Stopped)
+    folders = [Path(ready(tiny(""), None, time.time())[1]["folder"]) for _ in range(3)]
+    assert [folder.name for folder in folders] == [f"run-20260102-030405{more}" for more in ("", "-2", "-3")]
+    assert all((folder / "job.toml").is_file() for folder in folders)
+
+
+def test_a_tilde_in_a_recipe_is_the_home_folder(tiny, corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(corpus.parent))
+    job, _ = ready(tiny(tmp_path / "run", data={"source": (f"~/{corpus.name}",)}), None, time.time())
+    assert job.data.source == (str(corpus),)
+
+
+def test_a_state_that_could_not_be_saved_is_not_called_safe():
+    result = Result("runs/a", 9, 90, 1.0, 1.0, None, None, 1.0, None, 1.0, stopped_by="SIGTERM", saved_step=6)
+    assert "could not be saved: a resume goes on from step 6" in "\n".join(summary.lines(result))
+    assert "nothing could be saved" in "\n".join(summary.lines(replace(result, saved_step=None)))
+    assert "nothing is lost" in "\n".join(summary.lines(replace(result, saved_step=9)))

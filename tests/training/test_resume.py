@@ -14,7 +14,7 @@ import torch
 
 from shoal import checkpoint
 from shoal.cli.main import main
-from shoal.observe import metrics
+from shoal.observe import metrics, result
 
 
 def shoal(*words: str) -> subprocess.Popen:
@@ -104,3 +104,8 @@ def test_a_signal_saves_and_says_how_to_go_on(arguments, tmp_path, number):
     newest = checkpoint.newest(run / "checkpoints", print)
     assert newest is not None
     assert newest.name == f"step-{steps:08}", "nothing was lost"
+    assert "nothing is lost: resume as below" in text
+    done = result.read(run)
+    assert done is not None
+    assert done.saved_step == done.steps == steps
+    assert done.val_loss is done.bits_per_byte is None, "a glance at an earlier step is not the run's result"

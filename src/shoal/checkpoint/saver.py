@@ -20,7 +20,7 @@ from shoal.checkpoint import folders
 from shoal.checkpoint.folders import Attempt
 from shoal.checkpoint.messages import Order, Part, Report, file_name, part_name
 from shoal.checkpoint.pack import pack
-from shoal.errors import CheckpointError
+from shoal.errors import CheckpointError, DivergedError
 from shoal.shard import State
 
 _WRITER = "shoal.checkpoint.writer"
@@ -130,7 +130,8 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(None if kind is None else _PATIENCE)
+        # After a divergence all ranks are there to end the save; after anything else one may be gone.
+        self.close(None if kind is None or issubclass(kind, DivergedError) else _PATIENCE)
 
 
 class _Memory:

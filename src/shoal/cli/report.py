@@ -10,7 +10,7 @@ import tyro
 
 from shoal.cli import flags
 from shoal.cli.answer import Answer
-from shoal.errors import JobError
+from shoal.errors import JobError, ShoalError
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,10 @@ def run(args: list[str]) -> Answer:
 
     from shoal.observe.report import write
 
-    path = write(Path(options.run))
+    try:
+        path = write(Path(options.run))
+    except OSError as error:
+        fix = "make space, or copy the run to where you may write"
+        raise ShoalError(f"cannot write the report: {error.strerror}", where=options.run, fix=fix) from None
     print(path)
     return Answer({"run": options.run, "report": str(path)})

@@ -51,6 +51,8 @@ def run(args: list[str]) -> Answer:
     options = flags.parse(Train, args, "shoal train", short=SHORT)
     if options.recipe and options.resume:
         raise JobError("a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them")
+    if options.resume and options.run.dir:
+        raise JobError("--run-dir and --resume are both given", fix="a run stays in its folder: leave out --run-dir")
     if not options.resume and not options.recipe:
         flags.refuse_recipe_as_text(options.data.source, "shoal train")
         job = _job(options)

@@ -21,7 +21,7 @@ def cores() -> int:
 
 def has_driver() -> bool:
     """Whether an NVIDIA driver shows GPUs here. Torch would know more, but takes a second to import."""
-    return any(DEVICES.glob("nvidia[0-9]*"))
+    return any(DEVICES.glob("nvidia[0-9]*")) or (DEVICES / "dxg").exists()  # dxg: under Windows
 
 
 def threads_per_rank(threads: int, neighbours: int) -> int:

@@ -83,9 +83,14 @@ def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], log: Log) -> d
 
 def _tell_if_older(run: Path, step: int, say: Callable[[str], None]) -> None:
     """Where the last state could not be saved, model and sample are those of an earlier step."""
-    newest = next(iter(checkpoint.complete(run / "checkpoints")), None)
-    if newest is not None and (saved := checkpoint.describe(newest)["step"]) != step:
+    saved = _saved_step(run)
+    if saved is not None and saved != step:
         say(f"warning: sample and model/ are those of step {saved}, the last one saved, not of step {step}")
+
+
+def _saved_step(run: Path) -> int | None:
+    newest = next(iter(checkpoint.complete(run / "checkpoints")), None)
+    return None if newest is None else int(checkpoint.describe(newest)["step"])
 
 
 def _export(model: Decoder, run: Path, job: Job, corpus: Prepared) -> None:
@@ -109,8 +114,10 @@ def _result(run: Path, job: Job, corpus: Prepared, figures: dict[str, Any], prom
     rows = metrics.read(run)
     tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
     validation = figures["validation"]
-    rivals = compressed_bits_per_byte(corpus) if validation else {}
     loss = validation["nats"] if validation and math.isfinite(validation["nats"]) else None
+    # Bytes are known of the validation text as a whole (train.validate_tokens may ask for less).
+    whole = loss is not None and validation["tokens"] == corpus.validation.predictions
+    rivals = compressed_bits_per_byte(corpus) if whole else {}
     mfus = [row["mfu"] * row["seconds"] for row in rows if row.get("mfu")]
     return Result(
         run=str(run),
@@ -119,11 +126,12 @@ def _result(run: Path, job: Job, corpus: Prepared, figures: dict[str, Any], prom
         loss_first=rows[0]["loss"] if rows else None,
         loss_last=rows[-1]["loss"] if rows else None,
         val_loss=loss,
-        bits_per_byte=loss and loss * corpus.validation.predictions / math.log(2) / corpus.validation.bytes,
+        bits_per_byte=loss * validation["tokens"] / math.log(2) / corpus.validation.bytes if whole else None,
         tokens_per_second=tokens / seconds if seconds else None,
         mfu=sum(mfus) / seconds if mfus else None,
         seconds=figures["seconds"],
         stopped_by=figures["stopped_by"],
+        saved_step=_saved_step(run),
         parameters=count(job.model),
         devices=figures["devices"],
         mfu_note=figures["mfu_note"],

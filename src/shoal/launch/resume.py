@@ -22,8 +22,12 @@ def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
     Raises JobError where `job` would make another run of it.
     """
     before = read_run(folder)
-    with hold(folder):  # refuses while somebody trains in it
-        pass
+    try:
+        with hold(folder):  # refuses while somebody trains in it
+            pass
+    except OSError as error:
+        what = f"the run folder cannot be written or locked: {error.strerror}"
+        raise JobError(what, where=str(folder), fix="copy it to a disk where you may") from None
     if before.layout is None:  # every run's has one
         fix = f"write its tables again, from the recipe; then `shoal train --resume {folder}`"
         raise JobError("job.toml of this run is damaged: it names no layout", where=str(folder / "job.toml"), fix=fix)

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.data.prepare import Prepared, prepare
-from shoal.errors import DivergedError, JobError, RankError
+from shoal.errors import JobError, ShoalError
 from shoal.job import Job, Layout, write
 from shoal.launch import elastic, local, torchrun
 from shoal.launch.cores import cores, has_driver, too_many_workers
 from shoal.launch.ranks import Ranks
 from shoal.launch.resume import resumable, way_on
 from shoal.models import config
-from shoal.observe import report
+from shoal.observe import commands, report
 from shoal.observe.log import Log
 from shoal.observe.result import Result
 from shoal.training.folder import fill
@@ -77,7 +77,9 @@ def _broken_off(folder: Path) -> Iterator[None]:
     except local.Interrupted as error:
         report.failed(folder, error)
         raise local.Interrupted(error.name, way_on(folder) or "nothing was saved yet") from None
-    except (RankError, DivergedError) as error:
+    except Exception as error:
+        if isinstance(error, ShoalError) and elastic.is_mistake(error):
+            raise
         report.failed(folder, error)
         print(way_on(folder) or "nothing was saved yet", file=sys.stderr)  # before the root cause, which comes last
         raise
@@ -91,15 +93,13 @@ def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: flo
     def prepared() -> dict[str, Any]:
         fitting = replace(job, layout=job.layout or Layout(replicas=seat.world))
         _fits(fitting, seat.world)
+        if warning := too_many_workers(seat.neighbours):
+            print(f"warning: {warning}", flush=True)
         return ready(fitting, resume, started)[1]
 
     arguments = torchrun.from_rank_0(seat, "ready", prepared)
-    try:
+    with _broken_off(Path(arguments["folder"])) if seat.member == 0 else contextlib.nullcontext():
         figures = worker.main(seat, **arguments)
-    except (RankError, DivergedError, RuntimeError, OSError) as error:
-        if seat.member == 0:
-            report.failed(Path(arguments["folder"]), error)
-        raise
     return torchrun.from_rank_0(seat, "finished", lambda: finish.main(seat, **_afterwards(arguments, figures)))
 
 
@@ -145,9 +145,11 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
         prepared = resumable(job, folder, say)
     job = _vocabulary(job, prepared)
     job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
-    # A copy of its job.toml makes a new run, not this folder's.
-    job = replace(job, run=replace(job.run, dir=""))
     try:
+        if resume is None:
+            folder = folder if job.run.dir else _reserved(folder)
+        # A copy of its job.toml makes a new run, not this folder's.
+        job = replace(job, run=replace(job.run, dir=""))
         if resume is None:
             fill(folder, job, prepared)
     except OSError as error:
@@ -162,16 +164,20 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
 
 def _paths(job: Job) -> Job:
     """Absolute paths, so that the run's job.toml means the same wherever it is read."""
-    source = tuple(s if s in ("python", "-") else os.path.abspath(s) for s in job.data.source)
+    source = tuple(s if s in ("python", "-") else _absolute(s) for s in job.data.source)
     tokenizer = job.data.tokenizer
     if tokenizer not in ("auto", "bpe", "bytes"):
-        tokenizer = os.path.abspath(tokenizer)
-    weights = os.path.abspath(job.model.weights) if job.model.weights else ""
+        tokenizer = _absolute(tokenizer)
+    weights = _absolute(job.model.weights) if job.model.weights else ""
     return replace(
         job,
         data=replace(job.data, source=source, tokenizer=tokenizer),
         model=replace(job.model, weights=weights),
     )
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _architecture(job: Job) -> Job:
@@ -213,10 +219,21 @@ def _gpus() -> int:
 def _new_folder(job: Job) -> Path:
     now = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(job.run.dir or f"runs/{job.run.name}-{now}")
-    if (folder / "job.toml").exists():
+    if job.run.dir and any((folder / name).exists() for name in ("job.toml", "metrics.jsonl", "checkpoints")):
         raise JobError(
             "there is a run in this folder already",
             where=str(folder),
-            fix=f"shoal train --resume {folder}, or another --run-dir",
+            fix=f"{commands.resume(folder)}, or another --run-dir",
         )
     return folder
+
+
+def _reserved(folder: Path) -> Path:
+    """The folder, or one of a like name where another run began in the same second."""
+    number = 1
+    while True:
+        reserved = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            reserved.mkdir(parents=True)
+            return reserved
+        number += 1

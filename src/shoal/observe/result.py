@@ -37,6 +37,8 @@ class Result:
 
     stopped_by: str = ""
     """The signal that asked the run to stop; empty if it reached its last step."""
+    saved_step: int | None = None
+    """Of the newest whole checkpoint; None if there is none."""
     parameters: int = 0
     devices: int = 0
     mfu_note: str = ""

@@ -90,7 +90,7 @@ def describe(folder: Path) -> Run:
         state="running" if held(folder) else result.state(done, steps),
         step=done.steps if done else step,
         steps=steps,
-        val_loss=done.val_loss if done else next(reversed(validated), None),
+        val_loss=done.val_loss if done and done.val_loss is not None else next(reversed(validated), None),
         tokens_per_second=done.tokens_per_second if done else median(rows, "tokens_per_second"),
         age=max(0.0, time.time() - last_written),
         size=bytes_,

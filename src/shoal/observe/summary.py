@@ -22,14 +22,22 @@ def lines(result: Result) -> list[str]:
     done = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')}"
     out.append(f"length       {done}; this command took {duration(result.seconds)}")
     if result.stopped_by:
-        out.append(f"stopped      by {result.stopped_by}; nothing is lost: resume as below")
+        out.append(f"stopped      by {result.stopped_by}; {_kept(result)}")
     out.append(f"run folder   {result.run}")
     out.append(f"report       {Path(result.run) / 'report.html'}")
     # A comment of the shell's, so that the line can be copied as it is.
     more = "" if result.stopped_by else f" --steps {2 * result.steps}  # stretches the learning-rate schedule"
     out.append(f"resume       {commands.resume(result.run)}{more}")
-    out.append(f"generate     {commands.generate(result.run, result.prompt or 'Once')}")
+    out.append(f"generate     {commands.generate(result.run, result.prompt or commands.PROMPT)}")
     return out
+
+
+def _kept(result: Result) -> str:
+    if result.saved_step == result.steps:
+        return "nothing is lost: resume as below"
+    if result.saved_step is None:
+        return "nothing could be saved: a resume begins again"
+    return f"this state could not be saved: a resume goes on from step {result.saved_step:,}"
 
 
 def _sample(result: Result) -> list[str]:

@@ -7,8 +7,11 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from shoal import checkpoint, device, mesh
 from shoal.checkpoint import Saver
@@ -60,12 +63,13 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         flops = flops_per_token(parts.job.model, parts.job.data.sequence_length)
         show.begin(loop.step, parts.job.train.steps, ranks.world, matmul_peak(ranks.device, precision), flops)
         finished = loop.run()
-        show.end(loop.step, loop.last)
+        show.end(loop.step, loop.last if finished else None)
         assert loop.saved is not None
         loop.saved.wait()
         if loop.saved.error:
             show.say(f"warning: {loop.saved.error}")
-        last = {"nats": loop.last.nats, "tokens": loop.last.tokens} if loop.last else None
+        # A run that was stopped has only a glance, of an earlier step.
+        last = {"nats": loop.last.nats, "tokens": loop.last.tokens} if loop.last and finished else None
         return {
             "job": write(parts.job),
             "step": loop.step,
@@ -111,9 +115,7 @@ def _parts(
 
 def _resume(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> None:
     """Fills weights, optimizer and sync from the newest undamaged checkpoint. Rank 0 chooses for all."""
-    if ranks.rank == 0:
-        seat.store.set("checkpoint", str(_newest(run, loop) or ""))
-    chosen = seat.store.get("checkpoint").decode()
+    chosen = _chosen(loop, run, seat, ranks)
     if not chosen:
         return
     loop.load(Path(chosen))
@@ -131,6 +133,21 @@ def _resume(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> None:
         new = learning_rate(job.optim, done, job.train.steps)
         if (before.optim, before.train.steps) != (job.optim, job.train.steps):
             loop.say(f"the schedule is now that of {job.train.steps:,} steps: learning rate {old:.2e} → {new:.2e}")
+
+
+def _chosen(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> str:
+    """What rank 0 found, or its error, in every rank."""
+    if ranks.rank == 0:
+        try:
+            found = {"path": str(_newest(run, loop) or "")}
+        except CheckpointError as error:
+            found = {"what": error.what, "where": error.where, "fix": error.fix}
+        seat.store.set("checkpoint", msgspec.json.encode(found).decode())
+    seat.store.wait(["checkpoint"], timedelta(days=30))  # however long rank 0 reads what was saved
+    told = msgspec.json.decode(seat.store.get("checkpoint"), type=dict[str, str])
+    if "what" in told:
+        raise CheckpointError(told["what"], where=told["where"], fix=told["fix"])
+    return told["path"]
 
 
 def _newest(run: Path, loop: Loop) -> Path | None:
