@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DRIVER := $(wildcard /dev/nvidia[0-9]* /dev/dxg)
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname)),$(if $(DRIVER),,https://download.pytorch.org/whl/cpu))
 
-train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (4 minutes)
+train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (about 3 minutes)
 	$(BIN)/shoal train recipes/quickstart.toml
 
 test: $(VENV)/.installed-dev  ## install, then run the tests
