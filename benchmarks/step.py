@@ -281,8 +281,9 @@ def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             ends.append(time.perf_counter())
 
+    folder = tempfile.TemporaryDirectory()  # the Trainer wants one; it is removed with the last block
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch_size, max_steps=row.steps + 1, use_cpu=True,
+        output_dir=folder.name, per_device_train_batch_size=batch_size, max_steps=row.steps + 1, use_cpu=True,
         bf16=row.precision == "bf16", optim="adamw_torch_fused", max_grad_norm=1.0, save_strategy="no", report_to=[],
         logging_strategy="no", disable_tqdm=True, torch_compile=row.compile, learning_rate=1e-4, weight_decay=0.1,
         lr_scheduler_type="constant", ddp_backend="gloo", ddp_find_unused_parameters=False, dataloader_pin_memory=False,
@@ -293,6 +294,7 @@ def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
     def block() -> float:
         ends.clear()
         trainer.train()
+        assert Path(folder.name).is_dir()
         assert len(ends) == row.steps + 1
         return ends[-1] - ends[0]
 

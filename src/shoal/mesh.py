@@ -93,6 +93,12 @@ class Mesh:
         assert group is not None
         return group
 
+    def largest(self, value: float) -> float:
+        """The largest of what the ranks call this with."""
+        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
+        self.wait(dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.everyone, async_op=True))
+        return tensor.item()
+
     def wait(self, work: dist.Work | None) -> None:
         """Until a collective of this mesh, begun with async_op=True, is done (on a GPU: is queued).
 

@@ -120,6 +120,13 @@ def test_text_has_the_figures_and_is_escaped(tmp_path):
         assert text in shown.text, text
 
 
+def test_a_run_that_goes_on_is_not_finished(tmp_path):
+    """It was resumed a moment ago and has no step of its own yet."""
+    run_folder(tmp_path, [row(1), row(2), row(3)])
+    with hold(tmp_path):
+        assert "3 of 3 steps, running ·" in page(tmp_path).text
+
+
 def test_a_result_older_than_the_rows_is_dropped(tmp_path):
     """The run had finished with 3 steps, was resumed for 6, and has done 4."""
     run_folder(tmp_path, [row(s, val_loss=3.25) for s in (1, 2, 3, 4)], steps=6)
@@ -146,7 +153,8 @@ def test_how_it_ended(tmp_path, done, steps, under):
     run_folder(tmp_path, [row(s) for s in (1, 2, 3)], done, steps)
     assert under in page(tmp_path).text
     with hold(tmp_path):  # as whoever closes a run does, while it writes the page
-        assert under in page(tmp_path).text
+        report.write(tmp_path, over=True)
+    assert under in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_run_that_diverged_tells_it(tmp_path):

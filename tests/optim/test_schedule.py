@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.job.optim import OptimOptions
-from shoal.optim.schedule import learning_rate
+from shoal.optim.schedule import learning_rate, of_length, open_until
 
 
 def test_cosine_at_its_landmarks():
@@ -47,3 +47,31 @@ def test_any_schedule_stays_between_zero_and_the_peak(schedule, warmup, decay, f
     peak = rates.index(max(rates))
     assert all(a <= b + 1e-12 for a, b in pairwise(rates[: peak + 1]))
     assert all(a >= b - 1e-12 for a, b in pairwise(rates[peak:]))
+
+
+@given(
+    schedule=st.sampled_from(["cosine", "wsd", "constant"]),
+    warmup=st.floats(0, 1),
+    decay=st.floats(0, 1),
+    old=st.integers(1, 3000),
+    change=st.integers(1, 6000),
+)
+def test_a_run_may_become_longer_or_shorter_without_changing_the_rates_so_far(schedule, warmup, decay, old, change):
+    o = OptimOptions(lr=0.5, schedule=schedule, warmup=warmup, decay=decay, final_lr=0.0)
+    start = open_until(o, old)
+    assert 0 <= start <= old
+    other = of_length(o, old, start + change)
+    other.validate()
+    before = [learning_rate(o, s, old) for s in range(start)]
+    assert [learning_rate(other, s, start + change) for s in range(start)] == before
+    rest = [learning_rate(other, s, start + change) for s in range(start, start + change)]
+    assert schedule == "constant" or change == 1 or rest[-1] < 1e-9
+
+
+def test_the_length_of_a_run_is_open_for_as_long_as_it_can_be():
+    """One step later and the rates so far would be those of a certain length: a bound that is too late is seen."""
+    for schedule, last in (("cosine", 11), ("wsd", 60)):
+        o = OptimOptions(lr=1.0, schedule=schedule, warmup=0.1, decay=0.4, final_lr=0.0)
+        assert open_until(o, 100) == last
+        other = of_length(o, 100, 200)
+        assert learning_rate(o, last, 100) != learning_rate(other, last, 200)

@@ -79,7 +79,8 @@ def tiny(corpus, tmp_path_factory) -> Callable[..., Job]:
 def train(ranks) -> Callable[..., list[Any]]:
     """train(job): what `shoal train` does, but in the ranks of this session; gives what each rank returned.
 
-    entry: what ranks call instead of the worker, with `args` beyond the worker's own. finish: and what follows it.
+    entry: what ranks call instead of the worker. args: beyond the worker's own, or instead of them. finish: and
+    what follows it.
     """
 
     def run(
@@ -95,7 +96,7 @@ def train(ranks) -> Callable[..., list[Any]]:
             job = read(Path(folder) / "job.toml")
         job, arguments = ready(job, folder if resume else None, time.time())
         assert job.layout is not None
-        results = ranks.run(entry, job.layout.world, **arguments, **args)
+        results = ranks.run(entry, job.layout.world, **(arguments | args))
         if finish:
             where = {name: arguments[name] for name in ("folder", "prepared")}
             ranks.run("shoal.launch.finish:main", 1, **where, figures=results[0])

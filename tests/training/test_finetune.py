@@ -21,6 +21,7 @@ from shoal.job import Job, read
 from shoal.job.model import ModelOptions
 from shoal.launch.train import ready
 from shoal.observe import metrics
+from shoal.serving.text import load_tokenizer
 from tests.models import tiny as models
 
 
@@ -82,6 +83,7 @@ def chat(folder, tmp_path_factory):
     for name in ("config.json", "generation_config.json"):
         said = json.loads((chat / name).read_text())
         (chat / name).write_text(json.dumps(said | {"bos_token_id": 257, "eos_token_id": [258, 259]}))
+    (chat / "chat_template.jinja").write_text("{% for m in messages %}<turn>{{ m['content'] }}{% endfor %}")
     return chat
 
 
@@ -93,6 +95,8 @@ def test_what_begins_and_ends_a_text_stays(train, tiny, chat, tmp_path):
         assert (said["bos_token_id"], said["eos_token_id"]) == (257, [258, 259])
     theirs = AutoTokenizer.from_pretrained(run / "model")
     assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<turn>hi"
+    assert load_tokenizer(run).ends == {258, 259}
 
 
 def test_another_architecture_is_refused_before_anything_is_read(tiny, folder, tmp_path):

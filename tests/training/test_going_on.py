@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -19,6 +20,7 @@ from shoal.errors import CheckpointError, JobError
 from shoal.job import read
 from shoal.launch.train import ready
 from shoal.observe import metrics, summary
+from shoal.observe.hold import hold
 from shoal.observe.result import Result
 
 
@@ -130,6 +132,20 @@ def test_a_run_folder_that_was_deleted_meanwhile_is_written_again(ranks, train, 
     train(tiny(run), entry="tests.training.cases:deleting_its_folder", finish=True)
     assert f"warning: {run} was deleted while the run went on" in (run / "log.txt").read_text()
     assert read(run / "job.toml").train.steps == 8
+
+
+def test_who_resumes_a_run_before_it_is_finished_off_keeps_the_folder(ranks, train, tiny, tmp_path):
+    """Between the last step and the report nobody holds the folder; the run has its result in any case."""
+    run = tmp_path / "run"
+    job = tiny(run)
+    figures = train(job)[0]
+    where = {"folder": str(run), "prepared": json.loads((run / "data.json").read_text())["folder"]}
+    with hold(run):
+        told = ranks.run("shoal.launch.finish:main", 1, **where, figures=figures)[0]
+    assert told["steps"] == 8
+    assert told["val_loss"] == figures["validation"]["nats"]
+    assert "is trained in again already" in (run / "log.txt").read_text()
+    assert not {"model", "result.json", "report.html"} & {path.name for path in run.iterdir()}
 
 
 def test_a_runs_job_as_recipe_makes_a_new_run(finished, tmp_path, capfd, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,16 +55,23 @@ def losses(run: Path) -> list[float]:
     return [row["loss"] for row in metrics.read(run)]
 
 
-def test_killed_and_resumed_equals_never_killed_bitwise(arguments, tmp_path):
-    """20 steps = 10 steps + SIGKILL of everything + resume, with 3 workers and several buckets."""
-    job = [*arguments, "--layout", "replicas=3", "--steps", "20", "--checkpoint.every", "10"]
+_STALLS = (
+    "import sys, shoal.launch.train as t; from shoal.cli.main import main;"
+    "t._WORKER = 'tests.training.stalling'; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_killed_and_resumed_equals_never_killed_bitwise(arguments, train, tiny, tmp_path):
+    """20 steps = 13 steps, 10 of them saved, + SIGKILL of everything + resume, with 3 workers and several buckets."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main([*job, "--run-dir", str(whole)]) == 0
-    process = shoal(*job, "--run-dir", str(broken))
-    until((broken / "checkpoints/step-00000010/manifest.json").exists, process)
+    train(tiny(whole, "replicas=3", train={"steps": 20}, checkpoint={"every": 10}))
+    words = [*arguments, "--layout", "replicas=3", "--steps", "20", "--checkpoint.every", "10"]
+    command = [sys.executable, "-c", _STALLS, *words, "--run-dir", str(broken)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    saved = broken / "checkpoints/step-00000010/manifest.json"
+    until(lambda: saved.exists() and len(metrics.read(broken)) == 13, process)
     kill_everything(process)
-    assert not (broken / "checkpoints/step-00000020").exists()
-    assert main(["train", "--resume", str(broken)]) == 0
+    assert train(tiny(broken), resume=True)[0]["step"] == 20
     assert losses(broken) == losses(whole)
     one, two = (sorted((run / "checkpoints/step-00000020").glob("*.safetensors")) for run in (whole, broken))
     assert len(one) == len(two) == 3
@@ -74,16 +82,12 @@ def test_killed_and_resumed_equals_never_killed_bitwise(arguments, tmp_path):
 @pytest.mark.parametrize(
     "layout", ["fsdp=2,zero=2,micro_batch=3", pytest.param("replicas=1", marks=pytest.mark.nightly)]
 )
-def test_resumes_in_another_layout(arguments, tmp_path, layout):
+def test_resumes_in_another_layout(train, tiny, tmp_path, layout):
     """In float64: rounding stays below 1e-8, a lost or repeated sample would not."""
-    job = [*arguments, "--steps", "12", "--checkpoint.every", "6", "--train.precision", "fp64"]
     whole, moved = tmp_path / "whole", tmp_path / "moved"
-    assert main([*job, "--layout", "replicas=3", "--run-dir", str(whole)]) == 0
-    assert main([*job, "--layout", "replicas=3", "--run-dir", str(moved)]) == 0
-    later = moved / "checkpoints/step-00000012"
-    for file in later.iterdir():
-        file.unlink()
-    later.rmdir()
+    train(tiny(whole, "replicas=3", train={"steps": 12, "precision": "fp64"}, checkpoint={"every": 6}))
+    shutil.copytree(whole, moved)
+    shutil.rmtree(moved / "checkpoints/step-00000012")
     assert main(["train", "--resume", str(moved), "--layout", layout]) == 0
     assert losses(moved) == pytest.approx(losses(whole), rel=1e-8)
     one, two = weights(whole, 12), weights(moved, 12)

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from shoal import checkpoint
+from shoal.observe import result
 from tests.launch.test_torchrun import documented
-from tests.training.test_resume import losses
+from tests.training.test_resume import losses, until
+
+
+def command() -> list[str]:
+    options, _ = documented()
+    return [sys.executable, *["-m", "torch.distributed.run", "--nproc-per-node", "2"], *options, "-m", "shoal.cli.main"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", **documented()[1]}
 
 
 def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    options, environment = documented()
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
-    return subprocess.run(
-        [*command, "-m", "shoal.cli.main", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    return subprocess.run([*command(), *words], env=environment(), capture_output=True, text=True, timeout=100)
 
 
 def test_same_losses_as_local_ranks(arguments, train, tiny, tmp_path):
@@ -46,6 +50,27 @@ def test_goes_on(arguments, tmp_path):
     assert len(losses(run)) == 4
 
 
+@pytest.mark.nightly
+def test_a_signal_to_torchrun_saves(arguments, tmp_path):
+    """torchrun passes it on to its workers and waits for them."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command(), *arguments, "--steps", "100000", "--run-dir", str(run)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    until(lambda: len(losses(run)) > 3, process)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert f"shoal train --resume {run}" in text
+    newest = checkpoint.newest(run / "checkpoints", print)
+    assert newest is not None
+    assert newest.name == f"step-{len(losses(run)):08}", "nothing was lost"
+    done = result.read(run)
+    assert done is not None
+    assert done.stopped_by == "SIGTERM"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -62,8 +87,14 @@ def test_goes_on(arguments, tmp_path):
             "error: /nowhere.txt: no such file or folder\n  → check the path, from the working directory\n",
             marks=pytest.mark.nightly,
         ),
+        pytest.param(
+            ["--train.global-batch", "3"],
+            "error: train.global_batch=3 is not divisible by the 2 workers of layout replicas=2\n"
+            "  → take train.global_batch=2 or 4, or a number of workers that divides 3\n",
+            marks=pytest.mark.nightly,
+        ),
     ],
-    ids=["option", "layout", "data"],
+    ids=["option", "layout", "data", "batch"],
 )
 def test_a_mistake_is_said_once_and_leaves_nothing(arguments, tmp_path, words, sentence):
     done = torchrun(*arguments, "--steps", "2", "--run-dir", str(tmp_path / "run"), *words)

@@ -125,7 +125,7 @@ def load(path: str | Path) -> Tokenizer:
     if end is None:
         fix = 'put a tokenizer_config.json with {"eos_token": "…"} beside it'
         raise DataError("the tokenizer does not say which token ends a document", where=str(file), fix=fix)
-    config = _json(file.parent / "tokenizer_config.json")
+    config = _json(file.parent / "tokenizer_config.json") | _template(file.parent / "chat_template.jinja")
     return _ready(model, _edge("bos", file.parent, model) or end, end, config)
 
 
@@ -158,6 +158,16 @@ def _edge(which: str, folder: Path, model: Model) -> str | None:
         if isinstance(number, int) and (token := model.id_to_token(number)) is not None:
             return token
     return None
+
+
+def _template(path: Path) -> dict[str, str]:
+    """The chat template that newer releases of transformers keep in a file of its own."""
+    try:
+        return {"chat_template": path.read_text(encoding="utf-8")}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read: {error}", where=str(path), fix="mend or remove this file") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

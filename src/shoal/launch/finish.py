@@ -43,17 +43,29 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
     """
     run, corpus = Path(folder), Prepared.load(Path(prepared))
     run.mkdir(parents=True, exist_ok=True)
-    with hold(run), contextlib.closing(Log(run)) as log:
-        return _finish(run, corpus, figures, log)
+    with contextlib.ExitStack() as ending:
+        log = ending.enter_context(contextlib.closing(Log(run)))
+
+        def say(text: str) -> None:
+            print(text, flush=True)
+            with contextlib.suppress(OSError):
+                log.write(text)
+
+        try:
+            ending.enter_context(hold(run))
+        except ShoalError:  # it came in the moment since the worker left: what it finds is not ours to replace
+            say(f"warning: {run} is trained in again already: model/, result.json and report.html are left to that")
+            outcome = _result(run, parse(figures["job"]), corpus, figures, "", "")
+        else:
+            outcome = _finish(run, corpus, figures, say)
+        if figures["skipped"]:
+            say(f"warning: {figures['skipped']:,} updates were not applied: loss or gradient was not finite")
+        for line in summary.lines(outcome):
+            say(line)
+        return asdict(outcome)
 
 
-def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], log: Log) -> dict[str, Any]:
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        with contextlib.suppress(OSError):
-            log.write(text)
-
+def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], say: Callable[[str], None]) -> Result:
     job = parse(figures["job"])
     prompt, sample = "", ""
     try:
@@ -69,16 +81,12 @@ def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], log: Log) -> d
     except (ShoalError, OSError) as error:
         say(f"warning: the trained model was not written to {run / 'model'}: {error}")
     outcome = _result(run, job, corpus, figures, prompt, sample)
-    for write in (lambda: result.write(run, outcome), lambda: report.write(run)):
+    for write in (lambda: result.write(run, outcome), lambda: report.write(run, over=True)):
         try:
             write()
         except OSError as error:
             say(f"warning: {error}")
-    if figures["skipped"]:
-        say(f"warning: {figures['skipped']:,} updates were not applied: loss or gradient was not finite")
-    for line in summary.lines(outcome):
-        say(line)
-    return asdict(outcome)
+    return outcome
 
 
 def _tell_if_older(run: Path, step: int, say: Callable[[str], None]) -> None:

@@ -23,12 +23,13 @@ FILE = "report.html"
 _LAST_WORDS = 8
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, over: bool = False) -> Path:
     """Writes the report of the run in `folder`, whatever of it there is, and returns its path.
 
+    over: whether the run has ended though somebody still holds the folder: who writes this, to finish it.
     ShoalError if the folder holds no run, OSError if the page cannot be written.
     """
-    return _write(folder, held(folder))
+    return _write(folder, running=not over and held(folder))
 
 
 def failed(folder: Path, error: BaseException) -> None:
@@ -80,8 +81,7 @@ def _last(rows: Rows) -> int:
 
 
 def _state(done: Result | None, job: Job | None, running: bool) -> str:
-    """A result that no row came after is the end of the run, though who writes this page may still hold the folder."""
-    if running and done is None:
+    if running:
         return "running"
     state = result.state(done, job.train.steps if job else None)
     return f"{state} by {done.stopped_by}" if done and done.stopped_by and state == "stopped" else state

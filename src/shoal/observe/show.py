@@ -77,6 +77,11 @@ class Show:
         self._progress = Progress(self._console, steps, self._mfu, step)
         self._ending.callback(self._progress.close)
 
+    def lengthen(self, steps: int) -> None:
+        """The run now ends after `steps`."""
+        if self._progress is not None:
+            self._progress.steps = steps
+
     def step(self, row: dict[str, Any]) -> None:
         """Keeps and shows one row; adds `mfu` to it."""
         if self.quiet:

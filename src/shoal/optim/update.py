@@ -31,6 +31,10 @@ class Update:
         # Norms and biases do not decay.
         self._groups = [(g, decay) for g, decay in ((matrices, options.weight_decay), (vectors, 0.0)) if g]
 
+    def reschedule(self, options: OptimOptions, steps: int) -> None:
+        """From now on the rates of another schedule."""
+        self.options, self.steps = options, steps
+
     @torch.no_grad()
     def apply(self, scale: float) -> float:
         """One update from the shards' gradients times `scale` (which normalises and clips). Returns the rate used."""

@@ -38,8 +38,11 @@ def load_tokenizer(path: str | Path) -> PromptTokenizer:
         raise ModelError("there is no such folder", where=str(path), fix=fix)
     known = tokenizer.load(path)
     ends = {known.end}
-    for name in ("config.json", "generation_config.json"):
-        file = (path if path.is_dir() else path.parent) / name
+    home = path if path.is_dir() else path.parent
+    # A finished run says it in its model/.
+    for file in (
+        place / name for place in (home, home / "model") for name in ("config.json", "generation_config.json")
+    ):
         said = read_json(file).get("eos_token_id") if file.is_file() else None
         ends |= set(said if isinstance(said, list) else [] if said is None else [said])
     return PromptTokenizer(known.model, known.start, frozenset(ends))

@@ -13,10 +13,12 @@ from shoal import checkpoint, device
 from shoal.checkpoint import Pending, Saver
 from shoal.data.loader import Loader
 from shoal.errors import DivergedError
+from shoal.job import Job
 from shoal.optim.schedule import learning_rate
 from shoal.shard import State
 from shoal.sync.allreduce import Applied
 from shoal.training.feed import step_batches
+from shoal.training.length import Length
 from shoal.training.parts import Parts
 from shoal.training.stop import Stop
 from shoal.training.validate import Validation, validate
@@ -32,6 +34,7 @@ class Loop:
     """One run of one rank, from `step` to the job's last step or to the step after which somebody asked to stop.
 
     record: is given one dict a step, on every rank (rank 0 shows and stores it). say: prints one sentence.
+    length: may change how many steps there are, on the way; decided: is given the job with that.
     skipped: steps whose update was not applied, since this start.
     """
 
@@ -42,6 +45,8 @@ class Loop:
     stop: Stop
     record: Callable[[dict[str, Any]], None]
     say: Callable[[str], None]
+    length: Length | None = None
+    decided: Callable[[Job], None] = lambda job: None
     step: int = 0
     position: int = 0
     saved: Pending | None = None
@@ -51,27 +56,40 @@ class Loop:
 
     def run(self) -> bool:
         """True when the run reached its last step. The state is saved in any case."""
-        job, steps = self.parts.job, self.parts.job.train.steps
+        job = self.parts.job
         validate_every, save_every = job.train.validate_every, job.checkpoint.every
         assert validate_every > 0 < save_every
         stopped = False
-        while self.step < steps and not stopped:
+        while self.step < self.steps and not stopped:
             row, applied = self._step()
             stopped = applied.stop
             self._check(applied, row)
-            if self.validation and self.step % validate_every == 0 and self.step < steps and not stopped:
+            if self.validation and self.step % validate_every == 0 and self.step < self.steps and not stopped:
                 row["val_loss"] = self._validate(glance=True).nats
-            if self.validation and self.step == steps:
+            if self.validation and self.step == self.steps:
                 row["val_loss"] = self._validate(glance=False).nats
             self.record(row)
-            if self.step % save_every == 0 and self.step < steps and not stopped:
+            if self.step % save_every == 0 and self.step < self.steps and not stopped:
                 self.save()
+            if self.length and (longer := self.length.decided(self.parts, self.step)):
+                self._go_on_as(longer)
         if self.validation and self.last is None and not stopped:
             self._validate(glance=False)  # a finished run that was resumed: the same figures again
         self.save()
         if self._in_vain():
             self.save()  # there is no later one to make up for it
-        return self.step >= steps
+        return self.step >= self.steps
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.parts.job.train.steps
+
+    def _go_on_as(self, job: Job) -> None:
+        """The same run with another number of steps, and the schedule of that many."""
+        self.parts.job = job
+        self.parts.update.reschedule(job.optim, job.train.steps)
+        self.decided(job)
 
     def _step(self) -> tuple[dict[str, Any], Applied]:
         """One step: data, gradients, update; and what it cost."""

@@ -10,9 +10,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-import torch.distributed as dist
-
 from shoal import device
 from shoal.data.batch import Batch
 from shoal.job import Job
@@ -21,7 +18,6 @@ from shoal.models import build
 from shoal.models.spec import parameters
 from shoal.ops.initialise import initialise_
 from shoal.training.objective import Objective
-from shoal.training.parts import Parts
 from shoal.training.precision import stored
 
 # Compiling is tried only where the run is long enough for it to matter, in seconds of uncompiled computing.
@@ -35,7 +31,7 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
     train, batch = job.train, batches[0]
     if train.precision == "auto":
         candidates = {p: _probe(replace_train(job, precision=p, compile="off"), batch) for p in ("fp32", "bf16")}
-        seconds = {p: _agree(s, mesh) for p, (s, _) in candidates.items()}
+        seconds = {p: mesh.largest(s) for p, (s, _) in candidates.items()}
         best = min(seconds, key=lambda p: seconds[p])
         say(f"precision {best}: " + ", ".join(f"{p} {1e3 * s:.0f} ms" for p, s in seconds.items()) + " for two layers")
         job = replace_train(job, precision=best)
@@ -55,14 +51,14 @@ def _compiling_pays(job: Job, mesh: Mesh, batch: Batch, per_step: int, say: Call
     if mesh.device.type == "cpu" and not shutil.which("g++") and not shutil.which("clang++"):
         say("compile off: no C++ compiler (g++) on this machine")
         return False
-    eager = _agree(_probe(replace_train(job, compile="off"), batch)[0], mesh)
+    eager = mesh.largest(_probe(replace_train(job, compile="off"), batch)[0])
     depth = job.model.num_hidden_layers / _PROBE_LAYERS
     length = 60 * job.train.minutes if not job.train.steps else eager * depth * per_step * job.train.steps
     if length < _TRY_COMPILE:
         say(f"compile off: the run is too short to repay it (about {length:.0f} s)")
         return False
     seconds, compiling = _probe(replace_train(job, compile="on"), batch)
-    compiled, cost = _agree(seconds, mesh), _agree(compiling, mesh)
+    compiled, cost = mesh.largest(seconds), mesh.largest(compiling)
     gain = length * (1 - compiled / eager)
     say(
         f"compile {'on' if gain > cost else 'off'}: {1e3 * eager:.0f} ms eager, {1e3 * compiled:.0f} ms compiled for "
@@ -94,34 +90,6 @@ def _probe(job: Job, batch: Batch) -> tuple[float, float]:
     first = once()
     once()
     return min(once() for _ in range(4)), first
-
-
-def _agree(value: float, mesh: Mesh) -> float:
-    """The slowest rank's value: a step lasts as long as its slowest rank."""
-    tensor = torch.tensor([value], dtype=torch.float64, device=mesh.device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=mesh.everyone)
-    return tensor.item()
-
-
-def steps_in(seconds: float, parts: Parts, batches: list[Batch], validated: int) -> int:
-    """How many steps fit into `seconds`, from real steps of the whole job, which leave the parts trained a little.
-
-    validated: tokens of all validations; a forward pass takes a third of a step.
-    """
-    times: list[float] = []
-    begin = time.perf_counter()
-    # Agreed times only: were each rank to look at its own clock, one might take a step more than another.
-    while len(times) < 3 or (len(times) < 12 and sum(times[2:]) < 3):
-        start = time.perf_counter()
-        parts.sync.begin(0)
-        parts.sync.end(parts.replica.gradients(batches, parts.objective))
-        device.synchronize(parts.mesh.device)
-        times.append(_agree(time.perf_counter() - start, parts.mesh))
-    # The first steps allocate, and with compile on compile; the mean of the rest is what the run will see.
-    usual = sum(times[2:]) / len(times[2:])
-    tokens = parts.mesh.world * sum(batch.tokens_BL.numel() for batch in batches)
-    seconds -= time.perf_counter() - begin + validated / 3 * usual / tokens
-    return max(1, round(_agree(seconds, parts.mesh) / usual))
 
 
 def replace_train(job: Job, **changes: object) -> Job:

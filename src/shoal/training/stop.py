@@ -7,11 +7,16 @@ from types import FrameType
 
 
 class Stop:
-    """SIGTERM (and SIGINT where the terminal's reaches this process) sets `asked`; ranks agree on it in the step."""
+    """SIGTERM (and SIGINT where the terminal's reaches this process) sets `asked`; ranks agree on it in the step.
+
+    Until `listen` signals do what they did: a process that has nothing to save yet ends at once.
+    """
 
     def __init__(self) -> None:
         self.asked = False
         self.signal = ""
+
+    def listen(self) -> None:
         signal.signal(signal.SIGTERM, self._ask)
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._ask)

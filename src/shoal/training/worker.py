@@ -27,9 +27,10 @@ from shoal.observe.show import Show
 from shoal.optim.schedule import learning_rate
 from shoal.training.feed import micro_batches, on_device
 from shoal.training.folder import fill
+from shoal.training.length import Length
 from shoal.training.loop import GLANCE_TOKENS, Loop
 from shoal.training.parts import Parts, assemble
-from shoal.training.settle import cadences, replace_train, settle, steps_in
+from shoal.training.settle import cadences, replace_train, settle
 from shoal.training.stop import Stop
 
 # What follows the last step: its checkpoint, the sample, the report, in seconds.
@@ -53,8 +54,16 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         corpus = Prepared.load(Path(prepared))
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = _validation(corpus, given)
-        parts = _parts(given, ranks, training, validation, started, show.say)
-        loop = Loop(parts, training, validation, saver, stop, show.step, show.say)
+        length = None if given.train.steps else _length(given, validation, started)
+        parts = _parts(given, ranks, training, length, show.say)
+
+        def decided(job: Job) -> None:
+            show.lengthen(job.train.steps)
+            show.say(f"steps that fit, by the pace so far: {job.train.steps:,}")
+            if ranks.rank == 0:
+                _record(run, job, corpus, show.say)
+
+        loop = Loop(parts, training, validation, saver, stop, show.step, show.say, length, decided)
         _resume(loop, run, seat, ranks)
         if ranks.rank == 0:
             _record(run, parts.job, corpus, show.say)
@@ -62,6 +71,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         precision = parts.job.train.precision
         flops = flops_per_token(parts.job.model, parts.job.data.sequence_length)
         show.begin(loop.step, parts.job.train.steps, ranks.world, matmul_peak(ranks.device, precision), flops)
+        stop.listen()
         finished = loop.run()
         show.end(loop.step, loop.last if finished else None)
         assert loop.saved is not None
@@ -95,18 +105,19 @@ def _validation(corpus: Prepared, job: Job) -> Loader | None:
     return Loader(corpus, replace(job.data, order="sequential"), "validation", job.train.global_batch, job.train.seed)
 
 
-def _parts(
-    job: Job, ranks: Mesh, training: Loader, validation: Loader | None, started: float, say: Callable[[str], None]
-) -> Parts:
+def _length(job: Job, validation: Loader | None, started: float) -> Length:
+    held_out = validation.tokens if validation else 0
+    final, glance = (min(held_out, job.train.validate_tokens or most) for most in (held_out, GLANCE_TOKENS))
+    return Length(started + 60 * job.train.minutes - _AFTERWARDS, glance, final)
+
+
+def _parts(job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None]) -> Parts:
     """Model, optimizer and sync, with every `auto` of the job resolved on the way."""
     batch = on_device(training.batch(0, ranks.rank, ranks.world), ranks.device)
     batches = micro_batches(batch, ranks.layout.micro_batch)
     job = settle(job, ranks, batches, say)
-    if not job.train.steps:
-        held_out = validation.tokens if validation else 0
-        left = 60 * job.train.minutes - (time.time() - started) - _AFTERWARDS
-        validated = held_out + 9 * min(held_out, GLANCE_TOKENS)
-        steps = steps_in(left, assemble(replace_train(job, steps=1), ranks), batches, validated)
+    if length:
+        steps = length.estimate(assemble(replace_train(job, steps=1), ranks), batches)
         gc.collect()  # the model that was measured, before there is another
         say(f"steps that fit into what is left of {job.train.minutes:g} minutes: {steps:,}")
         job = replace_train(job, steps=steps)
