@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DRIVER := $(wildcard /dev/nvidia[0-9]* /dev/dxg)
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname)),$(if $(DRIVER),,https://download.pytorch.org/whl/cpu))
 
-train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (about 3 minutes)
+train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (less than 4 minutes)
 	$(BIN)/shoal train recipes/quickstart.toml
 
 test: $(VENV)/.installed-dev  ## install, then run the tests
@@ -59,6 +59,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) install --quiet --constraint constraints.txt --editable .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+# In one go: pip looks at every package once, and what `make train` needs is among them.
+$(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/.torch
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[test,lint]'
-	@touch $@
+	@touch $(VENV)/.installed $@

@@ -91,7 +91,7 @@ def test_others_that_ignore_sigterm_stop_within_five_seconds(tmp_path):
     assert not any(sockets.alive(pid) for pid in pids(tmp_path, 3))
 
 
-@pytest.mark.parametrize("where", ["collective", "sleep"])
+@pytest.mark.parametrize("where", ["collective", pytest.param("sleep", marks=pytest.mark.nightly)])
 def test_no_orphans_after_the_launcher_was_killed(tmp_path, where):
     with launcher("fail", 3, how="hang", where=where, folder=str(tmp_path)) as program:
         ranks = pids(tmp_path, 3)
@@ -115,7 +115,7 @@ def test_what_a_rank_leaves_behind_is_ended(tmp_path):
     assert not any(sockets.alive(pid) for pid in pids(tmp_path, 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_a_signal_lets_ranks_save(tmp_path, number):
     with launcher("until_stopped", 2, folder=str(tmp_path), handler=True) as program:
         pids(tmp_path, 2)

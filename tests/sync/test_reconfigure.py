@@ -10,7 +10,7 @@ from tests.equivalence import cases
 STEPS = 8
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.nightly), 2])
 def test_survivors_take_over_the_share_of_a_killed_replica(ranks, victim):
     results = ranks.run("tests.sync.cases:survive", 3, lost={victim}, victim=victim, at=3, steps=STEPS)
     expected = cases.reference(STEPS)

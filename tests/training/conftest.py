@@ -75,7 +75,7 @@ def tiny(corpus, tmp_path_factory) -> Callable[..., Job]:
     return change
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train(ranks) -> Callable[..., list[Any]]:
     """train(job): what `shoal train` does, but in the ranks of this session; gives what each rank returned.
 

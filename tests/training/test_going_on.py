@@ -18,6 +18,7 @@ from shoal import checkpoint
 from shoal.cli.main import main
 from shoal.errors import CheckpointError, JobError
 from shoal.job import read
+from shoal.launch import finish
 from shoal.launch.train import ready
 from shoal.observe import metrics, summary
 from shoal.observe.hold import hold
@@ -29,12 +30,17 @@ def content(run: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != "log.txt"}
 
 
-@pytest.fixture
-def finished(train, tiny, tmp_path) -> Path:
-    """A run of 8 steps, with a checkpoint at 4 and at 8."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def once(train, tiny, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("once") / "run"
     train(tiny(run, checkpoint={"every": 4}), finish=True)
     return run
+
+
+@pytest.fixture
+def finished(once, tmp_path) -> Path:
+    """A run of 8 steps, with a checkpoint at 4 and at 8; each test has a copy."""
+    return shutil.copytree(once, tmp_path / "run")
 
 
 class NoRanks:
@@ -89,17 +95,23 @@ def test_no_checkpoint_yet(finished, train, tiny):
     assert [row["loss"] for row in again] == [row["loss"] for row in first]
 
 
-def test_fewer_steps_than_done(finished, capfd):
+def resumed(ranks, folder: Path, steps: int) -> None:
+    """`shoal train --resume folder --steps N`, in the ranks of this session."""
+    before = read(folder / "job.toml")
+    _, arguments = ready(replace(before, train=replace(before.train, steps=steps)), folder, time.time())
+    ranks.run("shoal.training.worker:main", 2, **arguments)
+
+
+def test_fewer_steps_than_done(finished, ranks):
     before = content(finished)
-    assert main(["train", "--resume", str(finished), "--steps", "6"]) == 2
-    assert "the run has done 8 steps already, more than the 6 asked for" in capfd.readouterr().err
+    with pytest.raises(JobError, match="the run has done 8 steps already, more than the 6 asked for"):
+        resumed(ranks, finished, 6)
     assert content(finished) == before
 
 
-def test_more_steps_stretch_the_schedule_and_it_says_so(finished, capfd):
-    assert main(["train", "--resume", str(finished), "--steps", "16"]) == 0
-    said = capfd.readouterr().out
-    assert "the schedule is now that of 16 steps: learning rate " in said
+def test_more_steps_stretch_the_schedule_and_it_says_so(finished, ranks):
+    resumed(ranks, finished, 16)
+    assert "the schedule is now that of 16 steps: learning rate " in (finished / "log.txt").read_text()
     assert metrics.read(finished)[-1]["step"] == read(finished / "job.toml").train.steps == 16
 
 
@@ -134,14 +146,15 @@ def test_a_run_folder_that_was_deleted_meanwhile_is_written_again(ranks, train, 
     assert read(run / "job.toml").train.steps == 8
 
 
-def test_who_resumes_a_run_before_it_is_finished_off_keeps_the_folder(ranks, train, tiny, tmp_path):
+def test_who_resumes_a_run_before_it_is_finished_off_keeps_the_folder(train, tiny, tmp_path, monkeypatch):
     """Between the last step and the report nobody holds the folder; the run has its result in any case."""
     run = tmp_path / "run"
     job = tiny(run)
     figures = train(job)[0]
     where = {"folder": str(run), "prepared": json.loads((run / "data.json").read_text())["folder"]}
+    monkeypatch.setattr("shoal.launch.finish.hold", lambda folder: hold(folder, patience=0.1))
     with hold(run):
-        told = ranks.run("shoal.launch.finish:main", 1, **where, figures=figures)[0]
+        told = finish.main(None, **where, figures=figures)
     assert told["steps"] == 8
     assert told["val_loss"] == figures["validation"]["nats"]
     assert "is trained in again already" in (run / "log.txt").read_text()
@@ -157,7 +170,7 @@ def test_a_runs_job_as_recipe_makes_a_new_run(finished, tmp_path, capfd, monkeyp
     assert len(metrics.read(fresh)) == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGINT", pytest.param("SIGTERM", marks=pytest.mark.nightly)])
 def test_a_signal_before_anything_was_saved(arguments, tmp_path, monkeypatch, capfd, name):
     monkeypatch.setattr("shoal.launch.train._WORKER", "tests.training.waiting")
     run = tmp_path / "run"

@@ -95,7 +95,7 @@ def test_resumes_in_another_layout(train, tiny, tmp_path, layout):
         torch.testing.assert_close(two[name], one[name], rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_a_signal_saves_and_says_how_to_go_on(arguments, tmp_path, number):
     run = tmp_path / "run"
     process = shoal(*arguments, "--layout", "replicas=2", "--steps", "100000", "--run-dir", str(run))

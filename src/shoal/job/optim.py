@@ -23,14 +23,13 @@ class OptimOptions:
     """SGD: decay of the velocity."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices (norms and biases have none), times the learning rate."""
-    schedule: str = "cosine"
-    """`cosine`: warm-up, then half a cosine; `wsd`: warm-up, stable, then linear decay; `constant`: warm-up
-    only."""
+    schedule: str = "wsd"
+    """`wsd`: warm-up, stable, then linear decay; `cosine`: warm-up, then half a cosine; `constant`: warm-up only."""
     warmup: float = 0.02
     """Share of the steps with linearly rising learning rate."""
-    decay: float = 0.2
+    decay: float = 0.25
     """wsd: share of the steps, at the end, with falling learning rate."""
-    final_lr: float = 0.1
+    final_lr: float = 0.0
     """Learning rate at the end, as a share of the peak."""
     clip: float = 1.0
     """Largest norm of the whole gradient; larger ones are scaled down to it. 0 = never."""

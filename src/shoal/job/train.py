@@ -12,7 +12,8 @@ class TrainOptions:
     """Length, batch, precision, validation."""
 
     steps: int = 0
-    """Optimizer updates; 0 = as many as fit into `minutes`, measured at the start, written into job.toml."""
+    """Optimizer updates; 0 = as many as fit into `minutes`: estimated at the start, decided by the run's own
+    pace where the schedule allows it (wsd: at the beginning of the decay), written into job.toml."""
     minutes: float = 3.5
     """With steps = 0: the length of the run in minutes, from the command to the end, validation included."""
     global_batch: int = 32
