@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from shoal.errors import LayoutError
 from shoal.job.check import nearest
@@ -35,7 +36,7 @@ class Layout:
     def parse(cls, text: str) -> Layout:
         """`replicas=2,fsdp=4` -> Layout. Raises LayoutError naming the part that is wrong."""
         known = {f.name: f.type for f in fields(cls)}
-        values: dict[str, int | str] = {}
+        values: dict[str, Any] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, _, value = (s.strip() for s in part.partition("="))
             if key in _LATER:
@@ -46,7 +47,7 @@ class Layout:
             if key in values:
                 raise LayoutError(f"layout key '{key}' is given twice in '{text}'", fix="give it once")
             values[key] = _whole(key, value) if known[key] == "int" else value
-        layout = cls(**values)  # type: ignore[arg-type]
+        layout = cls(**values)
         layout.validate()
         return layout
 

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from shoal import device
 from shoal.data.batch import Batch
@@ -92,5 +93,5 @@ def _probe(job: Job, batch: Batch) -> tuple[float, float]:
     return min(once() for _ in range(4)), first
 
 
-def replace_train(job: Job, **changes: object) -> Job:
-    return replace(job, train=replace(job.train, **changes))  # type: ignore[arg-type]
+def replace_train(job: Job, **changes: Any) -> Job:
+    return replace(job, train=replace(job.train, **changes))
