@@ -209,6 +209,11 @@ def test_a_hugging_face_tokenizer(tmp_path, options):
     corpus = quiet(replace(options, tokenizer=str(tmp_path / "theirs")))
     assert (corpus.vocab_size, corpus.end_token) == (own.vocab_size, own.end)
     assert documents(corpus, "train")[0].startswith("# file")
+    # Its twin that chats has the same tokens and another template: what is trained with it is exported with it.
+    (tmp_path / "theirs" / "chat_template.jinja").write_text("{{ messages }}")
+    twin = quiet(replace(options, tokenizer=str(tmp_path / "theirs")))
+    assert twin.folder != corpus.folder
+    assert tokenizer.load(twin.tokenizer).config["chat_template"] == "{{ messages }}"
 
 
 def test_invalid_utf8_is_counted_and_told(options):

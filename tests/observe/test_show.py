@@ -143,6 +143,15 @@ def test_a_run_goes_on_in_files_that_may_not_grow(tmp_path, rows, fit):
     assert {path.name for path in tmp_path.iterdir()} == {"environment.json", "log.txt", metrics.FILE}
 
 
+def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch):
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with hold(tmp_path):
+        assert not held(tmp_path)
+
+
 def test_one_process_at_a_time_holds_a_run(tmp_path):
     assert not held(tmp_path)
     with Show(tmp_path):

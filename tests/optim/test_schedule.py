@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.job.optim import OptimOptions
-from shoal.optim.schedule import learning_rate, of_length, open_until
+from shoal.optim.schedule import learning_rate, of_length, open_until, warmup_steps
 
 
 def test_cosine_at_its_landmarks():
@@ -54,18 +54,22 @@ def test_any_schedule_stays_between_zero_and_the_peak(schedule, warmup, decay, f
     warmup=st.floats(0, 1),
     decay=st.floats(0, 1),
     old=st.integers(1, 3000),
+    part=st.floats(0, 1),
     change=st.integers(1, 6000),
 )
-def test_a_run_may_become_longer_or_shorter_without_changing_the_rates_so_far(schedule, warmup, decay, old, change):
+def test_a_run_may_become_longer_or_shorter_without_changing_the_rates_so_far(
+    schedule, warmup, decay, old, part, change
+):
     o = OptimOptions(lr=0.5, schedule=schedule, warmup=warmup, decay=decay, final_lr=0.0)
-    start = open_until(o, old)
-    assert 0 <= start <= old
-    other = of_length(o, old, start + change)
+    assert 0 <= open_until(o, old) <= old
+    step = round(part * open_until(o, old))
+    new = max(step + change, warmup_steps(o, old))
+    other = of_length(o, old, new, step)
     other.validate()
-    before = [learning_rate(o, s, old) for s in range(start)]
-    assert [learning_rate(other, s, start + change) for s in range(start)] == before
-    rest = [learning_rate(other, s, start + change) for s in range(start, start + change)]
-    assert schedule == "constant" or change == 1 or rest[-1] < 1e-9
+    before = [learning_rate(o, s, old) for s in range(step)]
+    assert [learning_rate(other, s, new) for s in range(step)] == before
+    # Again and again: of what it has become.
+    assert of_length(other, new, new, min(step, open_until(other, new))) == other
 
 
 def test_the_length_of_a_run_is_open_for_as_long_as_it_can_be():
@@ -73,5 +77,14 @@ def test_the_length_of_a_run_is_open_for_as_long_as_it_can_be():
     for schedule, last in (("cosine", 11), ("wsd", 60)):
         o = OptimOptions(lr=1.0, schedule=schedule, warmup=0.1, decay=0.4, final_lr=0.0)
         assert open_until(o, 100) == last
-        other = of_length(o, 100, 200)
+        other = of_length(o, 100, 200, last)
         assert learning_rate(o, last, 100) != learning_rate(other, last, 200)
+
+
+def test_the_decay_keeps_its_share_where_it_has_not_begun():
+    o = OptimOptions(lr=1.0, schedule="wsd", warmup=0.1, decay=0.4, final_lr=0.0)
+    later = of_length(o, 100, 200, 60)
+    assert (open_until(later, 200), later.warmup) == (120, 0.05)
+    sooner = of_length(o, 100, 80, 60)
+    assert open_until(sooner, 80) == 60
+    assert [learning_rate(sooner, s, 80) for s in (60, 69, 79)] == pytest.approx([0.95, 0.5, 0.0])

@@ -16,13 +16,14 @@ import pytest
 
 from shoal import checkpoint
 from shoal.cli.main import main
-from shoal.errors import CheckpointError, JobError
+from shoal.errors import CheckpointError, JobError, RankError
 from shoal.job import read
 from shoal.launch import finish
 from shoal.launch.train import ready
-from shoal.observe import metrics, summary
+from shoal.observe import metrics, runs, summary
 from shoal.observe.hold import hold
 from shoal.observe.result import Result
+from tests.training.test_resume import shoal, until
 
 
 def content(run: Path) -> dict[str, bytes]:
@@ -161,6 +162,39 @@ def test_who_resumes_a_run_before_it_is_finished_off_keeps_the_folder(train, tin
     assert not {"model", "result.json", "report.html"} & {path.name for path in run.iterdir()}
 
 
+def test_a_text_that_is_gone_when_the_run_ends_costs_bits_per_byte_only(train, tiny, tmp_path, monkeypatch):
+    """Somebody has emptied the cache while it was trained on."""
+    run = tmp_path / "run"
+    figures = train(tiny(run))[0]
+    told = finish.main(None, folder=str(run), prepared=str(tmp_path / "gone"), figures=figures)
+    assert told["val_loss"] == figures["validation"]["nats"]
+    assert told["bits_per_byte"] is None
+    assert told["sample"]
+    assert f"the prepared text is gone: {tmp_path / 'gone' / 'meta.json'}" in (run / "log.txt").read_text()
+    assert {"model", "result.json", "report.html"} <= {path.name for path in run.iterdir()}
+    assert (run / "model" / "tokenizer.json").is_file()
+
+
+def test_a_run_that_goes_on_has_no_length_by_minutes(finished, monkeypatch, capfd):
+    before = content(finished)
+    monkeypatch.setattr("shoal.launch.train.Ranks", NoRanks)
+    assert main(["train", "--resume", str(finished), "--steps", "0", "--minutes", "1"]) == 2
+    assert "no length by minutes: it is one of 8 steps\n  → say how many it shall have in all: --steps 16" in (
+        capfd.readouterr().err
+    )
+    assert content(finished) == before
+
+
+def test_what_goes_on_and_fails_is_not_called_finished(finished, tiny, ranks):
+    """Its newest checkpoint is damaged, so it goes on from the one before, and a rank raises in the sixth step."""
+    victim = next((finished / "checkpoints/step-00000008").glob("*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    _, arguments = ready(read(finished / "job.toml"), finished, time.time())
+    with pytest.raises(RankError):
+        ranks.run("tests.training.failing:main", 2, **arguments)
+    assert runs.describe(finished).state == "failed"
+
+
 def test_a_runs_job_as_recipe_makes_a_new_run(finished, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = content(finished)
@@ -183,6 +217,22 @@ def test_a_signal_before_anything_was_saved(arguments, tmp_path, monkeypatch, ca
     threading.Thread(target=interrupt, daemon=True).start()
     assert main([*arguments, "--layout", "replicas=2", "--steps", "4", "--run-dir", str(run)]) == 128 + Signals[name]
     assert capfd.readouterr().err.splitlines()[-1] == f"stopped by {name}; nothing was saved yet"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_a_signal_while_it_is_measured_what_pays(arguments, tmp_path):
+    """The real worker, which compiles at that moment, has nothing to save: it ends without a step."""
+    run = tmp_path / "run"
+    words = ["--minutes", "5", "--train.precision", "auto", "--train.compile", "auto", "--layout", "replicas=2"]
+    process = shoal(*[w for w in arguments if w not in ("--train.compile", "off")], *words, "--run-dir", str(run))
+    log = run / "log.txt"
+    until(lambda: log.exists() and "precision fp32" in log.read_text(), process)
+    process.send_signal(Signals.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert text.splitlines()[-1] == "stopped by SIGINT; nothing was saved yet"
+    assert not metrics.read(run)
 
 
 @pytest.mark.parametrize("left", ["job.toml", "metrics.jsonl", "checkpoints"])

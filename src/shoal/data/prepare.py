@@ -28,7 +28,7 @@ from shoal.job.data import DataOptions
 __all__ = ["Counts", "Prepared", "prepare"]
 
 # Part of the name of a prepared folder: a change of what is written must change it.
-_FORMAT = 3
+_FORMAT = 4
 # The BPE is trained on at most so much text, spread over the corpus.
 _SAMPLE = 64 << 20
 # The validation text that is kept beside its tokens, to compare with other compressors.
@@ -156,7 +156,11 @@ def _encode(
 def _fingerprint(options: DataOptions, seed: int, corpus: Corpus, given: Tokenizer | None) -> str:
     """A hash of all that the result depends on, and of nothing else."""
     digest = hashlib.blake2b(digest_size=10)
-    kind = given.model.to_str() + f" {given.start} {given.end}" if given else options.tokenizer
+    kind = (
+        given.model.to_str() + f" {given.start} {given.end} {sorted(given.config.items())}"
+        if given
+        else options.tokenizer
+    )
     if kind == "bpe":
         kind += f" {options.vocab_size} {tokenizers.__version__}"
     for part in (_FORMAT, seed, options.validation, options.text_field, kind):

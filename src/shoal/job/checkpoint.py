@@ -12,7 +12,7 @@ class CheckpointOptions:
     """Checkpoints are written by a helper process; training waits for the copy only."""
 
     every: int = 0
-    """Steps between checkpoints; 0 = five times a run. There is always one at the end."""
+    """Steps between checkpoints; 0 = about five times a run. There is always one at the end."""
     keep: int = 2
     """Newest checkpoints that are kept; at least 1."""
 

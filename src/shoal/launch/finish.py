@@ -13,6 +13,7 @@ import torch
 
 from shoal import checkpoint
 from shoal.checkpoint import huggingface
+from shoal.data import tokenizer as tokenizers
 from shoal.data.describe import compressed_bits_per_byte
 from shoal.data.prepare import Prepared
 from shoal.errors import ShoalError
@@ -22,7 +23,7 @@ from shoal.models.decoder import Decoder
 from shoal.models.spec import count
 from shoal.observe import metrics, report, result, summary
 from shoal.observe.hold import hold
-from shoal.observe.log import Log
+from shoal.observe.log import speaker
 from shoal.observe.result import Result
 from shoal.serving.generate import generate
 from shoal.serving.load import load
@@ -41,18 +42,17 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
     Returns the fields of the run's Result. Nothing here can fail the run, a full disk neither: training has ended
     and its state is saved.
     """
-    run, corpus = Path(folder), Prepared.load(Path(prepared))
-    run.mkdir(parents=True, exist_ok=True)
+    run, corpus = Path(folder), None
+    say = speaker(run)
     with contextlib.ExitStack() as ending:
-        log = ending.enter_context(contextlib.closing(Log(run)))
-
-        def say(text: str) -> None:
-            print(text, flush=True)
-            with contextlib.suppress(OSError):
-                log.write(text)
-
         try:
-            ending.enter_context(hold(run))
+            corpus = Prepared.load(Path(prepared))
+        except ShoalError as error:
+            say(f"warning: bits per byte are not known, since the prepared text is gone: {error.where}")
+        try:
+            with contextlib.suppress(OSError):
+                run.mkdir(parents=True, exist_ok=True)
+                ending.enter_context(hold(run))
         except ShoalError:  # it came in the moment since the worker left: what it finds is not ours to replace
             say(f"warning: {run} is trained in again already: model/, result.json and report.html are left to that")
             outcome = _result(run, parse(figures["job"]), corpus, figures, "", "")
@@ -65,18 +65,19 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
         return asdict(outcome)
 
 
-def _finish(run: Path, corpus: Prepared, figures: dict[str, Any], say: Callable[[str], None]) -> Result:
+def _finish(run: Path, corpus: Prepared | None, figures: dict[str, Any], say: Callable[[str], None]) -> Result:
     job = parse(figures["job"])
     prompt, sample = "", ""
     try:
         if not (run / "job.toml").is_file():
             say(f"warning: {run} was deleted while the run went on; what can be written again now is")
-            fill(run, job, corpus)
+            if corpus:
+                fill(run, job, corpus)
         model = load(run, say)
         _tell_if_older(run, figures["step"], say)
         if count(model.options) < _SMALL:
             torch.set_num_threads(1)
-        _export(model, run, job, corpus)
+        _export(model, run, job)
         prompt, sample = _sample(model, run, job)
     except (ShoalError, OSError) as error:
         say(f"warning: the trained model was not written to {run / 'model'}: {error}")
@@ -101,14 +102,15 @@ def _saved_step(run: Path) -> int | None:
     return None if newest is None else int(checkpoint.describe(newest)["step"])
 
 
-def _export(model: Decoder, run: Path, job: Job, corpus: Prepared) -> None:
+def _export(model: Decoder, run: Path, job: Job) -> None:
+    tokenizer = tokenizers.load(run)
     huggingface.export(
         model.options,
         model.named_parameters(),
         run / "model",
-        tokenizer=corpus.tokenizer,
-        start_token=corpus.start_token,
-        end_token=corpus.end_token,
+        tokenizer=run,
+        start_token=tokenizer.start,
+        end_token=tokenizer.end,
         source=Path(job.model.weights) if job.model.weights else None,
     )
 
@@ -118,14 +120,15 @@ def _sample(model: Decoder, run: Path, job: Job) -> tuple[str, str]:
     return prompt, generate(model, prompt, tokenizer=run, max_tokens=_SAMPLE_TOKENS)
 
 
-def _result(run: Path, job: Job, corpus: Prepared, figures: dict[str, Any], prompt: str, sample: str) -> Result:
+def _result(run: Path, job: Job, corpus: Prepared | None, figures: dict[str, Any], prompt: str, sample: str) -> Result:
     rows = metrics.read(run)
     tokens, seconds = sum(row["tokens"] for row in rows), sum(row["seconds"] for row in rows)
     validation = figures["validation"]
     loss = validation["nats"] if validation and math.isfinite(validation["nats"]) else None
     # Bytes are known of the validation text as a whole (train.validate_tokens may ask for less).
-    whole = loss is not None and validation["tokens"] == corpus.validation.predictions
-    rivals = compressed_bits_per_byte(corpus) if whole else {}
+    whole = corpus is not None and loss is not None and validation["tokens"] == corpus.validation.predictions
+    rivals = compressed_bits_per_byte(corpus) if corpus and whole else {}
+    bits = loss * validation["tokens"] / math.log(2) / corpus.validation.bytes if corpus and loss and whole else None
     mfus = [row["mfu"] * row["seconds"] for row in rows if row.get("mfu")]
     return Result(
         run=str(run),
@@ -134,7 +137,7 @@ def _result(run: Path, job: Job, corpus: Prepared, figures: dict[str, Any], prom
         loss_first=rows[0]["loss"] if rows else None,
         loss_last=rows[-1]["loss"] if rows else None,
         val_loss=loss,
-        bits_per_byte=loss * validation["tokens"] / math.log(2) / corpus.validation.bytes if whole else None,
+        bits_per_byte=bits,
         tokens_per_second=tokens / seconds if seconds else None,
         mfu=sum(mfus) / seconds if mfus else None,
         seconds=figures["seconds"],

@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from shoal.launch.ranks import Ranks
 from shoal.launch.resume import resumable, way_on
 from shoal.models import config
 from shoal.observe import commands, report
-from shoal.observe.log import Log
+from shoal.observe.log import speaker
 from shoal.observe.result import Result
 from shoal.training.folder import fill
 
@@ -58,7 +58,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
 
         def stopping(name: str) -> None:
             stopped.append(name)
-            say(f"{name}: finishing this step, then saving; once more to kill")
+            say(f"{name}: ends after this step, saved (before the first one: at once); once more to kill")
 
         with _broken_off(folder):
             figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
@@ -74,9 +74,10 @@ def _broken_off(folder: Path) -> Iterator[None]:
     """A run that ends too early still has its report, and says how to go on with it if anything was saved."""
     try:
         yield
-    except local.Interrupted as error:
+    except KeyboardInterrupt as error:
         report.failed(folder, error)
-        raise local.Interrupted(error.name, way_on(folder) or "nothing was saved yet") from None
+        name = error.name if isinstance(error, local.Interrupted) else "SIGINT"
+        raise local.Interrupted(name, way_on(folder) or "nothing was saved yet") from None
     except Exception as error:
         if isinstance(error, ShoalError) and elastic.is_mistake(error):
             raise
@@ -114,19 +115,6 @@ def _fits(job: Job, world: int) -> None:
             f"layout {job.layout} has {job.layout.world} ranks, torchrun started {world}",
             fix=f"torchrun --nproc-per-node {job.layout.world}, or another layout",
         )
-
-
-def speaker(folder: Path | None = None) -> Callable[[str], None]:
-    """Prints a sentence, and writes it into the run's log once there is a run folder."""
-
-    def say(text: str) -> None:
-        print(text, flush=True)
-        if folder is not None:
-            # A full disk is told by the saving of the state; it ends no run.
-            with contextlib.suppress(OSError), contextlib.closing(Log(folder)) as log:
-                log.write(text)
-
-    return say
 
 
 def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dict[str, Any]]:

@@ -6,6 +6,7 @@ The kernel releases the lock whatever ends its holder, so there is no stale proc
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import time
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 
 from shoal.errors import ShoalError
 from shoal.observe.log import FILE
+
+# A file system that knows no locks: there, nobody is told from anybody.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
@@ -48,4 +52,7 @@ def _lock(file: int, kind: int) -> bool:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -22,6 +24,19 @@ class Log:
 
     def close(self) -> None:
         self._file.close()
+
+
+def speaker(folder: Path | None = None) -> Callable[[str], None]:
+    """Prints a sentence, and writes it into the run's log once there is a run folder."""
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        if folder is not None:
+            # A full disk is told by the saving of the state; it ends no run.
+            with contextlib.suppress(OSError), contextlib.closing(Log(folder)) as log:
+                log.write(text)
+
+    return say
 
 
 def tail(folder: Path, lines: int) -> str:

@@ -74,6 +74,11 @@ def read(folder: Path) -> Result | None:
         return None
 
 
+def forget(folder: Path) -> None:
+    """For a run that goes on: what it had come to before is not its result any more."""
+    (folder / FILE).unlink(missing_ok=True)
+
+
 def current(folder: Path, last: int) -> Result | None:
     """The run's result, unless it is from before a resume: then it says nothing about what came after it.
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from rich.console import Console
 
+from shoal.observe import result
 from shoal.observe.hold import hold
 from shoal.observe.log import Log
 from shoal.observe.metrics import Metrics
@@ -72,6 +73,7 @@ class Show:
         self._mfu = Mfu(flops_per_token, devices, peak)
         self.say(self._mfu.note())
         with self._keeping():
+            result.forget(self.folder)
             self._metrics = Metrics(self.folder, step)
             self._ending.callback(self._metrics.close)
         self._progress = Progress(self._console, steps, self._mfu, step)

@@ -14,7 +14,7 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
     cosine: Loshchilov and Hutter 2017 (SGDR) without restarts. wsd: warm-up, stable, linear decay
     (Hu et al. 2024, MiniCPM; linear as in Hägele et al. 2024).
     """
-    warmup = _warmup(options, steps)
+    warmup = warmup_steps(options, steps)
     if step < warmup:
         return options.lr * (step + 1) / warmup
     low = options.final_lr
@@ -31,28 +31,32 @@ def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
 def open_until(options: OptimOptions, steps: int) -> int:
     """The first step whose rate depends on how long the run is: till then it may still become longer or shorter.
 
-    cosine: the end of the warm-up. wsd: the end of the stable phase. constant has none: four fifths of the run.
+    cosine: the end of the warm-up. wsd: the end of the stable phase. constant: the end of the run.
     """
-    warmup = _warmup(options, steps)
+    warmup = warmup_steps(options, steps)
     if options.schedule == "cosine":
         return min(steps, warmup + 1)
     if options.schedule == "wsd":
         return max(warmup, steps - _decay(options, steps))
-    return max(warmup, round(0.8 * steps))
+    return steps
 
 
-def of_length(options: OptimOptions, old: int, new: int) -> OptimOptions:
-    """The schedule of `new` steps whose rates are those of `old` ones until `open_until(options, old)`.
+def of_length(options: OptimOptions, old: int, new: int, step: int) -> OptimOptions:
+    """The schedule of `new` steps whose rates are those of `old` ones until `step`, for which the length was open.
 
-    new: more than that. For wsd, all steps that are left are its decay.
+    new: not less than the steps of warm-up. wsd: its decay keeps its share of the steps, unless it would have begun
+    already: then it is all that is left.
     """
-    start = open_until(options, old)
-    assert new > start
-    changed = replace(options, warmup=_warmup(options, old) / new)
-    return replace(changed, decay=(new - start) / new) if options.schedule == "wsd" else changed
+    assert step <= open_until(options, old)
+    assert step < new >= warmup_steps(options, old)
+    changed = replace(options, warmup=warmup_steps(options, old) / new)
+    if options.schedule == "wsd" and step > open_until(changed, new):
+        changed = replace(changed, decay=(new - step) / new)
+    return changed
 
 
-def _warmup(options: OptimOptions, steps: int) -> int:
+def warmup_steps(options: OptimOptions, steps: int) -> int:
+    """Steps with rising rate, of a run of `steps`."""
     return max(1, round(options.warmup * steps)) if options.warmup else 0
 
 

@@ -22,6 +22,11 @@ def fill(folder: Path, job: Job, prepared: Prepared) -> None:
         _write(folder / name, (prepared.folder / name).read_bytes())
     data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
     _write(folder / DATA, msgspec.json.encode(data))
+    write_job(folder, job)
+
+
+def write_job(folder: Path, job: Job) -> None:
+    """Its job.toml alone: the rest may have gone meanwhile."""
     _write(folder / "job.toml", write(job).encode())
 
 

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field, replace
 from shoal import device
 from shoal.data.batch import Batch
 from shoal.job import Job
-from shoal.optim.schedule import of_length, open_until
+from shoal.optim.schedule import of_length, open_until, warmup_steps
 from shoal.training.parts import Parts
 
 # Validations that a run has on the way (see `settle.cadences`), beside the one at its end.
 _GLANCES = 9
+# How often a run looks at its pace; and steps that it must have seen for that, since the first ones are no measure.
+_LOOKS, _FEWEST = 50, 3
 
 
 @dataclass
@@ -20,16 +22,22 @@ class Length:
     """The length of one run, on one rank; all ranks call the same in the same step.
 
     ends: when the last validation shall be over, by time.time(). glance, final: tokens of a validation on the way
-    and of the last one. A pass over them takes a third of the time of training on as many.
+    and of the last one. decided: the length will not change any more.
     """
 
     ends: float
     glance: int
     final: int
+    decided: bool = False
+    _every: int = 0
+    _validating: float | None = None
     _times: list[float] = field(default_factory=list)
 
     def estimate(self, parts: Parts, batches: list[Batch]) -> int:
-        """Steps that fit, from real steps of the whole job, which leave the parts trained a little."""
+        """Steps that fit, from real steps of the whole job, which leave the parts trained a little.
+
+        Less than one where the time is over already.
+        """
         times: list[float] = []
         # Agreed times only: were each rank to look at its own clock, one might take a step more than another.
         while len(times) < 3 or (len(times) < 12 and sum(times[2:]) < 3):
@@ -40,26 +48,45 @@ class Length:
             times.append(parts.mesh.largest(time.perf_counter() - start))
         # The first steps allocate, and with compile on compile; the mean of the rest is what the run will see.
         usual = sum(times[2:]) / len(times[2:])
-        left = parts.mesh.largest(self.ends - time.time())
-        return max(1, round(left / usual - self._in_steps(parts, self.final + _GLANCES * self.glance)))
+        # A pass over validation text takes a third of the time of training on as much.
+        a_step = parts.job.train.global_batch * parts.job.data.sequence_length
+        left = parts.mesh.largest(self.ends - time.time()) / usual - self.final / 3 / a_step
+        glance, every = self.glance / 3 / a_step, parts.job.train.validate_every
+        steps = round(left / (1 + glance / every) if every else left - _GLANCES * glance)
+        self._every = max(1, steps // _LOOKS)
+        return steps
 
-    def decided(self, parts: Parts, step: int) -> Job | None:
-        """To be asked after every step: the job of the length that fits by the pace so far, once.
+    def validated(self, tokens: int, seconds: float) -> None:
+        """What one validation has taken."""
+        self._validating = seconds / tokens if tokens else None
 
-        It comes at the last step at which the learning rates so far are those of any length. What is already
-        behind is not undone: a tenth of it follows at least.
+    def follow(self, parts: Parts, step: int) -> Job | None:
+        """To be asked after every step: the job of the length that fits by the pace so far, where it has changed.
+
+        So the number of steps follows the pace, until the learning rates begin to depend on it: then it is decided.
         """
         self._times.append(time.perf_counter())
         job = parts.job
-        if step != open_until(job.optim, job.train.steps) or step == job.train.steps or len(self._times) < 3:
+        last = open_until(job.optim, job.train.steps)
+        self.decided |= step > last
+        if self.decided or step >= job.train.steps or (step % self._every and step != last):
+            return None
+        if len(self._times) < _FEWEST:
+            self.decided = step == last
             return None
         # By the later half, validations and saves included: the machine may have changed, and first steps compile.
         half = len(self._times) // 2
         pace = (self._times[-1] - self._times[half]) / (len(self._times) - 1 - half)
-        left = parts.mesh.largest((self.ends - time.time()) / pace) - self._in_steps(parts, self.final)
-        steps = step + max(1, step // 10, round(left))
-        return replace(job, optim=of_length(job.optim, job.train.steps, steps), train=replace(job.train, steps=steps))
-
-    @staticmethod
-    def _in_steps(parts: Parts, validated: int) -> float:
-        return validated / 3 / (parts.job.train.global_batch * parts.job.data.sequence_length)
+        a_step = job.train.global_batch * job.data.sequence_length
+        final = self.final * self._validating if self._validating else self.final / 3 / a_step * pace
+        fits = round(parts.mesh.largest((self.ends - time.time() - final) / pace))
+        steps = max(step + 1, step + fits, warmup_steps(job.optim, job.train.steps))
+        self.decided = step >= open_until(of_length(job.optim, job.train.steps, steps, step), steps)
+        if self.decided:
+            # However late it is: without a decay the run would be half wasted.
+            least = min(0.1, job.optim.decay) if job.optim.schedule == "wsd" else 0.1
+            steps = max(steps, step + round(least * step))
+        elif steps == job.train.steps:
+            return None
+        optim = of_length(job.optim, job.train.steps, steps, step)
+        return replace(job, optim=optim, train=replace(job.train, steps=steps))

@@ -34,7 +34,7 @@ class Loop:
     """One run of one rank, from `step` to the job's last step or to the step after which somebody asked to stop.
 
     record: is given one dict a step, on every rank (rank 0 shows and stores it). say: prints one sentence.
-    length: may change how many steps there are, on the way; decided: is given the job with that.
+    length: may change how many steps there are, on the way; changed: is given the job with that.
     skipped: steps whose update was not applied, since this start.
     """
 
@@ -46,7 +46,7 @@ class Loop:
     record: Callable[[dict[str, Any]], None]
     say: Callable[[str], None]
     length: Length | None = None
-    decided: Callable[[Job], None] = lambda job: None
+    changed: Callable[[Job], None] = lambda job: None
     step: int = 0
     position: int = 0
     saved: Pending | None = None
@@ -71,8 +71,8 @@ class Loop:
             self.record(row)
             if self.step % save_every == 0 and self.step < self.steps and not stopped:
                 self.save()
-            if self.length and (longer := self.length.decided(self.parts, self.step)):
-                self._go_on_as(longer)
+            if self.length and (other := self.length.follow(self.parts, self.step)):
+                self._go_on_as(other)
         if self.validation and self.last is None and not stopped:
             self._validate(glance=False)  # a finished run that was resumed: the same figures again
         self.save()
@@ -89,7 +89,7 @@ class Loop:
         """The same run with another number of steps, and the schedule of that many."""
         self.parts.job = job
         self.parts.update.reschedule(job.optim, job.train.steps)
-        self.decided(job)
+        self.changed(job)
 
     def _step(self) -> tuple[dict[str, Any], Applied]:
         """One step: data, gradients, update; and what it cost."""
@@ -149,7 +149,10 @@ class Loop:
         assert self.validation is not None
         length = self.parts.job.data.sequence_length
         limit = self.parts.job.train.validate_tokens or (GLANCE_TOKENS if glance else self.validation.samples * length)
+        start = time.perf_counter()
         self.last = validate(self.parts, self.validation, max(1, limit // length))
+        if self.length:
+            self.length.validated(self.last.tokens, time.perf_counter() - start)
         self.parts.objective.lap(self.parts.mesh.device)
         return self.last
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -25,8 +25,8 @@ from shoal.observe import environment, metrics
 from shoal.observe.peak import matmul_peak
 from shoal.observe.show import Show
 from shoal.optim.schedule import learning_rate
+from shoal.training import folder as folders
 from shoal.training.feed import micro_batches, on_device
-from shoal.training.folder import fill
 from shoal.training.length import Length
 from shoal.training.loop import GLANCE_TOKENS, Loop
 from shoal.training.parts import Parts, assemble
@@ -57,16 +57,19 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         length = None if given.train.steps else _length(given, validation, started)
         parts = _parts(given, ranks, training, length, show.say)
 
-        def decided(job: Job) -> None:
+        def changed(job: Job) -> None:
             show.lengthen(job.train.steps)
-            show.say(f"steps that fit, by the pace so far: {job.train.steps:,}")
+            if length and length.decided:
+                show.say(f"steps that fit, by the pace so far: {job.train.steps:,}")
             if ranks.rank == 0:
-                _record(run, job, corpus, show.say)
+                with _keeping_the_old(show.say):
+                    folders.write_job(run, job)
 
-        loop = Loop(parts, training, validation, saver, stop, show.step, show.say, length, decided)
+        loop = Loop(parts, training, validation, saver, stop, show.step, show.say, length, changed)
         _resume(loop, run, seat, ranks)
         if ranks.rank == 0:
-            _record(run, parts.job, corpus, show.say)
+            with _keeping_the_old(show.say):
+                folders.fill(run, parts.job, corpus)
             environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
         precision = parts.job.train.precision
         flops = flops_per_token(parts.job.model, parts.job.data.sequence_length)
@@ -119,8 +122,10 @@ def _parts(job: Job, ranks: Mesh, training: Loader, length: Length | None, say: 
     if length:
         steps = length.estimate(assemble(replace_train(job, steps=1), ranks), batches)
         gc.collect()  # the model that was measured, before there is another
-        say(f"steps that fit into what is left of {job.train.minutes:g} minutes: {steps:,}")
-        job = replace_train(job, steps=steps)
+        say(f"steps that fit into what is left of {job.train.minutes:g} minutes: {max(steps, 0):,}")
+        if steps < 1:
+            say("warning: the start alone took that long; one step is trained. Ask for more minutes, or for steps")
+        job = replace_train(job, steps=max(1, steps))
     return assemble(cadences(job), ranks)
 
 
@@ -176,9 +181,10 @@ def _newest(run: Path, loop: Loop) -> Path | None:
     return newest
 
 
-def _record(run: Path, job: Job, corpus: Prepared, say: Callable[[str], None]) -> None:
-    """The job that is trained from now on."""
+@contextlib.contextmanager
+def _keeping_the_old(say: Callable[[str], None]) -> Iterator[None]:
+    """The job that is trained from now on is written within; that may fail."""
     try:
-        fill(run, job, corpus)
+        yield
     except OSError as error:
         say(f"warning: cannot write job.toml ({error.strerror}); training goes on, and a resume with the old one")
