@@ -156,8 +156,12 @@ def abandoned(seat: Seat) -> list[bool]:
     """Rank 0 abandons its mesh, the others wait for it in a collective: [whether they learn of it, whether all can
     build another mesh and use it]."""
     ranks = everybody(seat)
+    # Who has its connections may still be ahead of another, whose building would then be what fails.
+    seat.store.set(f"built-{seat.member}", "")
     told = seat.member == 0
-    if seat.member > 0:
+    if seat.member == 0:
+        seat.store.wait([f"built-{member}" for member in range(seat.world)])
+    else:
         try:
             ranks.wait(dist.all_reduce(torch.ones(1_000_000), async_op=True))
         except (RuntimeError, ConnectionError) as error:
