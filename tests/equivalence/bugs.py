@@ -43,10 +43,10 @@ def plant(parts: Parts, bug: str) -> None:
             loss_sum, weight = objective(module, batch)
             return loss_sum / weight, weight / weight
 
-        parts.objective = mean  # type: ignore[assignment]
+        parts.objective = mean
     elif bug == "scaled":  # by the number of ranks
         end = sync.end
-        sync.end = lambda tally: end(Tally(tally.loss_sum, tally.weight / parts.mesh.world))  # type: ignore[method-assign]
+        sync.end = lambda tally: end(Tally(tally.loss_sum, tally.weight / parts.mesh.world))
     elif bug == "alone":  # no all-reduce over replicas
         replica.on_bucket(lambda flat: None)
     elif bug == "bucket":  # one is not reduced
@@ -68,7 +68,7 @@ def plant(parts: Parts, bug: str) -> None:
                 shard.grad.mul_(applied.weight / parts.mesh.world / before)
             return applied
 
-        sync.end = local  # type: ignore[method-assign]
+        sync.end = local
     elif bug == "forgotten":  # all micro-batches but the last
         backward = replica._backward
 
@@ -81,14 +81,14 @@ def plant(parts: Parts, bug: str) -> None:
                 sharded._sum.clear()
             return backward(last)
 
-        replica._backward = forgets  # type: ignore[method-assign]
+        replica._backward = forgets
     elif bug == "divided":  # reduce-scatter takes the mean, torch's default
         assert sharded is not None
         for group in sharded.groups:
             group.set_gradient_divide_factor(float(parts.mesh.layout.fsdp))
     elif bug == "unreduced":  # a block is cut, but not summed over the ranks
         assert sharded is not None
-        sharded.groups[1].set_custom_reduce_scatter(_KeepOwn())  # type: ignore[arg-type]
+        sharded.groups[1].set_custom_reduce_scatter(_KeepOwn())
     elif bug == "misplaced":  # every rank takes its piece for the first one
         fills = parameters(parts.job.model)
         for s in replica.shards():
@@ -104,7 +104,7 @@ def plant(parts: Parts, bug: str) -> None:
                 sharded.groups[0].set_reshard_after_backward(False)
                 yield
 
-        sharded.backward = keeps  # type: ignore[method-assign]
+        sharded.backward = keeps
     elif bug == "own norm":  # not summed over the ranks of a replica
         sync.mesh = copy.copy(parts.mesh)
         sync.mesh.layout = replace(parts.mesh.layout, fsdp=1)

@@ -32,7 +32,7 @@ class Recorded:
 @given(st.lists(json, min_size=1, max_size=4), st.data())
 def test_messages_survive_any_cut(values, data):
     recorded = Recorded()
-    sender = Channel(recorded, Returned)  # type: ignore[arg-type]
+    sender = Channel(recorded, Returned)
     for value in values:
         sender.send(Returned(value))
     cuts = sorted(data.draw(st.sets(st.integers(1, len(recorded.data) - 1), max_size=6)))

@@ -33,7 +33,7 @@ def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -
             parts.sync.begin(step)
             tally = parts.replica.gradients(batches, _dying(parts, seat, victim, step == at and behind < 0))
             if step == at and seat.member == behind:
-                parts.update.apply = _cut_off  # type: ignore[method-assign]
+                parts.update.apply = _cut_off
             applied = parts.sync.end(tally)
             if step == at and behind >= 0:
                 if seat.member == victim:
