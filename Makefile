@@ -13,11 +13,14 @@ TORCH_INDEX ?= $(if $(filter Linux,$(shell uname)),$(if $(DRIVER),,https://downl
 train: $(VENV)/.installed  ## install, then train a small language model on Python's own source (less than 4 minutes)
 	$(BIN)/shoal train recipes/quickstart.toml
 
+# Two files at a time: much of a test is waiting for ranks to start or to end.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+
 test: $(VENV)/.installed-dev  ## install, then run the tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-nightly: $(VENV)/.installed-dev  ## the long tests too
-	$(BIN)/python -m pytest -m "nightly or not nightly"
+	$(PYTEST) -m "nightly or not nightly"
 
 lint: $(VENV)/.installed-dev  ## style, types and import contracts
 	$(BIN)/ruff check .

@@ -72,6 +72,10 @@ def fail(seat: Seat, how: str, where: str = "collective", folder: str = "") -> N
     time.sleep(100)
 
 
+def hang(seat: Seat) -> None:
+    time.sleep(100)
+
+
 def survive(seat: Seat) -> int:
     """Rank 1 dies; the others meet without it."""
     everybody(seat)

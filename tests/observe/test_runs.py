@@ -100,7 +100,8 @@ def test_a_run_without_a_checkpoint(tmp_path):
     assert runs.describe(folder).checkpoint is None
 
 
-def test_table_and_json(tmp_path):
+def test_table_and_json(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")  # the table is as wide as the terminal
     make(tmp_path, "older", 7)
     newer = make(tmp_path, "newer", 10, DONE)
     for path in (tmp_path / "older").iterdir():

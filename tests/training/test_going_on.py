@@ -147,6 +147,18 @@ def test_a_run_folder_that_was_deleted_meanwhile_is_written_again(ranks, train, 
     assert read(run / "job.toml").train.steps == 8
 
 
+def test_a_run_whose_folder_and_prepared_text_are_both_gone_still_has_its_figures(train, tiny, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    figures = train(tiny(run))[0]
+    shutil.rmtree(run)
+    told = finish.main(None, folder=str(run), prepared=str(tmp_path / "gone"), figures=figures)
+    assert (told["steps"], told["val_loss"], told["saved_step"]) == (8, figures["validation"]["nats"], None)
+    log = (run / "log.txt").read_text()
+    assert "the prepared text is gone" in log
+    assert "there is no run here: job.toml is missing" in log
+    assert json.loads((run / "result.json").read_text())["steps"] == 8
+
+
 def test_who_resumes_a_run_before_it_is_finished_off_keeps_the_folder(train, tiny, tmp_path, monkeypatch):
     """Between the last step and the report nobody holds the folder; the run has its result in any case."""
     run = tmp_path / "run"

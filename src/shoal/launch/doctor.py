@@ -43,11 +43,15 @@ def diagnose(budget: float = 15.0) -> Diagnosis:
             )
             return None
 
-    facts.host_resolves = attempt("whether this machine's name resolves", _host_resolves)
-    _look(facts, attempt)
-    facts.devices = attempt("the devices", lambda: _devices(facts, failed)) or []
-    left = budget - _END - (time.monotonic() - begin)
-    facts.link = attempt("the link between two ranks", lambda: _link(facts, left))
+    with Pool(2) as pool:
+        # Their imports take seconds, and go on while we look and import.
+        attempt("the start of ranks", pool.start)
+        facts.host_resolves = attempt("whether this machine's name resolves", _host_resolves)
+        _look(facts, attempt)
+        facts.devices = attempt("the devices", lambda: _devices(facts, failed)) or []
+        left = budget - _END - _PEAKS - (time.monotonic() - begin)
+        facts.link = attempt("the link between two ranks", lambda: _link(facts, pool, left))
+    attempt("the devices' speed", lambda: _measure_peaks(facts))
     facts.findings = [*judge(facts), *failed]
     facts.seconds = time.monotonic() - begin
     return facts
@@ -87,26 +91,30 @@ def _host_resolves() -> bool:
 def _devices(facts: Diagnosis, failed: list[Finding]) -> list[Device]:
     # Torch takes seconds to import, and may be what is broken.
     from shoal import device
-    from shoal.observe.peak import matmul_peak
 
     facts.computes_on = device.kind()
     misfit = device.misfit()
     if misfit:
         failed.append(Finding(*misfit))
-    found = []
-    for i in range(device.count()):
+    return [Device(device.name(device.of_rank(i))) for i in range(device.count())]
+
+
+def _measure_peaks(facts: Diagnosis) -> None:
+    """Last, when nothing of ours computes beside it."""
+    from shoal import device
+    from shoal.observe.peak import matmul_peak
+
+    share = _PEAKS / max(1, len(facts.devices)) / 2
+    for i, found in enumerate(facts.devices):
         where = device.of_rank(i)
-        share = _PEAKS / device.count() / 2
-        found.append(Device(device.name(where), {p: matmul_peak(where, p, share) for p in ("fp32", "bf16")}))
-    return found
+        facts.devices[i] = Device(found.name, {p: matmul_peak(where, p, share) for p in ("fp32", "bf16")})
 
 
-def _link(facts: Diagnosis, seconds: float) -> Link | None:
+def _link(facts: Diagnosis, pool: Pool, seconds: float) -> Link | None:
     """Measured between two ranks; None on a machine with a single GPU, where no two ranks have one each."""
     if facts.computes_on not in (None, "cpu") and len(facts.devices) < 2:
         return None
-    with Pool(2) as pool:
-        values = pool.run(_ENTRY, 2, timeout=max(1.0, seconds))
+    values = pool.run(_ENTRY, 2, timeout=max(1.0, seconds))
     reachable = sorted({address for value in values for address in value["listening"]})
     return Link(values[0]["latency"], values[0]["bandwidth"], reachable)
 

@@ -44,6 +44,8 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
     """
     run, corpus = Path(folder), None
     say = speaker(run)
+    with contextlib.suppress(OSError):  # deleted, maybe; the log goes there
+        run.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as ending:
         try:
             corpus = Prepared.load(Path(prepared))
@@ -51,7 +53,6 @@ def main(seat: Seat, *, folder: str, prepared: str, figures: dict[str, Any]) -> 
             say(f"warning: bits per byte are not known, since the prepared text is gone: {error.where}")
         try:
             with contextlib.suppress(OSError):
-                run.mkdir(parents=True, exist_ok=True)
                 ending.enter_context(hold(run))
         except ShoalError:  # it came in the moment since the worker left: what it finds is not ours to replace
             say(f"warning: {run} is trained in again already: model/, result.json and report.html are left to that")
@@ -85,7 +86,7 @@ def _finish(run: Path, corpus: Prepared | None, figures: dict[str, Any], say: Ca
     for write in (lambda: result.write(run, outcome), lambda: report.write(run, over=True)):
         try:
             write()
-        except OSError as error:
+        except (ShoalError, OSError) as error:  # the former where nothing of a run is left to report on
             say(f"warning: {error}")
     return outcome
 
@@ -98,8 +99,10 @@ def _tell_if_older(run: Path, step: int, say: Callable[[str], None]) -> None:
 
 
 def _saved_step(run: Path) -> int | None:
-    newest = next(iter(checkpoint.complete(run / "checkpoints")), None)
-    return None if newest is None else int(checkpoint.describe(newest)["step"])
+    with contextlib.suppress(ShoalError, OSError):  # somebody may be deleting them
+        for newest in checkpoint.complete(run / "checkpoints"):
+            return int(checkpoint.describe(newest)["step"])
+    return None
 
 
 def _export(model: Decoder, run: Path, job: Job) -> None:

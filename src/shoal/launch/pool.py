@@ -10,7 +10,7 @@ from shoal.launch.ranks import Ranks
 
 
 class Pool:
-    """`size` ranks, forked at the first run, and more when a run needs them. Close it at the end.
+    """`size` ranks, forked at the start or the first run, and more when a run needs them. Close it at the end.
 
     Every run has keys of its own in the store. A run that failed leaves nothing behind: its ranks are new.
     """
@@ -31,12 +31,16 @@ class Pool:
         **args: Any,
     ) -> list[Any]:
         """What `entry(seat, **args)` returned in ranks 0 … world - 1, as `shoal.launch.call.call` says."""
+        return call(self.start(), entry, args, world, threads=threads, timeout=timeout, lost=lost)
+
+    def start(self) -> Ranks:
+        """Starts the ranks if they are not there; returns at once, and their imports go on beside the caller."""
         if self._ranks is not None and self._ranks.server.ended:
             self.close()
         if self._ranks is None:
             self._ranks = Ranks(self._preload)
             self._ranks.start(self.size)
-        return call(self._ranks, entry, args, world, threads=threads, timeout=timeout, lost=lost)
+        return self._ranks
 
     def close(self) -> None:
         if self._ranks is not None:

@@ -29,10 +29,11 @@ class Finding:
 
 @dataclass(frozen=True)
 class Device:
-    """What ranks compute on. peaks: FLOP/s in matrix products, by precision."""
+    """What ranks compute on."""
 
     name: str
-    peaks: dict[str, float]
+    peaks: dict[str, float] = field(default_factory=dict)
+    """FLOP/s in matrix products, by precision; empty where not measured."""
 
 
 @dataclass(frozen=True)
