@@ -4,11 +4,12 @@
 
 shoal: its own step (buckets, chunked loss, own norm and clipping). ddp: the shortest honest loop: the same model in
 DistributedDataParallel, plain cross-entropy, clip_grad_norm_, fused AdamW. hf: transformers' LlamaForCausalLM of the
-same shape in its Trainer. All three get the same tokens, threads, precision and compile setting, and run in the same
-two processes, in blocks that alternate. Half of the blocks run in a second start, where the three are built in the
-opposite order: who is built first gets other memory, which alone is worth up to 3 %. A/A: shoal against itself. shoal
-and ddp are given their batch; the Trainer's own loop collates it from memory, as it always does. MFU: of shoal,
-against the matmul peak of the same processes.
+same shape in its Trainer. All three get the same tokens, threads, precision and compile setting. Each has two
+processes of its own, and they take turns, block by block; the others sleep meanwhile. (In the same processes, who is
+built first gets other memory, which alone was worth up to 3 %.) shoal's keep the memory of freed tensors, as they do
+in `shoal train`; the others' do what glibc does unless --keep says otherwise. A/A: shoal against shoal in two more
+processes. shoal and ddp are given their batch; the Trainer's own loop collates it from memory, as it always does.
+MFU: of shoal, against the matmul peak of the same processes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -27,7 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.paired import interleave, ratio
+from benchmarks.paired import ratio
+from benchmarks.turns import in_turns, take_turns
 
 from shoal.job import Job, Layout
 from shoal.job.data import DataOptions
@@ -82,11 +83,12 @@ def lengths(count: int, seed: int) -> list[int]:
     return [int(n) for n in np.clip(drawn, 8, LENGTH)]
 
 
-def rank_main(seat: Any, name: str, blocks: int, turned: bool) -> dict[str, Any]:
-    """One of the two workers: builds the contenders, in this order or the other, runs the blocks."""
+def rank_main(seat: Any, name: str, contender: str, keep: bool, folder: str) -> dict[str, Any]:
+    """One of a contender's two workers: builds it, then runs a block whenever it is told to."""
     import torch
     import torch.distributed as dist
 
+    from shoal import device
     from shoal import mesh as meshes
     from shoal.observe.peak import matmul_peak
 
@@ -95,6 +97,8 @@ def rank_main(seat: Any, name: str, blocks: int, turned: bool) -> dict[str, Any]
     what = job(row)
     assert what.layout is not None
     mesh = meshes.build(what.layout, seat)
+    if keep:
+        device.keep_memory(mesh.device)
     os.environ.update(
         RANK=str(seat.member),
         WORLD_SIZE=str(seat.world),
@@ -102,34 +106,23 @@ def rank_main(seat: Any, name: str, blocks: int, turned: bool) -> dict[str, Any]
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT="29500",
     )
-    makers = {"shoal": shoal_steps, "ddp": ddp_steps, "hf": hf_steps}
-    built = {contender: makers[contender](what, mesh, row) for contender in (reversed(makers) if turned else makers)}
+    maker = {"shoal": shoal_steps, "ddp": ddp_steps, "hf": hf_steps}[contender.split()[0]]
+    block, mine = maker(what, mesh, row)
 
-    def timed(block: Callable[[], float]) -> Callable[[], float]:
-        def run() -> float:
-            dist.barrier()
-            slowest = torch.tensor([block()], dtype=torch.float64)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            return slowest.item()
+    def timed() -> float:
+        dist.barrier()
+        slowest = torch.tensor([block()], dtype=torch.float64)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return slowest.item()
 
-        return run
-
-    contenders = {name: timed(block) for name, (block, _) in built.items()}
-    contenders["shoal again"] = contenders["shoal"]
-    for _ in range(2):
-        for contender in contenders.values():
-            contender()
-    tokens = {}
-    for contender, (_, mine) in built.items():
-        both = torch.tensor([mine], dtype=torch.float64)
-        dist.all_reduce(both)
-        tokens[contender] = both.item()
-    assert len(set(tokens.values())) == 1, "contenders count different tokens as useful"
-    seconds = interleave(contenders, blocks)
-    peak = matmul_peak(mesh.device, row.precision)
+    timed()
+    timed()
+    take_turns(folder, contender, seat.member, timed)
+    tokens = torch.tensor([mine], dtype=torch.float64)
+    dist.all_reduce(tokens)
+    peak = matmul_peak(mesh.device, row.precision) if contender == "shoal" else None
     mesh.close()
-    per_token = {name: [s / tokens["shoal"] for s in column] for name, column in seconds.items()}
-    return {"seconds_per_token": per_token, "peak": peak}
+    return {"tokens": tokens.item(), "peak": peak, "memory": device.memory_peak(mesh.device)}
 
 
 def full_rows(row: Row, mesh: Any) -> tuple[Any, float]:
@@ -305,31 +298,28 @@ def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
     return block, useful * row.steps
 
 
-def measure(name: str, blocks: int) -> dict[str, Any]:
-    from shoal.launch import local
+def measure(name: str, blocks: int, keep: bool = False) -> dict[str, Any]:
+    """keep: whether all contenders keep the memory of freed tensors, not shoal alone."""
     from shoal.models.spec import flops_per_token
 
-    seconds: dict[str, list[float]] = {}
-    peaks, what = [], job(ROWS[name])
-    for turned, part in ((False, blocks - blocks // 2), (True, blocks // 2)):
-        if part:
-            found = local.run(
-                "benchmarks.step:rank_main", {"name": name, "blocks": part, "turned": turned}, 2, threads=1
-            )
-            peaks.append(found["peak"])
-            for contender, column in found["seconds_per_token"].items():
-                seconds.setdefault(contender, []).extend(column)
-    peak = statistics.fmean(peaks) if all(peaks) else None
-    speed = {contender: len(column) / sum(column) for contender, column in seconds.items()}
+    contenders = {
+        contender: {"name": name, "contender": contender, "keep": keep or contender.startswith("shoal")}
+        for contender in ("shoal", "ddp", "hf", "shoal again")
+    }
+    seconds, found = in_turns("benchmarks.step:rank_main", contenders, blocks)
+    useful, peak = found["shoal"]["tokens"], found["shoal"]["peak"]
+    assert all(f["tokens"] == useful for f in found.values()), "contenders count different tokens as useful"
+    speed = {contender: useful * len(column) / sum(column) for contender, column in seconds.items()}
     against_ddp, against_hf = ratio(seconds["ddp"], seconds["shoal"]), ratio(seconds["hf"], seconds["shoal"])
-    row = ROWS[name]
+    row, what = ROWS[name], job(ROWS[name])
     return {
         "row": name, "precision": row.precision, "vocab": row.vocab, "compile": row.compile, "packed": row.packed,
         "shoal": round(speed["shoal"]), "ddp": round(speed["ddp"]), "hf": round(speed["hf"]),
         "ratio_ddp": against_ddp[0], "ratio_hf": against_hf[0],
         "ratio_ddp_low": against_ddp[1], "ratio_hf_low": against_hf[1],
-        "aa": ratio(seconds["shoal again"], seconds["shoal"])[0], "blocks": blocks,
+        "aa": ratio(seconds["shoal again"], seconds["shoal"])[0], "blocks": blocks, "keep": keep,
         "mfu": peak and speed["shoal"] * flops_per_token(what.model, LENGTH) / (2 * peak),
+        "memory": {contender: f["memory"] for contender, f in found.items()},
     }  # fmt: skip
 
 
@@ -337,11 +327,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
     parser.add_argument("--blocks", type=int, default=20, help="paired blocks of each row")
+    parser.add_argument("--keep", action="store_true", help="ddp and hf keep the memory of freed tensors too")
     parser.add_argument("--format", choices=["text", "json"], default="text")
     options = parser.parse_args()
     rows = []
     for name in options.rows.split(","):
-        rows.append(measure(name, options.blocks))
+        rows.append(measure(name, options.blocks, options.keep))
         print(table(rows[-1:]), file=sys.stderr if options.format == "json" else sys.stdout, flush=True)
     if options.format == "json":
         print(json.dumps({"rows": rows}))

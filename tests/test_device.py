@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 
@@ -41,6 +42,41 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
 def test_memory_peak_is_in_bytes_and_sees_an_allocation(ranks):
     ((before, size, after),) = ranks.run("tests.launch.cases:memory_peak", 1)
     assert size <= after < before + size + (64 << 20)
+
+
+FAULTS = """
+import resource, torch
+from shoal import device
+
+def step():  # many live at once, as in forward, and are freed one by one, as in backward
+    tensors = [torch.ones(1_000_000 + 1000 * i) for i in range(24)]
+    while tensors:
+        tensors.pop()
+
+def faults():
+    for _ in range(3):
+        step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), device.keep_memory(torch.device("cpu")), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}])
+def test_the_memory_of_a_step_is_kept_for_the_next_unless_the_user_has_set_the_allocator(chosen):
+    said = subprocess.run([sys.executable, "-c", FAULTS], env=chosen, capture_output=True, text=True, check=True)
+    before, kept, after = said.stdout.split()
+    assert kept == str(not chosen)
+    assert int(before) > 10_000
+    assert int(after) < 100 if kept == "True" else int(after) > 10_000
+
+
+def test_a_gpus_memory_is_its_own_allocators_matter():
+    assert not device.keep_memory(torch.device("cuda", 0))
 
 
 def test_the_cpu_has_a_name():
