@@ -1,15 +1,16 @@
 """Training speed of two workers against the two loops that people would otherwise run.
 
-    python benchmarks/step.py [--rows fp32,bf16,...] [--blocks 20] [--format json]
+    python benchmarks/step.py [--rows fp32,bf16,...] [--blocks 20] [--starts 3] [--keep] [--format json]
 
 shoal: its own step (buckets, chunked loss, own norm and clipping). ddp: the shortest honest loop: the same model in
 DistributedDataParallel, plain cross-entropy, clip_grad_norm_, fused AdamW. hf: transformers' LlamaForCausalLM of the
 same shape in its Trainer. All three get the same tokens, threads, precision and compile setting. Each has two
-processes of its own, and they take turns, block by block; the others sleep meanwhile. (In the same processes, who is
-built first gets other memory, which alone was worth up to 3 %.) shoal's keep the memory of freed tensors, as they do
-in `shoal train`; the others' do what glibc does unless --keep says otherwise. A/A: shoal against shoal in two more
-processes. shoal and ddp are given their batch; the Trainer's own loop collates it from memory, as it always does.
-MFU: of shoal, against the matmul peak of the same processes.
+processes of its own, and they take turns, block by block, while the others sleep. (In the same processes, who is built
+first gets other memory, which alone was worth up to 3 %.) All are started anew a few times, since two starts of one
+program differ too; A/A, shoal against shoal in two more processes, shows by how much. shoal's processes keep the memory
+of freed tensors, as in `shoal train`; the others' do what glibc does, unless --keep says otherwise. shoal and ddp
+are given their batch; the Trainer's own loop collates it from memory, as it always does. MFU: of shoal, against the
+matmul peak of the same processes.
 """
 
 from __future__ import annotations
@@ -298,7 +299,12 @@ def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
     return block, useful * row.steps
 
 
-def measure(name: str, blocks: int, keep: bool = False) -> dict[str, Any]:
+def rotated(contenders: dict[str, Any], by: int) -> dict[str, Any]:
+    names = list(contenders)
+    return {name: contenders[name] for name in names[by % len(names) :] + names[: by % len(names)]}
+
+
+def measure(name: str, blocks: int, starts: int = 1, keep: bool = False) -> dict[str, Any]:
     """keep: whether all contenders keep the memory of freed tensors, not shoal alone."""
     from shoal.models.spec import flops_per_token
 
@@ -306,7 +312,13 @@ def measure(name: str, blocks: int, keep: bool = False) -> dict[str, Any]:
         contender: {"name": name, "contender": contender, "keep": keep or contender.startswith("shoal")}
         for contender in ("shoal", "ddp", "hf", "shoal again")
     }
-    seconds, found = in_turns("benchmarks.step:rank_main", contenders, blocks)
+    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    found: dict[str, dict[str, Any]] = {}
+    for start in range(starts):
+        part = blocks * (start + 1) // starts - blocks * start // starts
+        more, found = in_turns("benchmarks.step:rank_main", rotated(contenders, start), part)
+        for contender, column in more.items():
+            seconds[contender] += column
     useful, peak = found["shoal"]["tokens"], found["shoal"]["peak"]
     assert all(f["tokens"] == useful for f in found.values()), "contenders count different tokens as useful"
     speed = {contender: useful * len(column) / sum(column) for contender, column in seconds.items()}
@@ -317,7 +329,7 @@ def measure(name: str, blocks: int, keep: bool = False) -> dict[str, Any]:
         "shoal": round(speed["shoal"]), "ddp": round(speed["ddp"]), "hf": round(speed["hf"]),
         "ratio_ddp": against_ddp[0], "ratio_hf": against_hf[0],
         "ratio_ddp_low": against_ddp[1], "ratio_hf_low": against_hf[1],
-        "aa": ratio(seconds["shoal again"], seconds["shoal"])[0], "blocks": blocks, "keep": keep,
+        "aa": ratio(seconds["shoal again"], seconds["shoal"])[0], "blocks": blocks, "starts": starts, "keep": keep,
         "mfu": peak and speed["shoal"] * flops_per_token(what.model, LENGTH) / (2 * peak),
         "memory": {contender: f["memory"] for contender, f in found.items()},
     }  # fmt: skip
@@ -327,12 +339,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {','.join(ROWS)}")
     parser.add_argument("--blocks", type=int, default=20, help="paired blocks of each row")
+    parser.add_argument("--starts", type=int, default=3, help="that the blocks are spread over")
     parser.add_argument("--keep", action="store_true", help="ddp and hf keep the memory of freed tensors too")
     parser.add_argument("--format", choices=["text", "json"], default="text")
     options = parser.parse_args()
     rows = []
     for name in options.rows.split(","):
-        rows.append(measure(name, options.blocks, options.keep))
+        rows.append(measure(name, options.blocks, options.starts, options.keep))
         print(table(rows[-1:]), file=sys.stderr if options.format == "json" else sys.stdout, flush=True)
     if options.format == "json":
         print(json.dumps({"rows": rows}))

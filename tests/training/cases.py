@@ -11,6 +11,7 @@ import pickle
 import resource
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,22 @@ def loses_its_helper(seat: Seat, victim: int, at: list[int], **args: Any) -> Any
         return pending
 
     with mock.patch.object(Saver, "save", save):
+        return worker.main(seat, **args)
+
+
+def slow_at_the_end(seat: Seat, **args: Any) -> Any:
+    """Rank 1's helper process stands still for a while when it is given the last save."""
+    real = Saver.save
+
+    def save(self: Saver, state: Any, step: int) -> Pending:
+        pending = real(self, state, step)
+        if seat.member == 1 and step == 8:
+            helper = self._helper.process.pid
+            os.kill(helper, signal.SIGSTOP)
+            threading.Timer(1.5, os.kill, (helper, signal.SIGCONT)).start()
+        return pending
+
+    with mock.patch.object(Saver, "save", save), mock.patch.object(loop, "_SLOW", 0.3):
         return worker.main(seat, **args)
 
 

@@ -78,6 +78,13 @@ def test_full_disk_from_some_moment_on(arguments, tmp_path, capfd):
         subprocess.run(["umount", run], check=True)
 
 
+def test_a_slow_last_save_is_told_and_waited_for(train, tiny, tmp_path):
+    run = tmp_path / "run"
+    train(tiny(run, "replicas=2"), entry="tests.training.cases:slow_at_the_end")
+    assert "the last checkpoint, of step 8, is still being written" in (run / "log.txt").read_text()
+    assert checkpoint.newest(run / "checkpoints", lambda _: None).name == "step-00000008"
+
+
 def test_damaged_checkpoint_on_resume(train, tiny, tmp_path):
     """Newest damaged: its file is named, the one before it is the start, and the end is the same."""
     options = {"train": {"steps": 12}, "checkpoint": {"every": 4, "keep": 4}}

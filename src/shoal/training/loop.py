@@ -27,6 +27,8 @@ from shoal.training.validate import Validation, validate
 GLANCE_TOKENS = 16_384
 # Steps in a row whose update cannot be applied: so many are no bad luck.
 MOST_SKIPPED = 10
+# Seconds of waiting for a save after which the user hears why nothing moves.
+_SLOW = 10.0
 
 
 @dataclass
@@ -166,7 +168,10 @@ class Loop:
     def _in_vain(self) -> bool:
         """Waits for the save that is on its way; whether it failed, of which rank 0's helper knows for all ranks."""
         assert self.saved is not None
-        failed = self.saved.wait() and self.saved.error is not None
+        if not self.saved.wait(_SLOW):
+            self.say(f"the last checkpoint, of step {self.step:,}, is still being written: is the disk slow or full?")
+            self.saved.wait()
+        failed = self.saved.error is not None
         mesh, key = self.parts.mesh, f"in vain: {self.step}"
         if mesh.rank == 0:
             mesh.seat.store.set(key, "yes" if failed else "no")
