@@ -41,7 +41,7 @@ from shoal.job.train import TrainOptions
 @dataclass(frozen=True)
 class Row:
     """One comparison. compile: both torch.compile'd per block (shoal, ddp) or as a whole (hf). packed: documents of
-    mixed length, packed by shoal, padded to the longest by hf (and ddp), counted in useful tokens."""
+    mixed length, packed by shoal's data (also for ddp), padded to the longest by hf, counted in useful tokens."""
 
     precision: str
     vocab: int

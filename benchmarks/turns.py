@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import select
 import tempfile
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from io import FileIO
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 from benchmarks.paired import interleave
@@ -41,30 +42,35 @@ def in_turns(
     """
     with ExitStack() as ending:
         folder = ending.enter_context(tempfile.TemporaryDirectory())
-        threads = ending.enter_context(ThreadPoolExecutor(len(contenders)))
         sides = {name: _Side(folder, name) for name in contenders}
         for name, args in contenders.items():
             # One after the other, so that nobody builds while another compiles.
             pool = ending.enter_context(Pool(_WORLD))
-            sides[name].start(threads.submit(pool.run, entry, _WORLD, timeout=7200, **args, folder=folder))
+            sides[name].start(lambda pool=pool, args=args: pool.run(entry, _WORLD, timeout=7200, **args, folder=folder))
         seconds = interleave({name: side.block for name, side in sides.items()}, blocks)
-        for side in sides.values():
-            side.end()
-        return seconds, {name: side.result()[0] for name, side in sides.items()}
+        return seconds, {name: side.end()[0] for name, side in sides.items()}
 
 
 class _Side:
-    """The driver's ends of one contender's pipes."""
+    """The driver's ends of one contender's pipes, and its run."""
 
     def __init__(self, folder: str, name: str):
         self._name = name
         self._answers = _both_ends(_pipe(folder, name, "answers"))
         self._orders = [_both_ends(_pipe(folder, name, str(rank))) for rank in range(_WORLD)]
+        self._ended: Queue[list[Any] | BaseException] = Queue()
 
-    def start(self, run: Future[list[Any]]) -> None:
+    def start(self, run: Callable[[], list[Any]]) -> None:
         """Returns when it has been built and warmed up; raises what the run raises."""
-        self.result = run.result
-        self._run = run
+
+        def main() -> None:
+            try:
+                self._ended.put(run())
+            except BaseException as error:
+                self._ended.put(error)
+
+        # A daemon: nobody waits for the other contenders when one has failed.
+        threading.Thread(target=main, daemon=True).start()
         for _ in range(_WORLD):
             assert self._answer() == "ready"
 
@@ -73,15 +79,23 @@ class _Side:
             orders.write(b"go\n")
         return float(self._answer())
 
-    def end(self) -> None:
+    def end(self) -> list[Any]:
+        """Lets it end; what its ranks return."""
         for orders in self._orders:
             orders.close()
+        return self._result()
 
     def _answer(self) -> str:
         while not select.select([self._answers], [], [], 1.0)[0]:
-            if self._run.done():
-                raise RuntimeError(f"{self._name} has ended: {self._run.result()}")
+            if not self._ended.empty():
+                raise RuntimeError(f"{self._name} has ended: {self._result()}")
         return self._answers.readline().decode().strip()
+
+    def _result(self) -> list[Any]:
+        ended = self._ended.get()
+        if isinstance(ended, BaseException):
+            raise ended
+        return ended
 
 
 def _both_ends(path: Path) -> FileIO:

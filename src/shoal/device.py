@@ -124,9 +124,11 @@ def keep_memory(where: torch.device) -> bool:
     What a GPU's allocator does anyway. On a CPU, glibc returns every large tensor to the system when it is freed,
     and the next one is made of fresh pages, each of which the kernel zeroes when it is first touched: 33,000 page
     faults in three steps of the benchmark's model, none if memory is kept. The peak is that of a step either way.
-    Allocators other than glibc's, and settings of the user's own (MALLOC_…, GLIBC_TUNABLES), are left alone.
+    Allocators other than glibc's, and what the user has set (MALLOC_…, GLIBC_TUNABLES, LD_PRELOAD), are left alone.
     """
-    chosen = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    chosen = any(name.startswith("MALLOC_") for name in os.environ) or any(
+        "malloc" in os.environ.get(name, "") for name in ("GLIBC_TUNABLES", "LD_PRELOAD")
+    )
     if where.type != "cpu" or chosen:
         return False
     try:

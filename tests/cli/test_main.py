@@ -101,7 +101,9 @@ def test_ctrl_c_is_exit_code_130(monkeypatch, capsys: pytest.CaptureFixture):
 
     verb(monkeypatch, run)
     assert main(["runs"]) == 130
-    assert "Traceback" not in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "interrupted\n")
+    assert main(["runs", "--format", "json"]) == 130
+    assert json.loads(capsys.readouterr().out)["error"]["what"] == "interrupted"
 
 
 def test_a_reader_that_leaves_is_no_error():

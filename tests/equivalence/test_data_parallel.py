@@ -19,6 +19,8 @@ LAYOUTS = [
     "fsdp=2,zero=1,micro_batch=2",
     "fsdp=2,zero=2,micro_batch=2",
     "fsdp=2,zero=3,micro_batch=2",
+    "fsdp=3,zero=1,micro_batch=2",
+    "fsdp=3,zero=2,micro_batch=2",
     "fsdp=3,zero=3",
     "replicas=2,fsdp=2,zero=1,micro_batch=1",
     "replicas=2,fsdp=2,zero=2,micro_batch=1",

@@ -26,7 +26,11 @@ BAD = {
     "from other machines at 0.0.0.0:5": {"link": Link(60e-6, 2 * GIB, ["0.0.0.0:5"])},
     "only 1 GiB of memory": {"memory_available": GIB},
     "only 512 MiB are free": {"disk_free": GIB // 2},
-    "/dev/shm has 64 MiB": {"shared_memory_free": 64 * 2**20},
+    "/dev/shm has 64 MiB": {
+        "shared_memory_free": 64 * 2**20,
+        "computes_on": "gpu",
+        "devices": [Device("a GPU", {"fp32": 1e13})] * 2,
+    },
     "256 open files": {"open_files": 256},
     "one core": {"cores": 1},
     "load 7.5 on 8 cores": {"load": 7.5},

@@ -32,8 +32,8 @@ def test_collected_and_read_again(tmp_path):
 def test_differences_name_what_changes_rounding_and_nothing_else():
     old = collected(1)
     assert environment.differences(old, old | {"time": "later", "command": [], "commit": "x"}) == []
-    new = old | {"threads": 3, "torch": "9.9"}
-    assert environment.differences(old, new) == [f"torch {torch.__version__} → 9.9", "threads 1 → 3"]
+    new = old | {"threads": 3, "torch": "9.9", "ranks": 5}
+    assert environment.differences(old, new) == [f"torch {torch.__version__} → 9.9", "ranks 2 → 5", "threads 1 → 3"]
     assert environment.differences({}, {"host": "a"}) == ["host unknown → a"]
 
 

@@ -102,7 +102,7 @@ def test_charts_hold_the_rows(tmp_path):
         "data": [10.0] * 3,
         "forward": [150.0] * 3,
         "backward": [300.0] * 3,
-        "communication": [20.0] * 3,
+        "communication after backward": [20.0] * 3,
         "optimizer": [20.0] * 3,
     }
 
@@ -115,7 +115,7 @@ def test_text_has_the_figures_and_is_escaped(tmp_path):
         "1.900", "1.600", "gzip -9", "node7", "shoal train",
         "MFU = formula", f"{count(MODEL):,} parameters", "replicas=2", "</script><b>x</b>", "def <main>(",
         "shoal generate", "--resume",
-        "500 ms in the median: data 2 %, forward 30 %, backward 60 %, communication 4 %, optimizer 4 %",
+        "500 ms in the median: data 2 %, forward 30 %, backward 60 %, communication after backward 4 %, optimizer 4 %",
     ):  # fmt: skip
         assert text in shown.text, text
 

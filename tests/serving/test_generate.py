@@ -19,7 +19,7 @@ from shoal.serving import cache
 from shoal.serving.cache import Cache
 from shoal.serving.generate import generate, tokens
 from shoal.serving.load import load
-from shoal.serving.sampler import Sampling
+from shoal.serving.sampler import Sampling, draw
 from shoal.serving.text import PromptTokenizer, Stream, load_tokenizer
 from tests.models import tiny
 
@@ -70,6 +70,24 @@ def test_seed_decides() -> None:
     model = tiny.decoder(tiny.BASE)
     first, again, other = (list(tokens(model, [1, 2], 20, Sampling(), seed)) for seed in (1, 1, 2))
     assert first == again != other
+
+
+def test_a_temperature_near_0_is_greedy_and_logits_that_are_no_numbers_are_refused() -> None:
+    model = tiny.decoder(tiny.BASE)
+    cold, greedy = (list(tokens(model, [1, 2], 20, Sampling(t), seed=0)) for t in (1e-40, 0.0))
+    assert cold == greedy
+    for bad in (torch.nan, torch.inf):
+        logits_BV = torch.tensor([[0.0, bad, 1.0]])
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ModelError, match="not finite"):
+                draw(logits_BV, Sampling(temperature), torch.Generator())
+
+
+def test_a_seed_out_of_range_is_refused(folder: Path) -> None:
+    for seed in (-1, 2**64):
+        with pytest.raises(JobError, match="seed"):
+            generate(folder, "ABC", seed=seed)
+    assert generate(folder, "ABC", max_tokens=2, seed=2**64 - 1)
 
 
 @pytest.fixture(scope="module")

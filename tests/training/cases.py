@@ -72,8 +72,8 @@ class _Broken(torch.autograd.Function):
         return gradient * torch.inf
 
 
-def nonfinite(seat: Seat, what: str, at: int, victim: int, **args: Any) -> dict[str, Any]:
-    """Step `at` (from 1) has a NaN loss with finite gradients, or a finite loss with infinite gradients, in one rank.
+def nonfinite(seat: Seat, what: str, at: list[int], victim: int, **args: Any) -> dict[str, Any]:
+    """Steps `at` (from 1) have a NaN loss with finite gradients, or a finite loss with infinite ones, in one rank.
 
     Returns the digests of weights and optimizer before the first and after every step, and why the run ended.
     """
@@ -90,7 +90,7 @@ def nonfinite(seat: Seat, what: str, at: int, victim: int, **args: Any) -> dict[
     def before(run: Loop) -> None:
         if not digests:
             digests.append(digest(run.parts))
-        now[0] = seat.member == victim and run.step + 1 == at
+        now[0] = seat.member == victim and run.step + 1 in at
 
     def after(run: Loop) -> None:
         now[0] = False

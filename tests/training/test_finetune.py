@@ -73,6 +73,19 @@ def test_first_loss_is_that_of_transformers(ranks, tiny, folder, tmp_path, layou
     assert settled.data.tokenizer == str(folder)
 
 
+def test_goes_on_when_the_folder_it_came_from_is_gone(train, tiny, folder, tmp_path):
+    """The weights are those of the checkpoint; a run from another folder would be another run, and is refused."""
+    gone, run = shutil.copytree(folder, tmp_path / "gone"), tmp_path / "run"
+    train(from_weights(tiny(run, train={"steps": 6}, checkpoint={"every": 3, "keep": 2}), gone))
+    before = metrics.read(run)
+    shutil.rmtree(gone)
+    shutil.rmtree(run / "checkpoints/step-00000006")
+    train(tiny(run), resume=True, finish=True)
+    assert [row["loss"] for row in metrics.read(run)] == [row["loss"] for row in before]
+    assert [row["step"] for row in metrics.read(run)] == [1, 2, 3, 4, 5, 6]
+    assert (run / "model" / "model.safetensors").exists()
+
+
 @pytest.fixture(scope="module")
 def chat(folder, tmp_path_factory):
     """The model with a tokenizer as Llama's: texts begin with another token than they end with, or a turn does."""

@@ -159,6 +159,32 @@ def test_a_run_whose_folder_and_prepared_text_are_both_gone_still_has_its_figure
     assert json.loads((run / "result.json").read_text())["steps"] == 8
 
 
+def test_paths_of_a_run_mean_the_same_wherever_it_is_resumed(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("words and more words\n" * 200)
+    job, given = ready(tiny("run", data={"source": ("a.txt",), "cache": "here"}), None, time.time())
+    monkeypatch.chdir("/")
+    assert (job.data.cache, job.data.source) == (str(tmp_path / "here"), (str(tmp_path / "a.txt"),))
+    assert Path(given["prepared"]).is_dir()
+    _, taken = ready(read(tmp_path / "run/job.toml"), tmp_path / "run", time.time())
+    assert taken["prepared"] == given["prepared"]
+
+
+def test_a_run_is_running_before_its_ranks_are(arguments, tmp_path):
+    """Importing torch and building the mesh take seconds, in which nobody holds the folder."""
+    run = tmp_path / "run"
+    process = shoal(*arguments, "--layout", "replicas=2", "--steps", "3", "--run-dir", str(run))
+    states = set()
+    while process.poll() is None:
+        if (run / "job.toml").is_file():
+            states.add(runs.describe(run).state)
+        time.sleep(0.02)
+    process.communicate()
+    # The last is for the moment between the end of its work and that of its process.
+    assert "running" in states <= {"running", "finished"}
+    assert runs.describe(run).state == "finished"
+
+
 def test_who_resumes_a_run_before_it_is_finished_off_keeps_the_folder(train, tiny, tmp_path, monkeypatch):
     """Between the last step and the report nobody holds the folder; the run has its result in any case."""
     run = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -17,7 +18,7 @@ CASE = "tests.training.cases:nonfinite"
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_stop_leaves_every_rank_as_it_was_and_names_the_step(train, tiny, tmp_path, layout, what):
     job = tiny(tmp_path / "run", layout, train={"steps": 6}, checkpoint={"every": 2})
-    for result in train(job, entry=CASE, what=what, at=4, victim=1):
+    for result in train(job, entry=CASE, what=what, at=[4], victim=1):
         digests = result["digests"]
         assert len(digests) == 1 + 4, "nothing after the step"
         assert len(set(digests[:4])) == 4, "the steps before change all weights"
@@ -33,7 +34,7 @@ def test_stop_leaves_every_rank_as_it_was_and_names_the_step(train, tiny, tmp_pa
 @pytest.mark.parametrize(("layout", "what"), [("replicas=3", "gradient"), ("fsdp=2,zero=2,micro_batch=3", "loss")])
 def test_skip_goes_on_with_finite_steps(train, tiny, tmp_path, layout, what):
     job = tiny(tmp_path / "run", layout, train={"steps": 6, "on_nonfinite": "skip"})
-    for result in train(job, entry=CASE, what=what, at=4, victim=0):
+    for result in train(job, entry=CASE, what=what, at=[4], victim=0):
         assert result["error"] is None
         digests = result["digests"]
         assert digests[4] == digests[3]
@@ -44,6 +45,32 @@ def test_skip_goes_on_with_finite_steps(train, tiny, tmp_path, layout, what):
         fine = all(isinstance(row[name], float) and math.isfinite(row[name]) for name in ("loss", "grad_norm"))
         assert fine == (row["step"] != 4)
     assert "warning: step 4: loss or gradient is not finite" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_ten_in_a_row_end_the_run_whatever_it_skips(train, tiny, tmp_path):
+    job = tiny(tmp_path / "ends", "replicas=2", train={"steps": 30, "on_nonfinite": "skip"})
+    for result in train(job, entry=CASE, what="loss", at=list(range(3, 31)), victim=1):
+        assert result["error"]["where"] == "step 12"
+        assert "10 times in a row" in result["error"]["what"]
+    job = tiny(tmp_path / "goes_on", "replicas=2", train={"steps": 22, "on_nonfinite": "skip"})
+    nine_twice = [*range(3, 12), *range(13, 22)]
+    for result in train(job, entry=CASE, what="loss", at=nine_twice, victim=1):
+        assert result["error"] is None
+    assert len(metrics.read(tmp_path / "goes_on")) == 22
+
+
+def test_weights_that_the_last_update_ruined_have_no_sample_and_the_run_its_result(arguments, tmp_path, capfd):
+    """Its step was finite, and no later one could notice."""
+    run = tmp_path / "run"
+    words = ["--layout", "replicas=2", "--steps", "1", "--optim.lr", "1e30", "--optim.warmup", "0"]
+    assert main([*arguments, *words, "--optim.schedule", "constant", "--run-dir", str(run), "--format", "json"]) == 0
+    out, err = capfd.readouterr()
+    told = json.loads(out.splitlines()[-1])
+    assert (told["steps"], told["val_loss"]) == (1, None)
+    assert "warning: there is no sample: the model's logits are not finite" in err
+    assert "Traceback" not in err
+    assert main(["generate", str(run), "--prompt", "a"]) == 2
+    assert "logits are not finite" in capfd.readouterr().err
 
 
 def test_absurd_learning_rate_ends_the_run_with_exit_code_1(arguments, tmp_path, capfd):

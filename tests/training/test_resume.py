@@ -95,6 +95,21 @@ def test_resumes_in_another_layout(train, tiny, tmp_path, layout):
         torch.testing.assert_close(two[name], one[name], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_resumed_is_bitwise_the_same_in_bf16_and_compiled(train, tiny, tmp_path):
+    """As the quickstart trains."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    options = {"train": {"precision": "bf16", "compile": "on", "steps": 12}, "checkpoint": {"every": 6}}
+    train(tiny(whole, "replicas=3", **options))
+    shutil.copytree(whole, broken)
+    shutil.rmtree(broken / "checkpoints/step-00000012")
+    train(tiny(broken, "replicas=3", **options), resume=True)
+    assert losses(broken) == losses(whole)
+    one, two = (sorted((run / "checkpoints/step-00000012").glob("*.safetensors")) for run in (whole, broken))
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in two]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly)])
 def test_a_signal_saves_and_says_how_to_go_on(arguments, tmp_path, number):
     run = tmp_path / "run"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,25 @@ def test_a_signal_to_torchrun_saves(arguments, tmp_path):
     done = result.read(run)
     assert done is not None
     assert done.stopped_by == "SIGTERM"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+def test_ctrl_c_before_the_first_step_ends_all(arguments, tmp_path):
+    """A terminal sends it to torchrun and its workers alike, here while they measure whether compiling pays."""
+    run = tmp_path / "run"
+    words = ["--minutes", "5", "--train.precision", "auto", "--train.compile", "auto"]
+    process = subprocess.Popen(
+        [*command(), *[w for w in arguments if w not in ("--train.compile", "off")], *words, "--run-dir", str(run)],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = run / "log.txt"
+    until(lambda: log.exists() and "precision fp32" in log.read_text(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)  # nobody holds its output any more: torchrun and workers have ended
+    assert process.returncode != 0
+    assert not losses(run)
+    assert not (run / "result.json").exists()
 
 
 @pytest.mark.parametrize(

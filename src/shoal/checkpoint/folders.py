@@ -64,6 +64,7 @@ def finish(folder: Path, step: int) -> None:
     earlier = [generation for known, generation, _ in _aged(folder.parent) if known == step]
     os.rename(folder, folder.parent / name_of(step, max(earlier, default=-1) + 1))
     sync(folder.parent)
+    sync(folder.parent.parent)  # where the first checkpoint's parent may be new
 
 
 def prune(root: Path, step: int, keep: int, attempt: Attempt) -> None:

@@ -10,7 +10,7 @@ from shoal.cli.answer import Answer
 
 @dataclass(frozen=True)
 class DoctorOptions:
-    """Looks at this machine, for at most 15 seconds: versions, devices, peaks of matrix products, the link
+    """Looks at this machine, for about 15 seconds at most: versions, devices, peaks of matrix products, the link
     between two ranks. Says what is wrong and what to do."""
 
     format: str = "text"

@@ -60,6 +60,7 @@ def main(args: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt as stopped:
         print(str(stopped) or "interrupted", file=sys.stderr)
+        answer.give({"error": {"what": str(stopped) or "interrupted", "where": "", "fix": ""}}, form)
         return 128 + Signals[getattr(stopped, "name", "SIGINT")]
     except BrokenPipeError:
         # The reader (`| head`) has seen enough; Python must not complain again when it flushes at exit.

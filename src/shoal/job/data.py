@@ -33,7 +33,7 @@ class DataOptions:
     """`random`: another permutation each epoch, from the seed; `sequential`: as stored."""
     validation: float = 0.02
     """Share of the files (by bytes) kept for validation; whole files, never trained on. 0 = none.
-    A single file or stream is split by documents instead (JSONL lines, or blocks of lines of large text)."""
+    A single file or stream is split by documents instead (JSONL lines, or blocks of lines)."""
     cache: str = ""
     """Folder of prepared token stores; empty = ~/.cache/shoal (or $XDG_CACHE_HOME/shoal)."""
     workers: int = 0

@@ -43,6 +43,7 @@ def diagnose(budget: float = 15.0) -> Diagnosis:
             )
             return None
 
+    facts.load = attempt("the load", lambda: os.getloadavg()[0])
     with Pool(2) as pool:
         # Their imports take seconds, and go on while we look and import.
         attempt("the start of ranks", pool.start)
@@ -63,7 +64,6 @@ def _look(facts: Diagnosis, attempt: Callable[[str, Callable[[], Any]], Any]) ->
     facts.system = attempt("the system", machine.system)
     facts.cores = attempt("the cores", cores)
     facts.core_limit = attempt("the container's limit", machine.core_limit)
-    facts.load = attempt("the load", lambda: os.getloadavg()[0])
     facts.memory, facts.memory_available = attempt("memory", machine.memory) or (None, None)
     facts.disk_free = attempt("disk space", lambda: shutil.disk_usage(os.getcwd()).free)
     _, facts.shared_memory_free = attempt("shared memory", machine.shared_memory) or (None, None)

@@ -79,9 +79,13 @@ def _finish(run: Path, corpus: Prepared | None, figures: dict[str, Any], say: Ca
         if count(model.options) < _SMALL:
             torch.set_num_threads(1)
         _export(model, run, job)
-        prompt, sample = _sample(model, run, job)
     except (ShoalError, OSError) as error:
         say(f"warning: the trained model was not written to {run / 'model'}: {error}")
+    else:
+        try:
+            prompt, sample = _sample(model, run, job)
+        except (ShoalError, OSError) as error:
+            say(f"warning: there is no sample: {error}")
     outcome = _result(run, job, corpus, figures, prompt, sample)
     for write in (lambda: result.write(run, outcome), lambda: report.write(run, over=True)):
         try:

@@ -21,6 +21,7 @@ from shoal.launch.ranks import Ranks
 from shoal.launch.resume import resumable, way_on
 from shoal.models import config
 from shoal.observe import commands, report
+from shoal.observe.hold import attend
 from shoal.observe.log import speaker
 from shoal.observe.result import Result
 from shoal.training.folder import fill
@@ -60,7 +61,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
             stopped.append(name)
             say(f"{name}: ends after this step, saved (before the first one: at once); once more to kill")
 
-        with _broken_off(folder):
+        with attend(folder), _broken_off(folder):
             figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
             if figures["stopped_by"] and stopped:
                 figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM
@@ -99,9 +100,11 @@ def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: flo
         return ready(fitting, resume, started)[1]
 
     arguments = torchrun.from_rank_0(seat, "ready", prepared)
-    with _broken_off(Path(arguments["folder"])) if seat.member == 0 else contextlib.nullcontext():
-        figures = worker.main(seat, **arguments)
-    return torchrun.from_rank_0(seat, "finished", lambda: finish.main(seat, **_afterwards(arguments, figures)))
+    folder = Path(arguments["folder"])
+    with attend(folder) if seat.member == 0 else contextlib.nullcontext():
+        with _broken_off(folder) if seat.member == 0 else contextlib.nullcontext():
+            figures = worker.main(seat, **arguments)
+        return torchrun.from_rank_0(seat, "finished", lambda: finish.main(seat, **_afterwards(arguments, figures)))
 
 
 def _afterwards(arguments: dict[str, Any], figures: dict[str, Any]) -> dict[str, Any]:
@@ -156,10 +159,10 @@ def _paths(job: Job) -> Job:
     tokenizer = job.data.tokenizer
     if tokenizer not in ("auto", "bpe", "bytes"):
         tokenizer = _absolute(tokenizer)
-    weights = _absolute(job.model.weights) if job.model.weights else ""
+    weights, cache = (_absolute(path) if path else "" for path in (job.model.weights, job.data.cache))
     return replace(
         job,
-        data=replace(job.data, source=source, tokenizer=tokenizer),
+        data=replace(job.data, source=source, tokenizer=tokenizer, cache=cache),
         model=replace(job.model, weights=weights),
     )
 

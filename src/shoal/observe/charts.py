@@ -18,7 +18,7 @@ PARTS = (
     ("data_s", "data", GREY),
     ("forward_s", "forward", BLUE),
     ("backward_s", "backward", SKY),
-    ("communication_s", "communication", ORANGE),
+    ("communication_s", "communication after backward", ORANGE),
     ("optimizer_s", "optimizer", GREEN),
 )
 

@@ -59,7 +59,7 @@ class Diagnosis:
     core_limit: float | None = None
     """Cores' worth of time that the container gets, where it is limited."""
     load: float | None = None
-    """Processes that wanted a core in the last minute, before anything was measured."""
+    """Processes that wanted a core in the last minute, before we began."""
     memory: int | None = None
     memory_available: int | None = None
     disk_free: int | None = None
@@ -150,10 +150,11 @@ def _machine(facts: Diagnosis) -> list[tuple[str, str]]:
                 "remove old runs (`shoal runs` shows their sizes), or train with --run-dir on another disk",
             )
         )
-    if facts.shared_memory_free is not None and facts.shared_memory_free < _LITTLE_SHARED:
+    gpus = facts.computes_on not in (None, "cpu") and len(facts.devices) > 1
+    if gpus and facts.shared_memory_free is not None and facts.shared_memory_free < _LITTLE_SHARED:
         found.append(
             (
-                f"/dev/shm has {size(facts.shared_memory_free)} left, through which checkpoints are written",
+                f"/dev/shm has {size(facts.shared_memory_free)} left, which GPUs of one machine exchange data through",
                 "in Docker: --shm-size=8g; else: mount -o remount,size=8G /dev/shm",
             )
         )

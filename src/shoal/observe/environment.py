@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FILE = "environment.json"
 
 # What may change the order or the rounding of a sum. The name of the host stands for the machine.
-_BITWISE = ("python", "torch", "numpy", "device", "instructions", "threads", "host")
+_BITWISE = ("python", "torch", "numpy", "device", "instructions", "ranks", "threads", "host")
 
 
 def collect(where: torch.device, ranks: int, command: list[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from shoal.checkpoint.folders import sync
+
 
 def replace(path: Path, content: bytes) -> None:
     """Gives a file new content: who reads it, be it after a crash, finds the old or the new. OSError: the old."""
@@ -15,5 +17,6 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
+        sync(path.parent)
     finally:
         fresh.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One process at a time trains in a run folder, and others can see that it does.
+"""One process at a time trains in a run folder, and others can see that it does, or that it is about to.
 
 The kernel releases the lock whatever ends its holder, so there is no stale process number to misread.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,13 +39,37 @@ def hold(folder: Path, patience: float = 5.0) -> Iterator[None]:
         yield
 
 
-def held(folder: Path) -> bool:
-    """Whether some process holds the run folder now."""
+@contextlib.contextmanager
+def attend(folder: Path) -> Iterator[None]:
+    """Lets others see that somebody is at work on this run while nobody holds its folder: the launcher, before its
+    ranks have started and after they have ended. Keeps nobody out."""
+    file = None
+    with contextlib.suppress(OSError):  # no such folder any more, or no locks
+        file = os.open(folder, os.O_RDONLY)
+        fcntl.flock(file, fcntl.LOCK_SH)
     try:
-        with (folder / FILE).open("rb") as file:
-            return not _lock(file.fileno(), fcntl.LOCK_SH)
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+def held(folder: Path) -> bool:
+    """Whether some process holds the run folder, or attends to it, now."""
+    return _taken(folder / FILE, fcntl.LOCK_SH) or _taken(folder, fcntl.LOCK_EX)
+
+
+def _taken(path: Path, kind: int) -> bool:
+    try:
+        file = os.open(path, os.O_RDONLY)
     except OSError:
         return False
+    try:
+        return not _lock(file, kind)
+    except OSError:  # a network's file system may refuse this kind for a folder
+        return False
+    finally:
+        os.close(file)
 
 
 def _lock(file: int, kind: int) -> bool:

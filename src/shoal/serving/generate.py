@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from shoal.errors import ModelError
-from shoal.job.check import at_least
+from shoal.job.check import at_least, require
 from shoal.models.decoder import Decoder
 from shoal.serving.cache import Cache
 from shoal.serving.load import home_of, load
@@ -44,6 +44,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     sampling.validate()
     at_least("max_tokens", max_tokens, 1)
+    require(0 <= seed < 2**64, f"seed={seed} is not in [0, 2**64)", "any other number")
     if tokenizer is None:
         if isinstance(model, Decoder):
             raise ModelError("a model alone has no tokenizer", fix="give tokenizer=folder, or the folder as model")

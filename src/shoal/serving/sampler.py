@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.errors import ModelError
 from shoal.job.check import at_least, require
 
 
@@ -37,7 +38,9 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     logits_BV = logits_BV.float()
     if sampling.temperature == 0:
         return torch.zeros_like(logits_BV).scatter_(-1, logits_BV.argmax(-1, keepdim=True), 1.0)
-    sorted_BV, tokens_BV = (logits_BV / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    # Relative to the largest, so that no temperature makes them infinite.
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / sampling.temperature
+    sorted_BV, tokens_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
     if sampling.top_k:
         sorted_BV[:, sampling.top_k :] = -torch.inf
     chance_BV = sorted_BV.softmax(-1)
@@ -50,6 +53,13 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def draw(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """The next token of each row, (B,) int64. generator: on the CPU, so that every device draws alike."""
+    """The next token of each row, (B,) int64. generator: on the CPU, so that every device draws alike.
+
+    Raises ModelError where the logits are not finite.
+    """
+    if not logits_BV.isfinite().all():
+        raise ModelError(
+            "the model's logits are not finite", fix="its training diverged: take an earlier checkpoint, or train anew"
+        )
     chance_BV = probabilities(logits_BV, sampling).cpu()
     return torch.multinomial(chance_BV, 1, generator=generator)[:, 0].to(logits_BV.device)

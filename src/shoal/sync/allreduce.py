@@ -82,7 +82,9 @@ class AllReduce:
         waited = time.perf_counter() - start
         squares = sum_of_squares(self.replica.collect())
         if self.mesh.layout.fsdp > 1:
+            start = time.perf_counter()
             self.mesh.wait(dist.all_reduce(squares, group=self.mesh.fsdp.get_group(), async_op=True))
+            waited += time.perf_counter() - start
         norm = math.sqrt(squares.item()) / weight if weight else math.nan
         finite = math.isfinite(norm) and math.isfinite(loss_sum)
         lr = 0.0

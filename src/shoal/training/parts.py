@@ -37,8 +37,11 @@ class Parts:
     objective: Objective
 
 
-def assemble(job: Job, mesh: Mesh) -> Parts:
-    """Builds the model on meta, cuts it, gives it memory and its first weights. `job` has no `auto` left."""
+def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
+    """Builds the model on meta, cuts it, gives it memory and its first weights. `job` has no `auto` left.
+
+    fresh: False where a checkpoint replaces all weights. A folder that they once came from need not exist any more.
+    """
     with torch.device("meta"):
         model = build(job.model).to(stored(job.train.precision))
     blocks = list(model.blocks)
@@ -51,7 +54,8 @@ def assemble(job: Job, mesh: Mesh) -> Parts:
     replica: Replica[Batch] = Replica(
         model, blocks, mesh, compute=compute(job.train.precision), bucket_bytes=bucket_bytes
     )
-    first_weights(replica, job)
+    if fresh:
+        first_weights(replica, job)
     update = Update(replica.shards(), job.optim, job.train.steps)
     sync = SYNCS[job.sync.name](mesh, job.optim.clip)
     sync.attach(replica, update)

@@ -56,7 +56,8 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = _validation(corpus, given)
         length = None if given.train.steps else _length(given, validation, started)
-        parts = _parts(given, ranks, training, length, show.say)
+        chosen = _chosen(run, seat, ranks, show.say)
+        parts = _parts(given, ranks, training, length, show.say, fresh=not chosen)
 
         def changed(job: Job) -> None:
             show.lengthen(job.train.steps)
@@ -67,7 +68,8 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
                     folders.write_job(run, job)
 
         loop = Loop(parts, training, validation, saver, stop, show.step, show.say, length, changed)
-        _resume(loop, run, seat, ranks)
+        if chosen:
+            _go_on(loop, run, Path(chosen))
         if ranks.rank == 0:
             with _keeping_the_old(show.say):
                 folders.fill(run, parts.job, corpus)
@@ -115,8 +117,10 @@ def _length(job: Job, validation: Loader | None, started: float) -> Length:
     return Length(started + 60 * job.train.minutes - _AFTERWARDS, glance, final)
 
 
-def _parts(job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None]) -> Parts:
-    """Model, optimizer and sync, with every `auto` of the job resolved on the way."""
+def _parts(
+    job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None], fresh: bool
+) -> Parts:
+    """Model, optimizer and sync, with every `auto` of the job resolved on the way. fresh: as for `assemble`."""
     batch = on_device(training.batch(0, ranks.rank, ranks.world), ranks.device)
     batches = micro_batches(batch, ranks.layout.micro_batch)
     job = settle(job, ranks, batches, say)
@@ -127,15 +131,12 @@ def _parts(job: Job, ranks: Mesh, training: Loader, length: Length | None, say: 
         if steps < 1:
             say("warning: the start alone took that long; one step is trained. Ask for more minutes, or for steps")
         job = replace_train(job, steps=max(1, steps))
-    return assemble(cadences(job), ranks)
+    return assemble(cadences(job), ranks, fresh)
 
 
-def _resume(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> None:
-    """Fills weights, optimizer and sync from the newest undamaged checkpoint. Rank 0 chooses for all."""
-    chosen = _chosen(loop, run, seat, ranks)
-    if not chosen:
-        return
-    loop.load(Path(chosen))
+def _go_on(loop: Loop, run: Path, chosen: Path) -> None:
+    """Fills weights, optimizer and sync from this checkpoint."""
+    loop.load(chosen)
     loop.say(f"goes on from {chosen}: step {loop.step:,}, sample {loop.position:,}")
     job, before = loop.parts.job, read(run / "job.toml")
     if loop.step > job.train.steps:
@@ -152,11 +153,11 @@ def _resume(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> None:
             loop.say(f"the schedule is now that of {job.train.steps:,} steps: learning rate {old:.2e} → {new:.2e}")
 
 
-def _chosen(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> str:
-    """What rank 0 found, or its error, in every rank."""
+def _chosen(run: Path, seat: Seat, ranks: Mesh, say: Callable[[str], None]) -> str:
+    """The newest undamaged checkpoint, empty if there is none. What rank 0 found, or its error, in every rank."""
     if ranks.rank == 0:
         try:
-            found = {"path": str(_newest(run, loop) or "")}
+            found = {"path": str(_newest(run, say) or "")}
         except CheckpointError as error:
             found = {"what": error.what, "where": error.where, "fix": error.fix}
         seat.store.set("checkpoint", msgspec.json.encode(found).decode())
@@ -167,10 +168,10 @@ def _chosen(loop: Loop, run: Path, seat: Seat, ranks: Mesh) -> str:
     return told["path"]
 
 
-def _newest(run: Path, loop: Loop) -> Path | None:
+def _newest(run: Path, say: Callable[[str], None]) -> Path | None:
     """Where to go on from; None at the start. CheckpointError where all that was saved is damaged."""
     saved = run / "checkpoints"
-    newest = checkpoint.newest(saved, loop.say)
+    newest = checkpoint.newest(saved, say)
     if newest is None and checkpoint.complete(saved):
         raise CheckpointError(
             "every checkpoint of this run is damaged; nothing was changed",
@@ -178,7 +179,7 @@ def _newest(run: Path, loop: Loop) -> Path | None:
             fix="restore one from a copy of the folder, or begin a new run",
         )
     if newest is None and metrics.read(run):
-        loop.say("this run has no checkpoint yet: it begins again at step 0")
+        say("this run has no checkpoint yet: it begins again at step 0")
     return newest
 
 
