@@ -66,7 +66,7 @@ print(faults(), device.keep_memory(torch.device("cpu")), faults())
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are left alone")
-@pytest.mark.parametrize("chosen", [{}, {"MALLOC_ARENA_MAX": "2"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=2"}])
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_ARENA_MAX": "2"}, {"LD_PRELOAD": "libjemalloc.so.2"}])
 def test_the_memory_of_a_step_is_kept_for_the_next_unless_the_user_has_set_the_allocator(chosen):
     said = subprocess.run([sys.executable, "-c", FAULTS], env=chosen, capture_output=True, text=True, check=True)
     before, kept, after = said.stdout.split()
