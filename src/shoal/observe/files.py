@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -17,6 +18,7 @@ def replace(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)
-        sync(path.parent)
+        with contextlib.suppress(OSError):  # the new content is there; not every file system can do this
+            sync(path.parent)
     finally:
         fresh.unlink(missing_ok=True)
