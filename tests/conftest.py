@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from shoal.launch.pool import Pool
+
+# No test asserts on speed, on whatever machine: hypothesis would, 200 ms an example.
+hypothesis.settings.register_profile("shoal", deadline=None)
+hypothesis.settings.load_profile("shoal")
 
 
 @pytest.fixture(scope="session")

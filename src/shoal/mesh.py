@@ -14,15 +14,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
 from shoal import device
 from shoal.connections import Connections
-from shoal.job.layout import Layout
+from shoal.job.layout import AXES, Layout
 
 # How often one who waits for others looks whether they are still there; and seconds that an operation may still take
 # after a connection has ended: its peer may have closed in good order, with the last bytes on their way.
 _GLANCE, _PATIENCE = timedelta(seconds=0.25), 1.0
+
+# Sets of axes along which ranks talk.
+_TALKING = (("replicas",), ("pipeline",), ("fsdp", "context"), ("context",), ("tensor",), AXES[1:])
 
 
 @dataclass(frozen=True)
@@ -64,28 +66,54 @@ class Mesh:
                 world_size=layout.world,
                 timeout=timedelta(seconds=timeout),
             )
-            # The whole rank grid in one expression: neighbouring ranks share a replica.
-            grid_RF = torch.arange(layout.world).view(layout.replicas, layout.fsdp)
-            self.grid = DeviceMesh(self.device.type, grid_RF, mesh_dim_names=("replicas", "fsdp"))
+            # The whole rank grid in one expression: neighbours share what is sent most, matrices and sequences.
+            self.grid = torch.arange(layout.world).view([getattr(layout, axis) for axis in AXES])
+            place = (self.grid == self.rank).nonzero()[0].tolist()
+            self.replica, self.stage, self.fsdp, self.context, self.tensor = place
+            self._groups = {axes: self._make(axes) for axes in map(self._wide, _TALKING) if axes}
         self._open = True
+
+    def _wide(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of the axes that have more than one rank."""
+        return tuple(axis for axis in axes if getattr(self.layout, axis) > 1)
+
+    def _make(self, axes: tuple[str, ...]) -> dist.ProcessGroup:
+        """This rank's group, of those that each set of ranks makes which differ along `axes` only."""
+        along = [AXES.index(axis) for axis in axes]
+        others = [i for i in range(len(AXES)) if i not in along]
+        ranks_GN = self.grid.permute(*others, *along).flatten(0, len(others) - 1).flatten(1)
+        if len(ranks_GN) == 1:
+            return self.everyone
+        mine, _ = dist.new_subgroups_by_enumeration(ranks_GN.tolist(), timeout=timedelta(seconds=self.timeout))
+        return mine
 
     @property
     def world(self) -> int:
         return self.layout.world
 
     @property
-    def fsdp(self) -> DeviceMesh:
-        """The ranks that share this rank's replica."""
-        return self.grid["fsdp"]
+    def reader(self) -> int:
+        """Which of the `layout.readers` parts of the global batch this rank reads."""
+        return self.replica * self.layout.fsdp + self.fsdp
 
-    @property
-    def replica(self) -> int:
-        return self.rank // self.layout.fsdp
+    def group(self, *axes: str) -> dist.ProcessGroup:
+        """The ranks that differ from this one along these axes only; there must be more than one."""
+        return self._groups[self._wide(axes)]
 
     @property
     def across_replicas(self) -> dist.ProcessGroup:
         """The ranks that hold the same piece in every replica."""
-        return self.grid.get_group("replicas")
+        return self.group("replicas")
+
+    @property
+    def within_replica(self) -> dist.ProcessGroup:
+        """The ranks that hold this rank's replica."""
+        return self.group(*AXES[1:])
+
+    @property
+    def sharers(self) -> dist.ProcessGroup:
+        """The ranks over which `zero` spreads this rank's parameters."""
+        return self.group("fsdp", "context")
 
     @property
     def everyone(self) -> dist.ProcessGroup:
@@ -127,7 +155,7 @@ class Mesh:
 
         Never waits: an operation that hangs on a lost rank ends by its timeout, in the background.
         """
-        groups = [self.across_replicas, self.fsdp.get_group(), self.everyone]
+        groups = [*{id(group): group for group in (*self._groups.values(), self.everyone)}.values()]
         for group in groups:
             group.abort()
         self._connections.sever()

@@ -16,6 +16,8 @@ class Shard:
     global_shape: of the whole tensor. offsets: where `local` starts in it, one integer a dimension.
     local: the values held here, any dtype; may be empty (zero rows) where the rank holds nothing.
     grad: gradient of `local`, or None. owner: False where another rank is the one that saves the same piece.
+    counted: False where another rank of the same replica, or another stage of this rank, holds the same piece and
+    counts it in the gradient's norm.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Shard:
     local: torch.Tensor
     grad: torch.Tensor | None = None
     owner: bool = True
+    counted: bool = True
 
     @property
     def whole(self) -> bool:

@@ -1,4 +1,4 @@
-"""Known ways to get data parallelism wrong, planted one at a time: the equivalence suite must see each."""
+"""Known ways to get layouts wrong, planted one at a time: the equivalence suite must see each."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def run(seat: meshes.Seat, bug: str, layout: str, steps: int, order: int = 0, **
 def plant(parts: Parts, bug: str) -> None:
     """Only in these objects, which end with the run: the ranks' processes are used again."""
     objective, sync, replica = parts.objective, parts.sync, parts.replica
-    sharded = replica._sharded
+    sharded = replica._sharded[0] if replica._sharded else None
     if bug == "mean":  # of each micro-batch's tokens
 
-        def mean(module, batch):
-            loss_sum, weight = objective(module, batch)
+        def mean(module, batch, hidden=None):
+            loss_sum, weight = objective(module, batch, hidden)
             return loss_sum / weight, weight / weight
 
         parts.objective = mean
@@ -108,6 +108,79 @@ def plant(parts: Parts, bug: str) -> None:
     elif bug == "own norm":  # not summed over the ranks of a replica
         sync.mesh = copy.copy(parts.mesh)
         sync.mesh.layout = replace(parts.mesh.layout, fsdp=1)
+    else:
+        plant_within_replica(parts, bug)
+
+
+def plant_within_replica(parts: Parts, bug: str) -> None:
+    """Of tensor, pipeline and context parallelism."""
+    objective, replica = parts.objective, parts.replica
+    context, tensors, pipeline = objective.context, objective.tensors, replica.pipeline
+    if bug == "micro-batches averaged":  # torch's default
+        assert pipeline is not None
+        made = pipeline._schedule
+
+        def averaging(*args):
+            schedule, stages = made(*args)
+            schedule.scale_grads = True
+            return schedule, stages
+
+        pipeline._schedule = averaging
+    elif bug == "times the tensor degree":  # as if every rank's copy of the loss were another one
+
+        def scaled(module, batch, hidden=None):
+            loss_sum, weight = objective(module, batch, hidden)
+            loss_sum.register_hook(lambda gradient: gradient * parts.mesh.layout.tensor)
+            return loss_sum, weight
+
+        parts.objective = scaled
+    elif bug in ("norm weight not summed", "key heads not summed"):
+        everywhere = bug == "norm weight not summed"
+        replica._described = [
+            (shard, replace(cut, summed=cut.summed and cut.everywhere != everywhere))
+            for shard, cut in replica._described
+        ]
+    elif bug in ("key heads counted twice", "tied gradient counted twice"):
+        which = "k_proj" if bug.startswith("key") else "embed_tokens"
+        for shard in replica.shards():
+            shard.counted |= which in shard.name
+    elif bug == "tied gradient added twice":
+        once = replica._sum_shared
+        replica._sum_shared = lambda pipeline: (once(pipeline), once(pipeline))
+    elif bug == "ring off by one block":
+        assert context is not None
+        attend = context.attend
+
+        def off(document_BL):
+            right = attend(document_BL)(0)
+
+            def wrong(q, k, v):
+                block = k.shape[1] // 2
+                return right(q, k.roll(block, 1), v.roll(block, 1))
+
+            return lambda layer: wrong
+
+        context.attend = off
+    elif bug in ("labels shifted on each rank", "positions of a whole row"):
+        mine = objective._mine
+
+        def local(batch):
+            part = mine(batch)
+            if bug == "labels shifted on each rank":
+                return replace(part, labels_BL=part.tokens_BL.roll(-1, 1))
+            return replace(part, position_BL=batch.position_BL[:, : part.tokens_BL.shape[1]])
+
+        objective._mine = local
+    elif bug == "dropout by rank":
+        objective.seed += parts.mesh.rank
+    elif bug == "dropout by local positions":
+        objective.tensors = copy.copy(tensors)
+        objective.tensors.part_of_sequence = lambda place_L: torch.arange(len(place_L) // tensors.ranks)
+    elif bug == "words not combined":
+        tensors._combine = lambda sums: sums
+    elif bug == "sequence gathered in another order":
+        gather = tensors.whole_sequence
+        tensors.whole_sequence = lambda hidden_BlD: gather(hidden_BlD).roll(hidden_BlD.shape[1], 1)
     else:
         raise AssertionError(bug)
 

@@ -19,6 +19,7 @@ from shoal.job.train import TrainOptions
 from shoal.models import build
 from shoal.models.spec import parameters
 from shoal.ops.attention import document_attend
+from shoal.ops.dropout import Dropout
 from shoal.ops.initialise import initialise_
 from shoal.optim.schedule import learning_rate
 from shoal.training.feed import micro_batches
@@ -33,18 +34,32 @@ MODEL = ModelOptions(
 )  # fmt: skip
 
 
+# Sizes that every axis can share; with tensor=4 key heads lie on two ranks each, vocabulary and features unevenly.
+EVEN = replace(MODEL, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+
+
 def job(
-    layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True, layers: int = 3,
-    clip: float = 0.5, compile: str = "off",
+    layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True, layers: int = 0,
+    clip: float = 0.5, compile: str = "off", model: str = "odd", dropout: float = 0.0,
 ) -> Job:  # fmt: skip
+    """model: odd or even. layers: 0 = as many as it has."""
+    options = replace({"odd": MODEL, "even": EVEN}[model], tie_word_embeddings=tied)
+    if layers:
+        options = replace(options, num_hidden_layers=layers)
     lr = 1e-2 if optimizer == "adamw" else 0.3
     return Job(
         layout=Layout.parse(layout),
-        model=replace(MODEL, tie_word_embeddings=tied, num_hidden_layers=layers),
+        model=options,
         data=DataOptions(sequence_length=LENGTH),
         optim=OptimOptions(name=optimizer, lr=lr, schedule="wsd", warmup=0.1, decay=0.3, clip=clip),
         train=TrainOptions(
-            steps=steps, global_batch=GLOBAL_BATCH, precision=precision, compile=compile, loss_chunk=17, seed=5
+            steps=steps,
+            global_batch=GLOBAL_BATCH,
+            precision=precision,
+            compile=compile,
+            loss_chunk=17,
+            seed=5,
+            dropout=dropout,
         ),
         # Buckets of a few kilobytes, so that there are several.
         sync=SyncOptions(bucket_mib=0.01),
@@ -81,15 +96,17 @@ def global_batch(step: int, order: int = 0) -> Batch:
 
 def rank_batches(parts: Parts, step: int, order: int) -> list[Batch]:
     batch, mesh = global_batch(step, order), parts.mesh
-    part = GLOBAL_BATCH // mesh.world
-    mine = micro_batches(batch, part)[mesh.rank]
+    part = GLOBAL_BATCH // mesh.layout.readers
+    mine = micro_batches(batch, part)[mesh.reader]
     return micro_batches(mine, mesh.layout.micro_batch)
 
 
 def take_steps(parts: Parts, steps: int, order: int = 0) -> dict[str, Any]:
-    """Runs the steps; losses and norms of each, this rank's pieces of the first gradient and of the last weights."""
-    losses, norms, gradients = [], [], {}
+    """Runs the steps; losses and norms of each, and this rank's pieces of the first gradient and of the last weights:
+    (name, offsets, values)."""
+    losses, norms, gradients = [], [], []
     for step in range(steps):
+        parts.objective.step = step
         parts.sync.begin(step)
         tally = parts.replica.gradients(rank_batches(parts, step, order), parts.objective)
         applied = parts.sync.end(tally)
@@ -97,10 +114,10 @@ def take_steps(parts: Parts, steps: int, order: int = 0) -> dict[str, Any]:
         losses.append(applied.loss_sum / applied.weight)
         norms.append(applied.grad_norm)
         if step == 0:
-            gradients = {s.name: s.grad.tolist() for s in parts.replica.shards() if s.grad is not None}
-    weights = {s.name: s.local.tolist() for s in parts.replica.shards()}
-    offsets = {s.name: s.offsets[0] for s in parts.replica.shards()}
-    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "offsets": offsets}
+            shards = parts.replica.shards()
+            gradients = [(s.name, s.offsets, s.grad.tolist()) for s in shards if s.grad is not None]
+    weights = [(s.name, s.offsets, s.local.tolist()) for s in parts.replica.shards()]
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
 def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: Any) -> dict[str, Any]:
@@ -135,7 +152,8 @@ def reference(steps: int, **options: Any) -> dict[str, Any]:
     for step in range(steps):
         batch = global_batch(step)
         model.zero_grad()
-        logits_BLV = model(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL))
+        drop = Dropout(what.train.dropout, what.train.seed, step, batch.sample_B, torch.arange(LENGTH))
+        logits_BLV = model(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL), drop=drop)
         nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(
             batch.weight_BL
         )
@@ -162,26 +180,28 @@ def gradient_errors(results: list[dict[str, Any]], expected: dict[str, torch.Ten
     """Per parameter: how far the worst rank's piece is from its place in the gradient, relative to the whole norm."""
     errors: dict[str, float] = {}
     for result in results:
-        for name, values in result["gradients"].items():
+        for name, offsets, values in result["gradients"]:
             piece, like = torch.tensor(values, dtype=torch.float64), expected[name]
             if piece.numel():
-                start = result["offsets"][name]
-                difference = (piece - like[start : start + piece.shape[0]]).norm() / like.norm()
+                difference = (piece - like[place(offsets, piece)]).norm() / like.norm()
                 errors[name] = max(errors.get(name, 0.0), difference.item())
     assert errors.keys() == expected.keys(), "no rank holds a piece of some parameter"
     return errors
 
 
+def place(offsets: list[int], piece: torch.Tensor) -> tuple[slice, ...]:
+    return tuple(slice(start, start + n) for start, n in zip(offsets, piece.shape, strict=True))
+
+
 def whole(results: list[dict[str, Any]], what: str, name: str, like: torch.Tensor) -> torch.Tensor:
-    """The tensor that the ranks' pieces make up; every rank must agree where they overlap."""
+    """The tensor that the ranks' pieces make up; every rank must agree, to the last bit, where they overlap."""
     out = torch.full_like(like, float("nan"))
     for result in results:
-        piece = torch.tensor(result[what][name], dtype=like.dtype)
-        if piece.numel() == 0:
-            continue
-        start = result["offsets"][name]
-        place = out[start : start + piece.shape[0]]
-        assert torch.all(torch.isnan(place) | (place == piece)), f"replicas differ in {what} of {name}"
-        place.copy_(piece)
+        for known, offsets, values in result[what]:
+            piece = torch.tensor(values, dtype=like.dtype)
+            if known == name and piece.numel():
+                there = out[place(offsets, piece)]
+                assert torch.all(torch.isnan(there) | (there == piece)), f"ranks differ in {what} of {name}"
+                there.copy_(piece)
     assert not out.isnan().any(), f"no rank holds all of {name}"
     return out

@@ -111,7 +111,7 @@ def gradient_floor(ranks, precision: str) -> tuple[dict[str, torch.Tensor], dict
             "tests.equivalence.bugs:run", 1, bug="", layout=layout, steps=1, precision=precision, order=order
         )
 
-    base = {n: torch.tensor(g, dtype=torch.float64) for n, g in one("replicas=1", 0)[0]["gradients"].items()}
+    base = {n: torch.tensor(g, dtype=torch.float64) for n, _, g in one("replicas=1", 0)[0]["gradients"]}
     reordered = [one("replicas=1", 1), one("replicas=1,micro_batch=4", 2), one("replicas=1,micro_batch=1", 3)]
     errors = [cases.gradient_errors(results, base) for results in reordered]
     floor = {name: max(row[name] for row in errors) for name in base}

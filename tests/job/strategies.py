@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 from hypothesis import strategies as st
 
 from shoal.job import Job, Layout
+from shoal.job.layout import SCHEDULES
 
 
 def values(kind: Any) -> st.SearchStrategy[Any]:
@@ -30,10 +31,19 @@ layouts = st.builds(
     Layout,
     replicas=st.integers(1, 1000),
     fsdp=st.integers(1, 1000),
+    context=st.integers(1, 1000),
+    tensor=st.integers(1, 1000),
+    context_by=st.sampled_from(["ring", "ulysses"]),
     zero=st.sampled_from([1, 2, 3]),
     micro_batch=st.integers(0, 64),
     recompute=st.sampled_from(["none", "block"]),
-)
+    schedule=st.sampled_from(sorted(SCHEDULES)),
+) | st.builds(
+    Layout,
+    pipeline=st.integers(2, 9),
+    micro_batch=st.integers(0, 64),
+    schedule=st.sampled_from(["gpipe", "1f1b"]),
+).map(lambda layout: replace(layout, stages="+".join(str(n + 1) for n in range(layout.pipeline))))
 
 
 def parts(kind: type) -> st.SearchStrategy[Any]:

@@ -16,7 +16,7 @@ from shoal.errors import JobError
 from shoal.job import Job, Layout, read, write
 from shoal.job.check import fit, nearest, similar
 from shoal.job.data import DataOptions
-from shoal.job.job import check_batch
+from shoal.job.fits import check_batch
 from shoal.job.model import ModelOptions
 from shoal.job.optim import OptimOptions
 from shoal.job.toml import parse

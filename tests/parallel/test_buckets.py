@@ -22,10 +22,10 @@ def test_every_gradient_goes_out_once_in_the_order_of_the_plan(sizes, order, unu
         sent.clear()
         for p in parameters:
             p.grad = None
-        # An earlier micro-batch accumulates without sending.
-        sum((parameters[i] * (i + 1)).sum() for i in used).backward()
-        assert not sent
-        with buckets.last_backward():
+        with buckets.backwards(2):
+            # The earlier micro-batch accumulates without sending.
+            sum((parameters[i] * (i + 1)).sum() for i in used).backward()
+            assert not sent
             for i in used:
                 (parameters[i] * 10).sum().backward()
         assert [t.data_ptr() for t in sent] == [b.flat.data_ptr() for b in buckets.buckets]
@@ -40,7 +40,7 @@ def test_every_gradient_goes_out_once_in_the_order_of_the_plan(sizes, order, unu
 def test_gradients_are_views_of_the_buckets_so_a_reduction_in_place_is_seen():
     parameters = [Parameter(torch.ones(3)), Parameter(torch.ones(2))]
     buckets = Buckets(parameters, 1 << 20, lambda flat: flat.mul_(2))
-    with buckets.last_backward():
+    with buckets.backwards(1):
         (parameters[0].sum() + 3 * parameters[1].sum()).backward()
     assert parameters[0].grad.tolist() == [2.0] * 3
     assert parameters[1].grad.tolist() == [6.0] * 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from shoal.checkpoint import manifest
+from shoal.checkpoint.blocks import BLOCK, ITEM_BYTES, Box, read, split
+from shoal.checkpoint.contents import model_tensors
 from shoal.checkpoint.health import verify
-from shoal.checkpoint.manifest import Manifest, Tensor, intersect
+from shoal.checkpoint.manifest import Manifest, Piece, Tensor, intersect
 from shoal.checkpoint.pack import DTYPES
 from shoal.errors import CheckpointError
 from shoal.shard import Shard
@@ -22,16 +24,23 @@ _OTHER_MODEL = "was it saved by another model or optimizer? Use the job.toml of 
 def load(folder: Path, wanted: Iterable[Shard], *, verified: bool = False) -> dict[str, Any]:
     """Fills each shard's `local` in place, on its device, and returns the saved values.
 
-    Whatever cut of the tensors was saved, only the bytes that are needed are read. Floating-point types
-    convert into each other; all others must be equal. verified: `newest` has just computed the checksums, so
+    Whatever cut of the tensors was saved, only the bytes that are needed are read, through a buffer of 1 MiB.
+    Floating-point types convert into each other; all others must be equal. State of a tensor that is not in a
+    checkpoint from before the first update stays as it is. verified: `newest` has just computed the checksums, so
     they are not computed again. Raises CheckpointError that names file and tensor if anything is damaged,
     missing, or of another shape or kind.
     """
-    what = _trusted(folder, verified)
-    files = _Files(folder)
+    what, buffer = _trusted(folder, verified), memoryview(bytearray(BLOCK))
     for shard in wanted:
-        _fill(shard, what.tensors.get(shard.name), files)
+        if not _untouched(shard.name, what):
+            _fill(shard, what.tensors.get(shard.name), folder, buffer)
     return what.values
+
+
+def _untouched(name: str, what: Manifest) -> bool:
+    """Whether it is state that no update has made yet, and that was therefore not saved: of imported weights."""
+    before = what.values.get("update") == {"updates": 0}
+    return before and name not in what.tensors and name.partition(".")[2] in what.tensors
 
 
 def tensors(
@@ -42,18 +51,12 @@ def tensors(
     Default: the model's, that is none which is state of another (as `exp_avg.norm.weight` of `norm.weight`).
     Raises CheckpointError as `load` does.
     """
-    what = _trusted(folder, verified)
-    files = _Files(folder)
+    what, buffer = _trusted(folder, verified), memoryview(bytearray(BLOCK))
     for name in model_tensors(what) if names is None else names:
         known = what.tensors.get(name, Tensor("F32", (), []))
         whole = torch.empty(known.shape, dtype=DTYPES[known.dtype])
-        _fill(Shard(name, known.shape, (0,) * whole.ndim, whole), what.tensors.get(name), files)
+        _fill(Shard(name, known.shape, (0,) * whole.ndim, whole), what.tensors.get(name), folder, buffer)
         yield name, whole
-
-
-def model_tensors(what: Manifest) -> list[str]:
-    """Names of the tensors that are not the state of another one, in the order in which they were saved."""
-    return [name for name in what.tensors if name.partition(".")[2] not in what.tensors]
 
 
 def _trusted(folder: Path, verified: bool) -> Manifest:
@@ -62,46 +65,27 @@ def _trusted(folder: Path, verified: bool) -> Manifest:
     return manifest.read(folder)
 
 
-class _Files(dict[str, torch.Tensor]):
-    """File name -> its bytes. A file is mapped, not read, when it is first asked for."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.folder = folder
-
-    def __missing__(self, name: str) -> torch.Tensor:
-        try:
-            with open(self.folder / name, "rb") as file:
-                # Copy on write, because torch knows no read-only tensors; nothing is written.
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"cannot be read: {error}", where=str(self.folder / name), fix=manifest.ANOTHER
-            ) from None
-        self[name] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return self[name]
+def _fill(shard: Shard, known: Tensor | None, folder: Path, buffer: memoryview) -> None:
+    """Copies what each saved piece shares with the shard."""
+    known = _fitting(shard, known, folder)
+    for piece in known.pieces:
+        common = intersect(piece.offsets, piece.shape, tuple(shard.offsets), tuple(shard.local.shape))
+        if common is not None:
+            _copy(piece, Box(*common), known.dtype, shard, folder, buffer)
 
 
 @torch.no_grad()
-def _fill(shard: Shard, known: Tensor | None, files: _Files) -> None:
-    """Copies what each saved piece shares with the shard."""
-    known = _fitting(shard, known, files.folder)
-    for piece in known.pieces:
-        common = intersect(piece.offsets, piece.shape, tuple(shard.offsets), tuple(shard.local.shape))
-        if common is None:
-            continue
-        begin, end = piece.bytes
-        if end > len(files[piece.file]):
-            raise CheckpointError(
-                f"is damaged: tensor '{shard.name}' reaches beyond its end",
-                where=str(files.folder / piece.file),
-                fix=manifest.ANOTHER,
-            )
-        saved = files[piece.file][begin:end].view(DTYPES[known.dtype]).view(piece.shape)
-        shard.local[_inside(common, shard.offsets)] = saved[_inside(common, piece.offsets)]
+def _copy(piece: Piece, common: Box, dtype: str, shard: Shard, folder: Path, buffer: memoryview) -> None:
+    """Copies a box of a piece to its place in the shard. Nothing is mapped: pages of a file would count as memory."""
+    item = ITEM_BYTES[dtype]
+    for block in split(common, BLOCK // item):
+        view = buffer[: prod(block.shape) * item]
+        read(folder, piece, block, item, view, block)
+        numbers = torch.frombuffer(view, dtype=DTYPES[dtype]).view(block.shape)
+        shard.local[_inside(block, shard.offsets)] = numbers
 
 
-def _inside(box: tuple[tuple[int, ...], tuple[int, ...]], origin: tuple[int, ...]) -> tuple[slice, ...]:
+def _inside(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
     """A box (offsets, shape) of the whole tensor, as slices of the piece that starts at `origin`."""
     return tuple(slice(o - at, o - at + n) for o, n, at in zip(*box, origin, strict=True))
 

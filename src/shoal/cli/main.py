@@ -14,8 +14,10 @@ from shoal.errors import JobError, ShoalError
 
 VERBS = {
     "train": "train a model from a recipe or on your own text, or resume a run",
+    "check": "does your job compute the same in every layout? Small, against one process",
     "data": "prepare text for training, or inspect what was prepared",
     "generate": "continue a text with a trained model",
+    "ckpt": "show, verify and reshard checkpoints; to and from Hugging Face's format",
     "doctor": "what this machine has, how fast it is, and what is wrong with it",
     "report": "write a run's report.html again",
     "runs": "list the runs in a folder",

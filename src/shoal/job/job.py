@@ -10,6 +10,7 @@ from shoal.errors import JobError
 from shoal.job.check import fit, kinds, require
 from shoal.job.checkpoint import CheckpointOptions
 from shoal.job.data import DataOptions
+from shoal.job.fits import check_layout, check_model
 from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
 from shoal.job.optim import OptimOptions
@@ -23,8 +24,9 @@ class Job:
     """layout × sync × recipe. Read with `shoal.job.read`, run with `shoal.train`."""
 
     layout: Layout | None = None
-    """How the model is laid over ranks, e.g. `replicas=2,fsdp=2`; further keys: `zero` (1, 2 or 3),
-    `micro_batch`, `recompute` (none or block). `auto` = one replica per GPU, or on CPU per core (as many, up
+    """How the model is laid over ranks, e.g. `replicas=2,pipeline=2,tensor=2`: axes `replicas`, `pipeline`, `fsdp`,
+    `context`, `tensor`; further keys: `zero` (1, 2 or 3), `micro_batch`, `schedule`, `stages`, `context_by` and
+    `recompute` (docs/layouts.md). `auto` = one replica per GPU, or on CPU per core (as many, up
     to 8, as divide the global batch)."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -43,11 +45,11 @@ class Job:
         job = replace(self, layout=_layout(self.layout), **tables)
         for _, part in parts(job):
             part.validate()
-        if not job.model.weights:  # with weights, once their folder has been read: models.config.architecture
-            check_context(job)
         if job.layout is not None:
             job.layout.validate()
-            check_batch(job.train.global_batch, job.layout)
+            job = replace(job, layout=check_layout(job))
+        if not job.model.weights:  # with weights, once their folder has been read: models.config.architecture
+            check_context(job)
         return job
 
 
@@ -74,7 +76,10 @@ def _layout(layout: Any) -> Layout | None:
 
 
 def check_context(job: Job) -> None:
-    """Sequences fit into the context that the model declares. Raises JobError that says what would do."""
+    """Sequences fit into the context that the model declares, and the model into the layout.
+
+    Raises JobError or LayoutError that says what would do.
+    """
     length, context = job.data.sequence_length, job.model.max_position_embeddings
     shorter = f"data.sequence_length={context} or less"
     require(
@@ -82,23 +87,5 @@ def check_context(job: Job) -> None:
         f"data.sequence_length={length} is more than the model's context, model.max_position_embeddings={context}",
         f"take {shorter}" if job.model.weights else f"give --model.max-position-embeddings {length}, or take {shorter}",
     )
-
-
-def check_batch(global_batch: int, layout: Layout) -> None:
-    """Every rank gets the same number of sequences. Raises JobError that says which batch would do."""
-    ranks = layout.world
-    if global_batch % ranks:
-        below, above = global_batch // ranks * ranks, (global_batch // ranks + 1) * ranks
-        near = f"{below} or {above}" if below else f"{above}"
-        raise JobError(
-            f"train.global_batch={global_batch} is not divisible by the {ranks} workers of layout {layout}",
-            fix=f"take train.global_batch={near}, or a number of workers that divides {global_batch}",
-        )
-    part = global_batch // ranks
-    if layout.micro_batch and part % layout.micro_batch:
-        fits = [m for m in range(1, part + 1) if part % m == 0]
-        raise JobError(
-            f"layout micro_batch={layout.micro_batch} does not divide the {part} sequences of a rank "
-            f"(train.global_batch={global_batch} over {ranks} workers)",
-            fix=f"take one of {', '.join(map(str, fits))}",
-        )
+    if job.layout is not None:
+        check_model(job.model, length, job.layout)

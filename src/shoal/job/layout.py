@@ -9,28 +9,96 @@ from shoal.errors import LayoutError
 from shoal.job.check import nearest
 
 # Axes that DESIGN names but that are not built: refused by name, not as a spelling mistake.
-_LATER = ("pipeline", "context", "tensor", "expert")
+_LATER = ("expert",)
+
+AXES = ("replicas", "pipeline", "fsdp", "context", "tensor")
+"""The axes of the rank grid, the outermost first."""
+
+SCHEDULES = {
+    "gpipe": 1,
+    "1f1b": 1,
+    "interleaved": 2,
+    "looped_bfs": 2,
+    "interleaved_zero_bubble": 2,
+    "zbv": 2,
+    "dualpipev": 2,
+}
+"""Pipeline schedules -> stages on each rank (those of the V shape have exactly two, loops two or more)."""
+
+_V_SHAPED = ("zbv", "dualpipev")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """replicas × fsdp ranks; printed and parsed as `replicas=2,fsdp=2,zero=3`."""
+    """replicas × pipeline × fsdp × context × tensor ranks; printed and parsed as `replicas=2,fsdp=2,tensor=2`."""
 
     replicas: int = 1
-    """Copies of the model, each on `fsdp` ranks; `sync` adds up their gradients."""
+    """Copies of the model; `sync` adds up their gradients."""
+    pipeline: int = 1
+    """Ranks that hold consecutive blocks of one copy, each computing what the one before it hands on."""
     fsdp: int = 1
-    """Ranks that share one copy, each holding 1/fsdp of what `zero` says."""
+    """Ranks that share one copy, each holding 1/fsdp of what `zero` says and computing its own sequences."""
+    context: int = 1
+    """Ranks that share each sequence, each computing a part of its positions."""
+    tensor: int = 1
+    """Ranks that share each matrix, each computing a part of its features."""
     zero: int = 3
-    """With fsdp > 1, what is shared: 1 optimizer state; 2 gradients too; 3 parameters too."""
+    """With fsdp or context > 1, what those ranks share: 1 optimizer state; 2 gradients too; 3 parameters too."""
     micro_batch: int = 0
-    """Sequences a rank computes at a time; 0 = its whole part of the global batch."""
+    """Sequences a rank computes at a time; 0 = its whole part of the global batch, or with a pipeline the largest that
+    makes twice as many micro-batches as there are stages."""
+    schedule: str = "1f1b"
+    """Order of a pipeline's forwards and backwards: gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble,
+    zbv or dualpipev."""
+    stages: str = ""
+    """Blocks of each pipeline stage, e.g. `3+5`; empty = balanced by what layers cost."""
+    context_by: str = "ring"
+    """How context ranks attend to each other: `ring` (keys and values go around) or `ulysses` (heads are exchanged)."""
     recompute: str = "none"
     """Activation checkpointing: `none` keeps all activations, `block` keeps each block's input only."""
 
     @property
     def world(self) -> int:
         """Ranks in all."""
+        return self.replicas * self.ranks_per_replica
+
+    @property
+    def ranks_per_replica(self) -> int:
+        return self.pipeline * self.fsdp * self.context * self.tensor
+
+    @property
+    def readers(self) -> int:
+        """Parts of equal size into which the global batch is cut: ranks that differ only elsewhere read the same."""
         return self.replicas * self.fsdp
+
+    @property
+    def sharers(self) -> int:
+        """Ranks over which `zero` spreads parameters, gradients or optimizer state."""
+        return self.fsdp * self.context
+
+    @property
+    def stages_per_rank(self) -> int:
+        if self.stages and self.pipeline > 1:
+            return len(self.blocks_per_stage) // self.pipeline
+        return SCHEDULES[self.schedule]
+
+    @property
+    def stage_count(self) -> int:
+        """Stages of the whole pipeline; 1 without one."""
+        return self.pipeline * self.stages_per_rank if self.pipeline > 1 else 1
+
+    @property
+    def blocks_per_stage(self) -> tuple[int, ...]:
+        """As given in `stages`; empty = to be balanced."""
+        return tuple(int(part) for part in self.stages.split("+")) if self.stages else ()
+
+    def stages_of(self, rank: int) -> tuple[int, ...]:
+        """The stages that this rank of the pipeline holds, in their order: dealt out in turns, or down and up a V."""
+        if self.pipeline == 1:
+            return (0,)
+        if self.schedule in _V_SHAPED:
+            return (rank, self.stage_count - 1 - rank)
+        return tuple(range(rank, self.stage_count, self.pipeline))
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -40,7 +108,7 @@ class Layout:
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, _, value = (s.strip() for s in part.partition("="))
             if key in _LATER:
-                fix = "what works now: replicas, fsdp (docs/roadmap.md)"
+                fix = "what works now: replicas, pipeline, fsdp, context, tensor (docs/roadmap.md)"
                 raise LayoutError(f"layout axis '{key}' is not built yet", fix=fix)
             if key not in known:
                 raise LayoutError(f"unknown layout key '{key}'", fix=nearest(key, known))
@@ -52,22 +120,47 @@ class Layout:
         return layout
 
     def validate(self) -> None:
-        for name, least in (("replicas", 1), ("fsdp", 1), ("micro_batch", 0)):
-            if getattr(self, name) < least:
-                raise LayoutError(f"layout {name}={getattr(self, name)} is less than {least}", fix=f"e.g. {name}=2")
+        least = {"replicas": 1, "pipeline": 1, "fsdp": 1, "context": 1, "tensor": 1, "micro_batch": 0}
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise LayoutError(f"layout {name}={getattr(self, name)} is less than {number}", fix=f"e.g. {name}=2")
         if self.zero not in (1, 2, 3):
             raise LayoutError(f"layout zero={self.zero} is not a ZeRO stage", fix="1, 2 or 3")
         if self.recompute not in ("none", "block"):
             raise LayoutError(f"layout recompute='{self.recompute}' is unknown", fix="none or block")
+        if self.context_by not in ("ring", "ulysses"):
+            raise LayoutError(f"layout context_by='{self.context_by}' is unknown", fix="ring or ulysses")
+        if self.schedule not in SCHEDULES:
+            raise LayoutError(f"layout schedule='{self.schedule}' is unknown", fix=nearest(self.schedule, SCHEDULES))
+        if self.stages:
+            self._validate_stages()
+
+    def _validate_stages(self) -> None:
+        parts = self.stages.split("+")
+        if not all(part.isdigit() and int(part) for part in parts):
+            raise LayoutError(f"layout stages='{self.stages}' is not a list of numbers", fix="e.g. stages=3+5")
+        per_rank, rest = divmod(len(parts), self.pipeline)
+        usual = SCHEDULES[self.schedule]
+        wrong = rest or per_rank < usual or (per_rank > usual and (usual == 1 or self.schedule in _V_SHAPED))
+        if self.pipeline == 1 or wrong:
+            wanted = "no stages" if self.pipeline == 1 else f"{usual * self.pipeline} numbers"
+            raise LayoutError(
+                f"layout stages='{self.stages}' names {len(parts)} stages for pipeline={self.pipeline}",
+                fix=f"with schedule={self.schedule}, give {wanted}",
+            )
 
     def __str__(self) -> str:
-        parts = [f"replicas={self.replicas}"]
-        if self.fsdp > 1:
-            parts.append(f"fsdp={self.fsdp}")
-        if self.fsdp > 1 or self.zero != Layout.zero:
+        parts = [f"{axis}={n}" for axis in AXES if (n := getattr(self, axis)) > 1] or ["replicas=1"]
+        if self.sharers > 1 or self.zero != Layout.zero:
             parts.append(f"zero={self.zero}")
         if self.micro_batch:
             parts.append(f"micro_batch={self.micro_batch}")
+        if self.pipeline > 1 or self.schedule != Layout.schedule:
+            parts.append(f"schedule={self.schedule}")
+        if self.stages:
+            parts.append(f"stages={self.stages}")
+        if self.context > 1 or self.context_by != Layout.context_by:
+            parts.append(f"context_by={self.context_by}")
         if self.recompute != Layout.recompute:
             parts.append(f"recompute={self.recompute}")
         return ",".join(parts)

@@ -26,6 +26,9 @@ class TrainOptions:
     compare layouts); `auto` = the fastest of fp32 and bf16, measured at the start."""
     compile: str = "auto"
     """torch.compile of each block: `on`, `off`, `auto` = where the measured gain repays the compilation."""
+    dropout: float = 0.0
+    """Share of the features dropped from the embedding and from what attention and feed-forward add to the residual
+    stream, in training. Which ones depends on seed, step, sample and place only, not on the layout."""
     loss_chunk: int = 0
     """Tokens whose logits exist at a time; 0 = by size, in tiles of about 16 MiB."""
     validate_every: int = 0
@@ -38,6 +41,7 @@ class TrainOptions:
     def validate(self) -> None:
         for name in ("steps", "minutes", "seed", "loss_chunk", "validate_every", "validate_tokens"):
             at_least(f"train.{name}", getattr(self, name), 0)
+        require(0 <= self.dropout < 1, f"train.dropout={self.dropout} is not in [0, 1)", "e.g. 0.1")
         at_least("train.global_batch", self.global_batch, 1)
         one_of("train.precision", self.precision, ("auto", "fp32", "bf16", "fp64"))
         one_of("train.compile", self.compile, ("auto", "on", "off"))

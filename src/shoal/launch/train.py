@@ -126,15 +126,15 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
     A run that goes on keeps its files as they are until its checkpoint has been loaded into the job.
     """
     say = speaker()
-    job = _paths(job)
+    job = absolute_paths(job)
     if resume is None:
         folder = _new_folder(job)
-        job = _architecture(job)
+        job = architecture(job)
         prepared = prepare(job.data, say=say)
     else:
         folder = Path(resume)
         prepared = resumable(job, folder, say)
-    job = _vocabulary(job, prepared)
+    job = vocabulary(job, prepared)
     job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
     try:
         if resume is None:
@@ -153,7 +153,7 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
     return job, arguments
 
 
-def _paths(job: Job) -> Job:
+def absolute_paths(job: Job) -> Job:
     """Absolute paths, so that the run's job.toml means the same wherever it is read."""
     source = tuple(s if s in ("python", "-") else _absolute(s) for s in job.data.source)
     tokenizer = job.data.tokenizer
@@ -171,7 +171,7 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _architecture(job: Job) -> Job:
+def architecture(job: Job) -> Job:
     """With weights from a folder, the architecture is the folder's, and so is the tokenizer if none is named."""
     tokenizer = job.data.tokenizer
     if job.model.weights and tokenizer == "auto":
@@ -180,7 +180,7 @@ def _architecture(job: Job) -> Job:
     return replace(job, data=replace(job.data, tokenizer="bpe" if tokenizer == "auto" else tokenizer))
 
 
-def _vocabulary(job: Job, prepared: Prepared) -> Job:
+def vocabulary(job: Job, prepared: Prepared) -> Job:
     if job.model.vocab_size == 0:
         return replace(job, model=replace(job.model, vocab_size=prepared.vocab_size))
     if job.model.vocab_size < prepared.vocab_size:

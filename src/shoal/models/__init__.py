@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 __all__ = ["build"]
 
 
-def build(options: ModelOptions) -> Decoder:
+def build(options: ModelOptions, layers: range | None = None) -> Decoder:
     """The model, on the default device, in float32, its parameters not yet filled: initialise or load them.
+
+    layers: only these consecutive blocks of it, with the embedding if they are the first and the head if the last.
 
     Under `torch.device("meta")` it takes no memory. (torch is imported here, so that `models.spec` starts
     without.)
     """
     from shoal.models.decoder import create
 
-    return create(options)
+    return create(options, layers)

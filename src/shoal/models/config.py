@@ -12,24 +12,8 @@ from shoal.errors import JobError, ModelError
 from shoal.job import Job
 from shoal.job.check import fit, kinds
 from shoal.job.job import check_context
-from shoal.job.model import ROPE_KEYS, ModelOptions
-
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-# Options that change what is computed, with the values under which they do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, 0.0),
-    "sliding_window": (None,),
-    "num_local_experts": (None, 0),
-    "num_experts": (None, 0),
-    "quantization_config": (None,),
-    "rope_interleaved": (None, False),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "no_rope_layers": (None, []),
-    "logit_scale": (None, 1, 1.0),
-    "is_encoder_decoder": (None, False),
-}
+from shoal.job.model import ROPE_KEYS, TRAINING, ModelOptions
+from shoal.models.families import DEFAULTS, FAMILIES, NEUTRAL, REQUIRED, odd_keys, odd_options
 
 
 def architecture(job: Job) -> Job:
@@ -41,6 +25,7 @@ def architecture(job: Job) -> Job:
     if not job.model.weights:
         return job
     found = replace(read(Path(job.model.weights)), weights=job.model.weights)
+    found = replace(found, **{name: getattr(job.model, name) for name in TRAINING})
     said = asdict(found) | {"head_dim": found.head_size}
     if _scaling(job.model) == _scaling(found):
         said["rope_scaling"] = job.model.rope_scaling
@@ -56,6 +41,7 @@ def architecture(job: Job) -> Job:
             where=job.model.weights,
             fix="leave such options out: with model.weights, the architecture is the folder's",
         )
+    found.validate_whole()
     job = replace(job, model=found)
     check_context(job)
     return job
@@ -88,48 +74,47 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelOptions:
-    """The options of a Llama-like config, in the words of transformers 4 or 5. Raises ModelError; `where` is
+    """The options of a config of one of `FAMILIES`, in the words of transformers 4 or 5. Raises ModelError; `where` is
     for it."""
-    kind = config.get("model_type")
-    if kind != "llama":
-        raise ModelError(
-            f"model_type={kind!r} is not supported",
-            where=where,
-            fix="known: 'llama' (Llama 2 and 3, SmolLM2)",
-        )
-    for key, neutral in _NEUTRAL.items():
-        if key in config and config[key] not in neutral:
-            raise ModelError(f"{key}={config[key]!r} is not supported", where=where, fix=f"known: {neutral[0]!r}")
-    missing = [key for key in _REQUIRED if key not in config]
+    name = config.get("model_type")
+    if name not in FAMILIES:
+        known = "'llama' (Llama 2 and 3, SmolLM2), " + ", ".join(repr(other) for other in FAMILIES if other != "llama")
+        raise ModelError(f"model_type={name!r} is not supported", where=where, fix=f"known: {known}")
+    family = FAMILIES[name]
+    _refuse_what_is_not_computed(config, NEUTRAL | family.neutral, where)
+    missing = [key for key in REQUIRED if key not in config]
     if missing:
         raise ModelError(f"{', '.join(missing)} not given", where=where, fix="fetch the file again")
-    theta, scaling = _rope(config, where)
-    defaults = {
-        "num_key_value_heads": config["num_attention_heads"],
-        "head_dim": 0,
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "initializer_range": 0.02,
-    }
-    values = {key: config[key] for key in _REQUIRED}
-    values |= {key: default if config.get(key) is None else config[key] for key, default in defaults.items()}
-    values |= {"rope_theta": theta, "rope_scaling": scaling}
-    known = kinds(ModelOptions)
+    usual = DEFAULTS | {"num_key_value_heads": config["num_attention_heads"]} | family.defaults
+    keys = {option: option for option in usual} | family.keys
+    values = {key: config[key] for key in REQUIRED} | {"family": name}
+    for said in (keys, family.renamed):
+        values |= {option: config[key] for option, key in said.items() if config.get(key) is not None}
+    theta, scaling = _rope(config, usual["rope_theta"], where)
+    values = usual | values | {"rope_theta": theta, "rope_scaling": scaling} | odd_options(name, config)
+    types = kinds(ModelOptions)
     try:
-        options = ModelOptions(**{key: fit(key, value, known[key]) for key, value in values.items()})
+        options = ModelOptions(**{key: fit(key, value, types[key]) for key, value in values.items()})
         options.validate()
     except JobError as error:
         raise ModelError(error.what, where=where, fix=error.fix) from None
+    _refuse_what_is_not_computed(config, {key: (value, None) for key, value in odd_keys(options).items()}, where)
     return options
 
 
-def _rope(config: dict[str, Any], where: str) -> tuple[float, str]:
+def _refuse_what_is_not_computed(config: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
+    for key, values in neutral.items():
+        if key in config and config[key] not in values:
+            raise ModelError(f"{key}={config[key]!r} is not supported", where=where, fix=f"known: {values[0]!r}")
+    other = set(config.get("layer_types") or ()) - {"full_attention"}
+    if other:
+        raise ModelError(f"layer_types with {min(other)!r} are not supported", where=where, fix="known: full_attention")
+
+
+def _rope(config: dict[str, Any], usual: float, where: str) -> tuple[float, str]:
     """Base and scaling: `rope_parameters` in transformers 5; `rope_theta` and `rope_scaling` before."""
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+    theta = rope.pop("rope_theta", config.get("rope_theta", usual))
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     if kind not in ROPE_KEYS:
         raise ModelError(f"rope_type={kind!r} is not supported", where=where, fix=f"known: {', '.join(ROPE_KEYS)}")
@@ -149,9 +134,10 @@ def to_hf(
     end_token: int | list[int] | None = None,
 ) -> dict[str, Any]:
     """A config.json that transformers 4 and 5 read. start_token, end_token: ids that begin and end a document."""
+    family = FAMILIES[options.family]
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        "architectures": [family.kind],
+        "model_type": options.family,
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,
         "intermediate_size": options.intermediate_size,
@@ -165,13 +151,14 @@ def to_hf(
         "rope_scaling": _scaling(options),
         "rms_norm_eps": options.rms_norm_eps,
         "tie_word_embeddings": options.tie_word_embeddings,
-        "attention_bias": options.attention_bias,
         "attention_dropout": 0.0,
-        "mlp_bias": options.mlp_bias,
         "initializer_range": options.initializer_range,
         "torch_dtype": dtype,
         "bos_token_id": start_token,
         "eos_token_id": end_token,
         "pad_token_id": None,
         "use_cache": True,
+        **family.written,
+        **{key: getattr(options, option) for option, key in family.keys.items()},
+        **odd_keys(options),
     }

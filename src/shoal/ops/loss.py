@@ -9,7 +9,8 @@ they are computed again for the gradients, once the sum over the vocabulary is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,8 +21,27 @@ from torch.autograd.function import once_differentiable
 _TILE_BYTES = 16 << 20
 
 
+@dataclass(frozen=True)
+class Words:
+    """Which rows of the whole output matrix are here, where it is split over the vocabulary.
+
+    first: index of the first one. most: rows on the rank that has most, so that all cut tokens into equal chunks.
+    combine: (2, C, 1) of this part's log-sum-exp and label logits (0 where the label is elsewhere) -> the same of
+    the whole vocabulary; called once a chunk.
+    """
+
+    first: int
+    most: int
+    combine: Callable[[Tensor], Tensor]
+
+
 def chunked_cross_entropy(
-    hidden_BLD: Tensor, weight_VD: Tensor, labels_BL: Tensor, weight_BL: Tensor, chunk: int = 0
+    hidden_BLD: Tensor,
+    weight_VD: Tensor,
+    labels_BL: Tensor,
+    weight_BL: Tensor,
+    chunk: int = 0,
+    words: Words | None = None,
 ) -> Tensor:
     """Sum over tokens of weight × (−log softmax(hidden · weightᵀ)[label]): a scalar, float64 for float64,
     else float32.
@@ -29,16 +49,19 @@ def chunked_cross_entropy(
     hidden_BLD, weight_VD: any float dtype; the matrix products are in autocast's dtype if it is on, else in
     that of hidden; the softmax and the sums over tiles are in float32 (float64 for float64). labels_BL: int64
     in [0, V); where weight_BL is 0 they may be anything. chunk: tokens whose logits exist at a time, 0 = by
-    size, tiles of about 16 MiB.
+    size, tiles of about 16 MiB. words: where weight_VD is a part of the vocabulary. The loss is then that of the
+    whole; the gradient of hidden is this part's, to be summed over the parts (Shoeybi et al. 2019, "Megatron-LM",
+    section 3, arXiv:1909.08053).
     """
     vocabulary, width = weight_VD.shape
+    vocabulary = words.most if words else vocabulary
     kind = hidden_BLD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden_BLD.dtype
     hidden_ND = hidden_BLD.reshape(-1, width)
     weight_N1 = weight_BL.reshape(-1, 1).to(_wide(dtype))
     labels_N1 = labels_BL.reshape(-1, 1).masked_fill(weight_N1 == 0, 0)
     tile = (chunk, vocabulary) if chunk else _tile(vocabulary, dtype)
-    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_N1, weight_N1, tile, dtype)
+    return _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_N1, weight_N1, tile, dtype, words)
 
 
 def _tile(vocabulary: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -65,11 +88,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight_N1: Tensor,
         tile: tuple[int, int],
         dtype: torch.dtype,
+        words: Words | None = None,
     ) -> Tensor:
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N1, weight_N1)
-        ctx.tile, ctx.dtype = tile, dtype
+        ctx.how = tile, dtype, words
         with_gradients = any(ctx.needs_input_grad)
-        loss, ctx.gradients = _compute(hidden_ND, weight_VD, labels_N1, weight_N1, tile, dtype, with_gradients)
+        loss, ctx.gradients = _compute(hidden_ND, weight_VD, labels_N1, weight_N1, with_gradients, *ctx.how)
         return loss
 
     @staticmethod
@@ -79,9 +103,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         hidden_ND, weight_VD, labels_N1, weight_N1 = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            _, gradients = _compute(hidden_ND, weight_VD, labels_N1, weight_N1, ctx.tile, ctx.dtype, True)
+            _, gradients = _compute(hidden_ND, weight_VD, labels_N1, weight_N1, True, *ctx.how)
         of_hidden_ND, of_weight_VD = (g.mul_(gradient) for g in gradients)
-        return of_hidden_ND.to(hidden_ND.dtype), of_weight_VD.to(weight_VD.dtype), None, None, None, None
+        return of_hidden_ND.to(hidden_ND.dtype), of_weight_VD.to(weight_VD.dtype), None, None, None, None, None
 
 
 def _compute(
@@ -89,9 +113,10 @@ def _compute(
     weight_VD: Tensor,
     labels_N1: Tensor,
     weight_N1: Tensor,
+    with_gradients: bool,
     tile: tuple[int, int],
     dtype: torch.dtype,
-    with_gradients: bool,
+    parts: Words | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The loss, and its gradients with respect to hidden and weight, both in the dtype of the sums."""
     tokens, words = hidden_ND.shape[0], weight_VD.shape[0]
@@ -105,7 +130,9 @@ def _compute(
             gradients = of_hidden_ND, of_weight_VD
         buffer = loss.new_empty(min(tile[0], tokens) * min(tile[1], words))
         for rows in _slices(tokens, tile[0]):
-            chunk = _Chunk(hidden_ND[rows].to(dtype), narrow_VD, labels_N1[rows], weight_N1[rows], tile[1], buffer)
+            chunk = _Chunk(
+                hidden_ND[rows].to(dtype), narrow_VD, labels_N1[rows], weight_N1[rows], tile[1], buffer, parts
+            )
             loss += chunk.loss()
             if gradients:
                 chunk.add_gradients_(of_hidden_ND[rows], of_weight_VD)
@@ -123,11 +150,12 @@ class _Chunk:
         weight_C1: Tensor,
         words: int,
         buffer: Tensor,
+        parts: Words | None,
     ):
         self.hidden_CD, self.weight_VD = hidden_CD, weight_VD
         self.labels_C1, self.weight_C1 = labels_C1, weight_C1
         self.columns = list(_slices(weight_VD.shape[0], words))
-        self.buffer = buffer
+        self.buffer, self.parts = buffer, parts
         self.log_sum_C1 = torch.full_like(weight_C1, -torch.inf)
 
     def loss(self) -> Tensor:
@@ -139,6 +167,8 @@ class _Chunk:
             self.shift_C1 = self.tile_CW.amax(-1, keepdim=True)
             sum_C1 = self.tile_CW.sub_(self.shift_C1).exp_().sum(-1, keepdim=True)
             self.log_sum_C1 = torch.logaddexp(self.log_sum_C1, self.shift_C1 + sum_C1.log())
+        if self.parts is not None:
+            self.log_sum_C1, label_logit_C1 = self.parts.combine(torch.stack((self.log_sum_C1, label_logit_C1)))
         return ((self.log_sum_C1 - label_logit_C1) * self.weight_C1).sum()
 
     def add_gradients_(self, of_hidden_CD: Tensor, of_weight_VD: Tensor) -> None:
@@ -165,7 +195,7 @@ class _Chunk:
     def _labels(self, columns: slice) -> tuple[Tensor, Tensor]:
         """Each token's label as a place among these columns, and whether it lies there (else any place)."""
         width = columns.stop - columns.start
-        place_C1 = self.labels_C1 - columns.start
+        place_C1 = self.labels_C1 - columns.start - (self.parts.first if self.parts else 0)
         return place_C1.clamp(0, width - 1), (place_C1 >= 0) & (place_C1 < width)
 
 

@@ -27,7 +27,7 @@ class Bucket:
         self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
         pieces = self.flat.split([p.numel() for p in parameters])
         self.views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
-        self.missing = len(parameters)
+        self.missing = 0
 
 
 class Buckets:
@@ -38,14 +38,15 @@ class Buckets:
         self.on_bucket = on_bucket
         self.buckets = [Bucket(group) for group in _plan(parameters[::-1], capacity_bytes)]
         self._next = 0
-        self._armed = False
+        self._awaited: dict[Tensor, int] = {}
         for bucket in self.buckets:
             for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
                 parameter.register_post_accumulate_grad_hook(self._arrived(bucket, view))
 
     def _arrived(self, bucket: Bucket, view: Tensor) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if self._armed:
+            self._awaited[parameter] = self._awaited.get(parameter, 0) - 1
+            if self._awaited[parameter] == 0:
                 # Copied once, on the last micro-batch: cheaper than accumulating into zeroed views throughout.
                 assert parameter.grad is not None
                 view.copy_(parameter.grad)
@@ -62,21 +63,22 @@ class Buckets:
             self._next += 1
 
     @contextmanager
-    def last_backward(self) -> Iterator[None]:
-        """Buckets go out during the backward pass inside; parameters that it left out count as zero."""
-        self._armed, self._next = True, 0
+    def backwards(self, micro_batches: int) -> Iterator[None]:
+        """For the backward passes of so many micro-batches: buckets go out during the last one of each parameter.
+
+        Parameters that some passes left out go out at the end; those without a gradient count as zero.
+        """
+        self._next = 0
+        self._awaited = {p: micro_batches for bucket in self.buckets for p in bucket.parameters}
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
-        try:
-            yield
-            for bucket in self.buckets[self._next :]:
-                for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
-                    if parameter.grad is not view:
-                        view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
-                        parameter.grad = view
-            self._launch(force=True)
-        finally:
-            self._armed = False
+        yield
+        for bucket in self.buckets[self._next :]:
+            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
+                if parameter.grad is not view:
+                    view.zero_() if parameter.grad is None else view.copy_(parameter.grad)
+                    parameter.grad = view
+        self._launch(force=True)
 
 
 def _plan(parameters: list[Parameter], capacity_bytes: int) -> list[list[Parameter]]:

@@ -8,7 +8,7 @@ block's forward and again for its backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -17,8 +17,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from shoal.shard import Shard
-
 
 class Sharded:
     """Wraps a model in place and steers what its backward passes send."""
@@ -26,13 +24,17 @@ class Sharded:
     def __init__(
         self,
         model: nn.Module,
-        blocks: list[nn.Module],
+        blocks: Sequence[nn.Module],
         mesh: DeviceMesh,
         zero: int,
         compute: torch.dtype | None,
         on_bucket: Callable[[Tensor], None] | None,
+        stage: bool = False,
     ):
         """compute: dtype in which blocks are gathered, None = their own. Reduction is in the parameters' own.
+
+        stage: of a pipeline. Its parameters are gathered once a step whatever `zero` is: schedules that compute the
+        gradients of inputs and of weights apart need them from one to the other, and torch's keep them in any case.
 
         on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches.
         """
@@ -42,7 +44,7 @@ class Sharded:
         reduce = next(model.parameters()).dtype
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3 and not stage)
         # The embedding and the output layer stay as stored, and autocast casts them where they are used: the sum of
         # a tied matrix's two gradients, and of the embedding's rows, would lose digits in bf16.
         own = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
@@ -90,21 +92,28 @@ class Sharded:
                 parameter.grad = None
         yield
 
+    def whole_step(self) -> None:
+        """Before a pipeline's schedule, which by itself keeps gradients until the stage's last backward."""
+        self._last = True
+
     def hold(self, parameters: list[nn.Parameter]) -> None:
         """The sharded parameters, once they have memory. `model.parameters()` are others while they are gathered."""
         self.parameters = parameters
 
 
-def shard_of(name: str, parameter: nn.Parameter) -> Shard:
+def rows_here(parameter: nn.Parameter, ranks: int, rank: int) -> tuple[Tensor, int]:
+    """The rows of a sharded parameter that this one of `ranks` ranks has, and the index of the first one.
+
+    (The parameter's own mesh would know, but PyTorch keeps meshes in caches, and after a new start in the same process
+    it may be an equal one whose groups are gone.)
+    """
     assert isinstance(parameter, DTensor)
-    mesh = parameter.device_mesh
     local = parameter.to_local().detach()
     # fully_shard cuts dimension 0 as torch.chunk does: equal pieces, the last ones shorter or empty.
-    rows = -(-parameter.shape[0] // mesh.size())
-    start = min(rows * mesh.get_local_rank(), parameter.shape[0])
+    rows = -(-parameter.shape[0] // ranks)
+    start = min(rows * rank, parameter.shape[0])
     assert local.shape[0] == min(rows, parameter.shape[0] - start), "fully_shard changed how it cuts parameters"
-    offsets = (start,) + (0,) * (parameter.ndim - 1)
-    return Shard(name, tuple(parameter.shape), offsets, local)
+    return local, start
 
 
 def local_gradient(parameter: Tensor) -> Tensor | None:

@@ -79,11 +79,12 @@ class AllReduce:
         self._works.clear()
         self.mesh.wait(counted)
         loss_sum, weight, stop = totals.tolist()
+        shards = self.replica.collect()
         waited = time.perf_counter() - start
-        squares = sum_of_squares(self.replica.collect())
-        if self.mesh.layout.fsdp > 1:
+        squares = sum_of_squares(shards)
+        if self.mesh.layout.ranks_per_replica > 1:
             start = time.perf_counter()
-            self.mesh.wait(dist.all_reduce(squares, group=self.mesh.fsdp.get_group(), async_op=True))
+            self.mesh.wait(dist.all_reduce(squares, group=self.mesh.within_replica, async_op=True))
             waited += time.perf_counter() - start
         norm = math.sqrt(squares.item()) / weight if weight else math.nan
         finite = math.isfinite(norm) and math.isfinite(loss_sum)
@@ -106,9 +107,9 @@ class AllReduce:
         whoever is furthest. Raises LayoutError where a lost rank held a piece that no other has.
         """
         layout = self.mesh.layout
-        if layout.fsdp > 1:
+        if layout.ranks_per_replica > 1:
             raise LayoutError(
-                f"layout {layout}: a replica that lost one of its fsdp ranks cannot go on in process",
+                f"layout {layout}: a replica that lost one of its ranks cannot go on in process",
                 fix="resume from the last checkpoint, on any number of ranks",
             )
         self._works.clear()

@@ -28,5 +28,5 @@ def _map(batch: Batch, fn) -> Batch:
 
 def step_batches(loader: Loader, mesh: Mesh, position: int) -> list[Batch]:
     """The micro-batches of this rank: its part of the global batch that begins at sample `position`."""
-    batch = on_device(loader.batch(position, mesh.rank, mesh.world), mesh.device)
+    batch = on_device(loader.batch(position, mesh.reader, mesh.layout.readers), mesh.device)
     return micro_batches(batch, mesh.layout.micro_batch)

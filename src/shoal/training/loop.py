@@ -99,6 +99,7 @@ class Loop:
         start = time.perf_counter()
         batches = step_batches(self.training, mesh, self.position)
         ready = time.perf_counter()
+        parts.objective.step = self.step
         parts.sync.begin(self.step)
         tally = parts.replica.gradients(batches, parts.objective)
         forward = parts.objective.lap(mesh.device)

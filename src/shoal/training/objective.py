@@ -3,35 +3,82 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from shoal import device
 from shoal.data.batch import Batch
-from shoal.ops.attention import document_attend
+from shoal.ops.attention import Attend, document_attend
+from shoal.ops.dropout import Dropout
 from shoal.ops.loss import chunked_cross_entropy
+from shoal.parallel.context import Context
+from shoal.parallel.tensor import Tensors
 from shoal.training.precision import autocast
 
 
 class Objective:
-    """(module, batch) -> (loss summed over tokens, weight of the tokens); adds up the seconds of its forwards."""
+    """(module, batch, hidden) -> (loss summed over tokens, weight of the tokens); adds up the seconds of its forwards.
 
-    def __init__(self, precision: str, chunk: int = 0):
-        """chunk: tokens whose logits exist at a time, 0 = by size."""
+    With a pipeline, the module is a stage, and what the stage before has made comes in as hidden states; of a stage
+    that is not the last, hidden states come out.
+    """
+
+    def __init__(
+        self,
+        precision: str,
+        chunk: int = 0,
+        context: Context | None = None,
+        tensors: Tensors | None = None,
+        dropout: float = 0.0,
+        seed: int = 0,
+    ):
+        """chunk: tokens whose logits exist at a time, 0 = by size. context, tensors: where sequences and matrices are
+        shared with other ranks. dropout: rate, wherever gradients are computed; seed: of its masks."""
         self.precision, self.chunk = precision, chunk
+        self.context, self.tensors = context, tensors
+        self.dropout, self.seed = dropout, seed
         self.seconds = 0.0
+        self.step = 0
+        """The step that is computed, for the masks of dropout; to be set."""
 
-    def __call__(self, module: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, module: nn.Module, batch: Batch, hidden_BLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()
+        attend, drop = self._attend(batch.document_BL), self._drop(batch)
+        batch = self._mine(batch)
 
         def head(hidden_BLD: Tensor, weight_VD: Tensor) -> Tensor:
-            return chunked_cross_entropy(hidden_BLD, weight_VD, batch.labels_BL, batch.weight_BL, self.chunk)
+            words = None
+            if self.tensors is not None:
+                hidden_BLD, words = self.tensors.whole_sequence(hidden_BLD), self.tensors.words()
+            return chunked_cross_entropy(hidden_BLD, weight_VD, batch.labels_BL, batch.weight_BL, self.chunk, words)
 
         with autocast(self.precision, batch.tokens_BL.device):
-            loss_sum = module(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL), head)
+            input_ = batch.tokens_BL if hidden_BLD is None else hidden_BLD
+            out = module(input_, batch.position_BL, attend, head, batch.weight_BL > 0, drop)
         self.seconds += time.perf_counter() - start
-        return loss_sum, batch.weight_BL.sum(dtype=torch.float64)
+        return out, batch.weight_BL.sum(dtype=torch.float64)
+
+    def _attend(self, document_BL: Tensor) -> Attend:
+        return document_attend(document_BL) if self.context is None else self.context.attend(document_BL)
+
+    def _mine(self, batch: Batch) -> Batch:
+        """Where sequences are shared, this rank's positions."""
+        if self.context is None:
+            return batch
+        names = ("tokens_BL", "labels_BL", "document_BL", "position_BL", "weight_BL")
+        return replace(batch, **{name: self.context.cut(getattr(batch, name)) for name in names})
+
+    def _drop(self, batch: Batch) -> Dropout | None:
+        """The masks of the positions whose residual stream is here."""
+        if not self.dropout or not torch.is_grad_enabled():
+            return None
+        length, where = batch.tokens_BL.shape[1], batch.tokens_BL.device
+        place_L = torch.arange(length) if self.context is None else self.context.places(length)
+        if self.tensors is not None:
+            place_L = self.tensors.part_of_sequence(place_L)
+        return Dropout(self.dropout, self.seed, self.step, batch.sample_B, place_L.to(where))
 
     def lap(self, where: torch.device) -> float:
         """Seconds of forward passes since the last call."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from shoal.checkpoint.huggingface import load as load_huggingface
@@ -19,7 +19,10 @@ from shoal.models import build
 from shoal.models.spec import parameters
 from shoal.ops.initialise import initialise_
 from shoal.optim.update import Update
-from shoal.parallel.replica import Replica
+from shoal.parallel.context import Context
+from shoal.parallel.replica import Part, Replica
+from shoal.parallel.stages import layers_of_stages
+from shoal.parallel.tensor import Tensors
 from shoal.sync import SYNCS, AllReduce
 from shoal.training.objective import Objective
 from shoal.training.precision import compute, stored
@@ -42,24 +45,46 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
 
     fresh: False where a checkpoint replaces all weights. A folder that they once came from need not exist any more.
     """
-    with torch.device("meta"):
-        model = build(job.model).to(stored(job.train.precision))
-    blocks = list(model.blocks)
-    for block in blocks:
-        if mesh.layout.recompute == "block":
-            _recompute(block)
-        if job.train.compile == "on":
-            block.compile()
+    layout, length = mesh.layout, job.data.sequence_length
+    tensors = Tensors(job.model, mesh.group("tensor")) if layout.tensor > 1 else None
+    context = Context(mesh.group("context"), layout.context_by) if layout.context > 1 else None
+    layers = layers_of_stages(job.model, layout, length)
+    parts = {stage: _part(job, layers[stage], tensors) for stage in layout.stages_of(mesh.stage)}
+    seen = length // layout.context // layout.tensor
+    dtype = stored(job.train.precision)
+
+    def hidden(batch: Batch) -> Tensor:
+        rows = batch.tokens_BL.shape[0]
+        return torch.empty(rows, seen, job.model.hidden_size, dtype=dtype, device="meta")
+
     bucket_bytes = int(job.sync.bucket_mib * 2**20)
     replica: Replica[Batch] = Replica(
-        model, blocks, mesh, compute=compute(job.train.precision), bucket_bytes=bucket_bytes
+        parts, mesh, compute=compute(job.train.precision), bucket_bytes=bucket_bytes, hidden=hidden
     )
     if fresh:
         first_weights(replica, job)
     update = Update(replica.shards(), job.optim, job.train.steps)
     sync = SYNCS[job.sync.name](mesh, job.optim.clip)
     sync.attach(replica, update)
-    return Parts(job, mesh, replica, update, sync, Objective(job.train.precision, job.train.loss_chunk))
+    train = job.train
+    objective = Objective(train.precision, train.loss_chunk, context, tensors, train.dropout, train.seed)
+    return Parts(job, mesh, replica, update, sync, objective)
+
+
+def _part(job: Job, layers: range, tensors: Tensors | None) -> Part:
+    """These blocks of the model, as this rank computes them."""
+    assert job.layout is not None
+    with torch.device("meta"):
+        model = build(job.model, layers).to(stored(job.train.precision))
+    cuts = tensors.split(model) if tensors is not None else {}
+    for block in model.blocks:
+        if job.layout.recompute == "block":
+            _recompute(block)
+        if job.train.compile == "on":
+            block.compile()
+    ends = layers.start == 0 or layers.stop == job.model.num_hidden_layers
+    tied = job.model.tie_word_embeddings and job.layout.pipeline > 1 and ends
+    return Part(model, model.blocks, cuts, shared=["model.embed_tokens.weight"] if tied else [])
 
 
 def _recompute(block: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from shoal.data.loader import Loader
-from shoal.training.feed import micro_batches, on_device
+from shoal.training.feed import on_device
 from shoal.training.parts import Parts
 
 
@@ -24,22 +24,22 @@ class Validation:
 @torch.no_grad()
 def validate(parts: Parts, loader: Loader, rows: int) -> Validation:
     """Mean loss of `rows` packed sequences, evenly spaced in the loader's data, spread over the ranks."""
-    mesh = parts.mesh
-    size = mesh.layout.micro_batch or max(1, parts.job.train.global_batch // mesh.world)
+    mesh, readers = parts.mesh, parts.mesh.layout.readers
+    size = mesh.layout.micro_batch or max(1, parts.job.train.global_batch // readers)
     rows = min(rows, loader.samples)
     # Every rank runs as many forwards as the busiest (with fsdp they talk in each); missing rows weigh nothing.
-    rounds = -(-rows // (size * mesh.world))
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    rounds = -(-rows // (size * readers))
+    batches = []
+    for turn in range(rounds):
+        first = (turn * readers + mesh.reader) * size
+        wanted = np.arange(first, first + size)
+        batch = loader.rows(np.minimum(wanted, rows - 1) * loader.samples // rows)
+        batch.weight_BL.mul_(torch.from_numpy(wanted < rows)[:, None])
+        batches.append(batch)
     # Compiling the forward alone would cost more than it saves on a pass this short.
     with torch.compiler.set_stance("force_eager"):
-        for turn in range(rounds):
-            first = (turn * mesh.world + mesh.rank) * size
-            wanted = np.arange(first, first + size)
-            batch = loader.rows(np.minimum(wanted, rows - 1) * loader.samples // rows)
-            batch.weight_BL.mul_(torch.from_numpy(wanted < rows)[:, None])
-            for part in micro_batches(on_device(batch, mesh.device), size):
-                loss_sum, weight = parts.objective(parts.replica.module, part)
-                totals += torch.stack([loss_sum.double(), weight])
+        tally = parts.replica.evaluate([on_device(batch, mesh.device) for batch in batches], parts.objective)
+    totals = torch.stack([tally.loss_sum, tally.weight])
     mesh.wait(dist.all_reduce(totals, group=mesh.everyone, async_op=True))
     loss_sum, tokens = totals.tolist()
     return Validation(loss_sum / max(tokens, 1.0), int(tokens))

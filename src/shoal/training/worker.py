@@ -121,7 +121,7 @@ def _parts(
     job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None], fresh: bool
 ) -> Parts:
     """Model, optimizer and sync, with every `auto` of the job resolved on the way. fresh: as for `assemble`."""
-    batch = on_device(training.batch(0, ranks.rank, ranks.world), ranks.device)
+    batch = on_device(training.batch(0, ranks.reader, ranks.layout.readers), ranks.device)
     batches = micro_batches(batch, ranks.layout.micro_batch)
     job = settle(job, ranks, batches, say)
     if length:

@@ -1,0 +1,96 @@
+"""Every layout of a number of processes, and a job made small enough to try them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import lcm
+from typing import Any
+
+from shoal.errors import ShoalError
+from shoal.job.fits import check_model
+from shoal.job.job import Job
+from shoal.job.layout import AXES, SCHEDULES, Layout
+from shoal.job.model import ModelOptions
+
+
+def layouts(processes: int) -> list[Layout]:
+    """Every product of axes that makes `processes` ranks, or a number that divides it (but 1).
+
+    Each axis alone also with all its kinds: schedules, ring and Ulysses, stages of ZeRO. With other axes it has the
+    first kind; a V schedule also, which has both ends of the pipeline on one rank.
+    """
+    found = []
+    for world in (n for n in range(2, processes + 1) if processes % n == 0):
+        for degrees in _products(world, len(AXES)):
+            axes: dict[str, Any] = {axis: n for axis, n in zip(AXES, degrees, strict=True) if n > 1}
+            found += [replace(Layout(), **axes, **kind) for kind in _kinds(axes)]
+    return found
+
+
+def _products(total: int, count: int) -> Iterator[tuple[int, ...]]:
+    if count == 1:
+        yield (total,)
+        return
+    for first in (n for n in range(total, 0, -1) if total % n == 0):
+        for rest in _products(total // first, count - 1):
+            yield first, *rest
+
+
+def _kinds(axes: dict[str, int]) -> list[dict[str, Any]]:
+    alone = len(axes) == 1
+    if "pipeline" in axes:
+        return [{"schedule": schedule} for schedule in (SCHEDULES if alone else ("1f1b", "zbv"))]
+    if "context" in axes and alone:
+        return [{"context_by": kind} for kind in ("ring", "ulysses")]
+    if "fsdp" in axes and alone:
+        return [{"zero": zero} for zero in (3, 2, 1)]
+    return [{}]
+
+
+def small(job: Job, processes: int, given: list[Layout]) -> Job:
+    """The job, shrunk in depth, width, sequence and batch but not in structure: heads and how they share keys, experts
+    and how tokens choose them, biases, norms, tying and vocabulary stay. For layouts `given` and all of `processes`
+    ranks."""
+    deepest = max([2 * processes, *(layout.stage_count for layout in given)])
+    options = _narrow(replace(job.model, weights="", num_hidden_layers=min(job.model.num_hidden_layers, deepest)))
+    unit = lcm(*(lcm(2 * layout.context, layout.context * layout.tensor) for layout in given), processes)
+    length = min(job.data.sequence_length, max(unit, 96 // unit * unit))
+    # As many sequences as give each reader two and every schedule its micro-batches.
+    widest = max([processes, *(layout.readers * layout.micro_batch for layout in given)])
+    batch = lcm(2 * deepest, 2 * widest)
+    return replace(
+        job,
+        model=options,
+        data=replace(job.data, sequence_length=length),
+        train=replace(job.train, global_batch=batch, compile="off"),
+    )
+
+
+def _narrow(model: ModelOptions) -> ModelOptions:
+    """Heads of 8 features, a residual stream of 32, layers of 48."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
+    }  # fmt: skip
+    changes = {name: min(getattr(model, name), most) for name, most in sizes.items() if hasattr(model, name)}
+    return replace(model, **changes, head_dim=0 if model.kv_lora_rank else min(model.head_size, 8))
+
+
+def refusal(job: Job, layout: Layout) -> str:
+    """Why the job cannot have this layout, whatever its size; empty if it can."""
+    try:
+        validated = replace(job, layout=layout).validate()
+        assert validated.layout is not None
+        check_model(job.model, job.data.sequence_length, validated.layout)
+    except ShoalError as error:
+        return f"{error.what} ({error.fix})"
+    return ""
+
+
+def accumulated(job: Job, layout: Layout) -> Layout:
+    """The layout with two micro-batches or more of the job's batch: those of a pipeline as it decides, else two."""
+    if layout.micro_batch or layout.pipeline > 1:
+        return layout
+    part = job.train.global_batch // layout.readers
+    return replace(layout, micro_batch=part // 2 if part % 2 == 0 else 0)

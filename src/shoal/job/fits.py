@@ -1,0 +1,190 @@
+"""Can this model be laid out so, with these sequences and this batch? One sentence when not, with what would do.
+
+Pairs of options that exclude each other whatever the sizes are in `EXCLUDED`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import TYPE_CHECKING
+
+from shoal.errors import JobError, LayoutError
+from shoal.job.layout import SCHEDULES, Layout
+from shoal.job.model import ModelOptions
+
+if TYPE_CHECKING:
+    from shoal.job.job import Job
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Two options that cannot be had together, why, and what to take instead."""
+
+    one: str
+    other: str
+    reason: str
+    fix: str
+    both: Callable[[Job, Layout], bool]
+
+
+_SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
+
+EXCLUDED = (
+    Excluded(
+        "schedule=interleaved_zero_bubble, zbv or dualpipev",
+        "train.compile=on",
+        "these schedules compute gradients of inputs and of weights apart, a compiled block both at once",
+        "schedule=interleaved, or train.compile=off",
+        lambda job, layout: layout.pipeline > 1 and layout.schedule in _SPLIT_BACKWARD and job.train.compile == "on",
+    ),
+    Excluded(
+        "schedule=interleaved_zero_bubble, zbv or dualpipev",
+        "recompute=block",
+        "these schedules walk a block's backward graph twice, and recomputation frees it after the first time",
+        "schedule=interleaved, or recompute=none",
+        lambda job, layout: layout.pipeline > 1 and layout.schedule in _SPLIT_BACKWARD and layout.recompute == "block",
+    ),
+)
+"""All pairs that are refused; docs/layouts.md lists them, and a test counts them there."""
+
+
+def check_layout(job: Job) -> Layout:
+    """The job's layout with its micro-batch decided where a pipeline needs one.
+
+    Raises LayoutError or JobError that says which numbers would do.
+    """
+    layout = job.layout
+    assert layout is not None
+    for pair in EXCLUDED:
+        if pair.both(job, layout):
+            raise LayoutError(f"{pair.one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
+    check_batch(job.train.global_batch, layout)
+    if layout.pipeline > 1:
+        layout = _with_micro_batch(job.train.global_batch, layout)
+    return layout
+
+
+def check_model(model: ModelOptions, sequence_length: int, layout: Layout) -> None:
+    """Heads, blocks and positions can be shared as the layout says. Raises LayoutError that says what would do."""
+    _check_tensor(model, layout)
+    _check_sequence(model, sequence_length, layout)
+    _check_stages(model, layout)
+
+
+def check_batch(global_batch: int, layout: Layout) -> None:
+    """Every reader gets the same number of sequences. Raises JobError that says which batch would do."""
+    readers = layout.readers
+    who = "workers" if readers == layout.world else "ranks along replicas and fsdp"
+    if global_batch % readers:
+        below, above = global_batch // readers * readers, (global_batch // readers + 1) * readers
+        near = f"{below} or {above}" if below else f"{above}"
+        raise JobError(
+            f"train.global_batch={global_batch} is not divisible by the {readers} {who} of layout {layout}",
+            fix=f"take train.global_batch={near}, or a number of workers that divides {global_batch}",
+        )
+    part = global_batch // readers
+    if layout.micro_batch and part % layout.micro_batch:
+        raise JobError(
+            f"layout micro_batch={layout.micro_batch} does not divide the {part} sequences of a rank "
+            f"(train.global_batch={global_batch} over {readers} {who})",
+            fix=f"take one of {_list(_divisors(part))}",
+        )
+
+
+def _with_micro_batch(global_batch: int, layout: Layout) -> Layout:
+    """Enough micro-batches for the schedule. Without a size given, the largest that makes twice as many as stages."""
+    part = global_batch // layout.readers
+    good = [size for size in _divisors(part) if _enough(part // size, layout)]
+    if not layout.micro_batch and good:
+        wanted = [size for size in good if part // size >= 2 * layout.stage_count]
+        return replace(layout, micro_batch=max(wanted) if wanted else min(good))
+    if layout.micro_batch in good:
+        return layout
+    number = part // layout.micro_batch if layout.micro_batch else part
+    what = f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages"
+    least = next(n for n in range(1, 64 * layout.stage_count) if _enough(n, layout))
+    raise LayoutError(
+        f"{what} cannot run {number} micro-batches ({part} sequences a pipeline)",
+        fix=f"take micro_batch={_list(good)}"
+        if good
+        else f"take schedule=gpipe, or train.global_batch={least * layout.readers * max(1, layout.micro_batch)}",
+    )
+
+
+def _enough(micro_batches: int, layout: Layout) -> bool:
+    """What each schedule needs (torch.distributed.pipelining)."""
+    if layout.schedule == "dualpipev":
+        return micro_batches >= layout.stage_count
+    if layout.schedule in ("interleaved", "interleaved_zero_bubble"):
+        rounds = max(1, micro_batches // layout.pipeline)
+        return micro_batches >= layout.pipeline and micro_batches % rounds == 0
+    if layout.schedule == "1f1b":
+        return micro_batches >= layout.pipeline
+    return True
+
+
+def _check_tensor(model: ModelOptions, layout: Layout) -> None:
+    """Each rank gets whole heads; a key head may be on several ranks, but then on equally many."""
+    ranks, heads, keys = layout.tensor, model.num_attention_heads, model.num_key_value_heads
+    fits = [n for n in _divisors(heads) if keys % n == 0 or n % keys == 0]
+    if ranks not in fits:
+        raise LayoutError(
+            f"layout tensor={ranks} does not divide {heads} query heads with {keys} key and value heads evenly",
+            fix=f"tensor={_list(fits)}",
+        )
+    for name in ("vocab_size", "intermediate_size"):
+        if 0 < getattr(model, name) < ranks:
+            raise LayoutError(f"layout tensor={ranks} is more than model.{name}={getattr(model, name)}", fix="fewer")
+
+
+def _check_sequence(model: ModelOptions, length: int, layout: Layout) -> None:
+    """Each rank gets as many positions as any other."""
+    context, tensor = layout.context, layout.tensor
+    # The ring deals out the row's chunks in pairs, an early one and a late one, so that causal work is even.
+    unit = lcm(2 * context, tensor * context) if context > 1 and layout.context_by == "ring" else tensor * context
+    if length % unit:
+        near = [n for n in (length // unit * unit, (length // unit + 1) * unit) if n]
+        raise LayoutError(
+            f"data.sequence_length={length} cannot be shared by context={context}, tensor={tensor} ranks",
+            fix=f"data.sequence_length={_list(near)} (multiples of {unit})",
+        )
+    if context == 1 or layout.context_by == "ring":
+        return
+    heads = model.num_attention_heads // tensor
+    keys = max(1, model.num_key_value_heads // tensor)
+    fits = [n for n in _divisors(heads) if keys % n == 0 or n % keys == 0]
+    if context not in fits:
+        raise LayoutError(
+            f"context_by=ulysses gives each of context={context} ranks some heads, "
+            f"but there are {heads} query and {keys} key heads",
+            fix=f"context={_list(fits)}, or context_by=ring",
+        )
+
+
+def _check_stages(model: ModelOptions, layout: Layout) -> None:
+    blocks, stages = model.num_hidden_layers, layout.stage_count
+    if blocks < stages:
+        ranks = blocks // layout.stages_per_rank
+        looped = SCHEDULES[layout.schedule] > 1 and blocks >= layout.pipeline
+        fix = f"pipeline={ranks}" if ranks > 1 else "schedule=1f1b" if looped else "fewer pipeline ranks"
+        raise LayoutError(
+            f"layout pipeline={layout.pipeline},schedule={layout.schedule} has {stages} stages, "
+            f"the model only {blocks} blocks",
+            fix=fix + (", or schedule=1f1b" if looped and "schedule" not in fix else ""),
+        )
+    given = layout.blocks_per_stage
+    if given and sum(given) != blocks:
+        raise LayoutError(
+            f"layout stages={layout.stages} has {sum(given)} blocks, the model {blocks}",
+            fix="give one number for each stage; together they are the model's blocks",
+        )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _list(numbers: list[int]) -> str:
+    return " or ".join(map(str, numbers)) if len(numbers) < 3 else "one of " + ", ".join(map(str, numbers))

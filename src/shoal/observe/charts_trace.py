@@ -1,0 +1,161 @@
+"""The spans of a traced step -> a chart: what every rank did when, as the JSON that plotly's script draws."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from shoal.observe.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
+from shoal.observe.trace import Kind, Recording, Share, Span, aligned, own, summary
+
+WAIT = "#DFE3E8"
+KINDS: tuple[tuple[Kind, str], ...] = (
+    ("forward", BLUE),
+    ("backward", SKY),
+    ("compute", PURPLE),
+    ("optimizer", GREEN),
+    ("communication", ORANGE),
+    ("data", GREY),
+    ("wait", WAIT),
+)
+
+# Bars of one kind that are nearer than this share of the step are drawn as one: no screen shows such a gap.
+_GAP = 1 / 2000
+# Of more ranks, every second one is drawn, or every third ...; and above _TEXTS there is no room for text.
+_LANES, _TEXTS = 32, 12
+# Of a lane's height of 1: middle and height of the bars, of those in flight, and middle of the text.
+_BAR, _FLIGHT, _TEXT = (0.0, 0.4), (0.28, 0.12), -0.36
+
+Bar = tuple[int, int, str]
+"""Start and end in ns, and what the pointer shows."""
+Placed = tuple[int, Bar]
+"""With its lane."""
+
+
+def trace_chart(recordings: Iterable[Recording]) -> dict[str, Any] | None:
+    """One lane a rank: what it did, coloured by kind; under it, what was in flight; above, the shares in words.
+
+    As `charts` gives them, and with `layout`: what this one needs over the page's own layout. None without spans.
+    """
+    recordings = aligned(recordings)
+    end = max((span.end for r in recordings for span in r.spans), default=0)
+    if not end:
+        return None
+    every = -(-len(recordings) // _LANES)
+    drawn, shares = recordings[::every], summary(recordings)[::every]
+    bars, flights = _bars(drawn, int(end * _GAP))
+    traces = [_trace(kind, kind, colour, _BAR, bars[kind]) for kind, colour in KINDS if bars[kind]]
+    if flights:
+        traces.append(_trace("in flight", "communication", ORANGE, _FLIGHT, flights))
+    return {
+        "title": "One step",
+        "unit": "of each rank" if every == 1 else f"of {len(drawn)} of {len(recordings)} ranks",
+        "data": [*traces, _texts(shares)],
+        "x": None,
+        "y": None,
+        "layout": _layout([r.rank for r in drawn], end),
+    }
+
+
+def shares_text(share: Share) -> str:
+    """`compute 71 % · exposed communication 12 % · data 2 % · bubble 15 %`."""
+    parts = {
+        "compute": share.compute,
+        "exposed communication": share.exposed,
+        "data": share.data,
+        "bubble": share.bubble,
+    }
+    whole = sum(parts.values())
+    return " · ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+
+
+def _bars(recordings: list[Recording], gap: int) -> tuple[dict[Kind, list[Placed]], list[Placed]]:
+    """Those of each kind, and those in flight."""
+    bars: dict[Kind, list[Placed]] = defaultdict(list)
+    flights: list[Placed] = []
+    for lane, recording in enumerate(recordings):
+        pieces: dict[Kind, list[Bar]] = defaultdict(list)
+        for span, mine in own(recording.spans):
+            pieces[span.kind] += [(start, end, _words(span)) for start, end in mine]
+        for kind, some in pieces.items():
+            bars[kind] += [(lane, bar) for bar in _joined(some, gap)]
+        flying = [(span.start, span.end, _words(span)) for span in recording.spans if span.in_flight]
+        flights += [(lane, bar) for bar in _joined(flying, gap)]
+    return bars, flights
+
+
+def _words(span: Span) -> str:
+    """`backward, stage 1, micro-batch 3`."""
+    stage = f", stage {span.stage}" if span.stage is not None else ""
+    return span.name + stage + (f", micro-batch {span.micro_batch}" if span.micro_batch is not None else "")
+
+
+def _joined(bars: list[Bar], gap: int) -> list[Bar]:
+    """Neighbours as one bar where the gap cannot be seen and one of the two hardly."""
+    found: list[Bar] = []
+    for start, end, words in sorted(bars):
+        last = found[-1] if found else None
+        if last and start - last[1] <= gap and min(end - start, last[1] - last[0]) <= gap:
+            longer = last[2] if last[1] - last[0] >= end - start else words
+            found[-1] = (last[0], max(last[1], end), longer)
+        else:
+            found.append((start, end, words))
+    return found
+
+
+def _trace(name: str, kind: Kind, colour: str, place: tuple[float, float], bars: list[Placed]) -> dict[str, Any]:
+    """All bars of one kind. Plotly does not stack bars that say where they begin."""
+    middle, height = place
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": name,
+        "y": [lane + middle for lane, _ in bars],
+        "base": [_ms(start) for _, (start, _, _) in bars],
+        "x": [_ms(end - start) for _, (start, end, _) in bars],
+        "width": height,
+        "marker": {"color": colour, "line": {"color": "#fff", "width": 0.5}},
+        "text": [words for _, (_, _, words) in bars],
+        "textposition": "none",
+        "hovertemplate": f"%{{text}}<br>{kind}, %{{x}} ms from %{{base}} ms<extra></extra>",
+    }
+
+
+def _texts(shares: list[Share]) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        "mode": "text" if len(shares) <= _TEXTS else "markers",
+        "name": "shares",
+        "x": [0] * len(shares),
+        "y": [lane + _TEXT for lane in range(len(shares))],
+        "text": [shares_text(share) for share in shares],
+        "textposition": "middle right",
+        "textfont": {"size": 11},
+        "marker": {"size": 4, "color": WAIT},
+        "hovertemplate": "%{text}<extra></extra>",
+        "showlegend": False,
+    }
+
+
+def _layout(ranks: list[int], end: int) -> dict[str, Any]:
+    every = -(-len(ranks) // 16)
+    lanes = range(0, len(ranks), every)
+    axis = {"gridcolor": "#eef0f3", "zeroline": False, "automargin": True}
+    return {
+        "hovermode": "closest",
+        "showlegend": True,
+        "xaxis": axis | {"title": {"text": "ms", "standoff": 8}, "range": [0, _ms(end)]},
+        "yaxis": axis
+        | {
+            "range": [len(ranks) - 0.5, -0.6],
+            "showgrid": False,
+            "tickvals": list(lanes),
+            "ticktext": [f"rank {ranks[lane]}" for lane in lanes],
+        },
+    }
+
+
+def _ms(ns: int) -> float:
+    """To a microsecond."""
+    return round(ns / 1e6, 3)

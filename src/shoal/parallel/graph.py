@@ -1,0 +1,329 @@
+"""Any module as a graph of tensor operations, with what each of them costs and writes to.
+
+`torch.export` runs the module once on fake tensors and records its ATen operations, in the order in which they
+ran. Nothing is decomposed or made functional, so the graph computes what the module computes, bit for bit.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from shoal.errors import LayoutError
+
+# How many operations a device does in the time of moving one byte: accelerators have 100 to 300, a CPU about 10.
+# Stages change little in between, as products then have far more operations per byte, and others far fewer.
+FLOPS_PER_BYTE = 50.0
+
+# They write running statistics, which their schemas do not say.
+_SILENT_WRITERS = ("batch_norm", "instance_norm")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What was seen when an operation ran on fake tensors.
+
+    cost: in floating-point operations, see `trace`. needs_gradient: whether backward passes through its result.
+    storages: the memory in which its result lies. written: the nodes whose memory it writes to.
+    """
+
+    cost: float
+    bytes: int
+    needs_gradient: bool
+    contiguous: bool
+    storages: frozenset[int]
+    written: frozenset[fx.Node]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced module. `program` has its operations in the order in which they ran; a get_attr is a tensor it holds.
+
+    held: canonical name (the first one, as in `named_parameters`) -> the module's own parameter or buffer.
+    names: target of a get_attr -> canonical name; what is not in it is a constant or a nested graph.
+    passing: names of buffers that are not saved. device: where constants were made.
+    """
+
+    program: fx.GraphModule
+    facts: dict[fx.Node, Fact]
+    held: dict[str, Tensor]
+    names: dict[str, str]
+    passing: frozenset[str]
+    result: pytree.TreeSpec
+    device: torch.device
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Name of each operation -> its estimated cost in floating-point operations."""
+        return {node.name: fact.cost for node, fact in self.facts.items() if node.op == "call_function"}
+
+
+def trace(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
+    """The graph of module(*example).
+
+    module: on any device, also meta. example: one micro-batch; its shapes are fixed in the graph, its values do not
+    matter. The module's mode (`train`, `eval`) and every Python decision are fixed too. Costs are those of the
+    forward pass by the roofline (Williams et al. 2009, "Roofline: an insightful visual performance model"):
+    the larger of an operation's floating-point operations and FLOPS_PER_BYTE times the bytes it reads and writes;
+    backward is taken as proportional. LayoutError, with the line of the module's code, if it cannot be traced.
+    """
+    _refuse_lost_values(module)
+    tensors = dict(_named(module))
+    device = next((t.device for t in (*tensors.values(), *example) if t.device.type != "meta"), torch.device("cpu"))
+    with _off_meta(module, example, device) as inputs, _quiet():
+        try:
+            exported = torch.export.export(module, inputs, strict=False)
+        except Exception as error:
+            raise _refusal(module, str(error).strip() or type(error).__name__, _line(module, error)) from error
+        program = exported.module(check_guards=False)
+    assert isinstance(program, fx.GraphModule)
+    for part in program.modules():
+        if isinstance(part, fx.GraphModule):
+            _tidy(part)
+    _refuse_varying_shapes(module, program)
+    first = {id(t): name for name, t in reversed(tensors.items())}
+    names = {name: first[id(t)] for name, t in tensors.items()}
+    held = {name: t for name, t in tensors.items() if names[name] == name}
+    result = exported.call_spec.out_spec
+    passing = frozenset(held) - module.state_dict().keys()
+    facts = _observe(program)
+    if _settle_writes(program, facts):
+        facts = _observe(program)
+    return Graph(program, facts, held, names, passing, result, device)
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All names of all parameters and buffers: a tied one has several."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _refuse_lost_values(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        for field, value in vars(part).items():
+            if isinstance(value, Tensor) and value.device.type == "meta":
+                raise LayoutError(
+                    f"`{field}` is a plain tensor on meta, so its values are lost",
+                    where=f"{name or 'module'} ({type(part).__name__})",
+                    fix=f"register_buffer('{field}', ...), or build the module on a device",
+                )
+
+
+@contextmanager
+def _off_meta(module: nn.Module, example: tuple[Tensor, ...], device: torch.device) -> Iterator[tuple[Tensor, ...]]:
+    """Puts fake tensors of `device` in the place of those on meta, for as long as it lasts.
+
+    On meta itself `torch.tensor([1.0], device=x.device)` would record a constant without a value. An example
+    that is given twice is made two, since export would take both for one input.
+    """
+    fakes: dict[int, Tensor] = {}
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def off_meta(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "meta":
+            return tensor
+        if id(tensor) not in fakes:
+            with mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            fakes[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+        return fakes[id(tensor)]
+
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (values, field, tensor)
+        for part in module.modules()
+        for values in (part._parameters, part._buffers)
+        for field, tensor in values.items()
+        if tensor is not None
+    ]
+    again = [any(x is y for y in example[:i]) for i, x in enumerate(example)]
+    try:
+        for values, field, tensor in places:
+            values[field] = off_meta(tensor)
+        yield tuple(off_meta(x.clone() if twice else x) for x, twice in zip(example, again, strict=True))
+    finally:
+        for values, field, tensor in places:
+            values[field] = tensor
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what torch logs and prints about a failure, which we say in one sentence."""
+    level, said = logging.root.manager.disable, io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with redirect_stderr(said):
+            yield
+        sys.stderr.write(said.getvalue())
+    finally:
+        logging.disable(level)
+
+
+def _refusal(module: nn.Module, reason: str, where: str) -> LayoutError:
+    what, fix = reason.splitlines()[0], "layout fsdp=N needs no graph"
+    if "data-dependent" in reason.lower() or "aten._local_scalar_dense" in reason:
+        what = "what it does depends on the values in a tensor"
+        fix += "; or write that line with operations on tensors only, such as torch.where"
+    return LayoutError(f"{type(module).__name__} cannot be traced: {what}", where=where, fix=fix)
+
+
+def _refuse_varying_shapes(module: nn.Module, program: fx.GraphModule) -> None:
+    for node in program.graph.nodes:
+        if not all(isinstance(size, int) for t in _tensors(node.meta.get("val")) for size in t.shape):
+            frames = re.findall(r'File "(.+)", line (\d+)', node.meta.get("stack_trace") or "")
+            where = next((f"{path}:{line}" for path, line in reversed(frames) if _is_users(Path(path))), str(node))
+            raise _refusal(module, "data-dependent shape", where)
+
+
+def _line(module: nn.Module, error: BaseException | None) -> str:
+    """File and line of the innermost frame of the module's own code."""
+    while error is not None:
+        for frame in reversed(traceback.extract_tb(error.__traceback__)):
+            if _is_users(Path(frame.filename)):
+                return f"{frame.filename}:{frame.lineno}"
+        error = error.__cause__ or error.__context__
+    return type(module).__name__
+
+
+def _is_users(path: Path) -> bool:
+    """Whether a source file is neither torch's nor Python's own, nor this one."""
+    paths = sysconfig.get_paths()
+    if not path.exists() or path == Path(__file__) or path.is_relative_to(Path(torch.__file__).parent):
+        return False
+    return not path.is_relative_to(paths["stdlib"]) or path.is_relative_to(paths["purelib"])
+
+
+def _tidy(program: fx.GraphModule) -> None:
+    """Takes out export's checks of dtype and device: a stage may be moved, and its shapes are explicit anyway."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+    program.recompile()
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+# The one kernel of attention for which FlopCounterMode has no formula.
+_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class _Observer(fx.Interpreter):
+    """Runs the program on fake tensors, all of which stay alive, so that memory tells which are views of which."""
+
+    def __init__(self, program: fx.GraphModule):
+        super().__init__(program, garbage_collect_values=False)
+        self.flops: dict[fx.Node, int] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = n.meta.get("val")
+        if n.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
+            return value
+        with FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS) as counter:
+            value = super().run_node(n)
+        self.flops[n] = counter.get_total_flops()
+        return value
+
+    def fact(self, node: fx.Node) -> Fact:
+        """After all have run: a write in place may have changed whether a gradient is needed."""
+        tensors = _tensors(self.env[node])
+        storages = frozenset(t.untyped_storage()._cdata for t in tensors)
+        written = _written(node, self.module)
+        inputs = [t for n in node.all_input_nodes for t in _tensors(self.env[n])]
+        is_view = storages <= {t.untyped_storage()._cdata for t in inputs} and not written
+        moved = 0 if is_view or node.op != "call_function" else sum(map(_bytes, (*inputs, *tensors)))
+        return Fact(
+            cost=max(float(self.flops.get(node, 0)), FLOPS_PER_BYTE * moved),
+            bytes=sum(map(_bytes, tensors)),
+            needs_gradient=any(t.requires_grad for t in tensors),
+            contiguous=all(t.is_contiguous() for t in tensors),
+            storages=storages,
+            written=written,
+        )
+
+
+def _observe(program: fx.GraphModule) -> dict[fx.Node, Fact]:
+    inputs = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
+    mode = next((t.fake_mode for node in program.graph.nodes for t in _tensors(node.meta.get("val"))), FakeTensorMode())
+    observer = _Observer(program)
+    with mode, torch.enable_grad():
+        observer.run(*inputs, enable_io_processing=False)
+        return {node: observer.fact(node) for node in program.graph.nodes}
+
+
+def _tensors(value: Any) -> list[Any]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _written(node: fx.Node, program: Any) -> frozenset[fx.Node]:
+    """The arguments whose memory `node` writes to."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        # A nested graph, as of `torch.no_grad()`: if anything in it writes, it may be to any argument.
+        nested = (n for graph in nested_graphs(node, program) for n in graph.nodes)
+        writes = any(_written(n, n.graph.owning_module) for n in nested)
+        return frozenset(node.all_input_nodes if writes else ())
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target is torch.ops.aten.detach_.default:
+        return frozenset()
+    if any(word in node.target._opname for word in _SILENT_WRITERS):
+        return frozenset(n for n in node.all_input_nodes if n.op == "get_attr")
+    arguments = node.target._schema.arguments
+    values = [*zip(arguments, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in arguments)]
+    written = [v for a, v in values if a.alias_info is not None and a.alias_info.is_write]
+    return frozenset(n for n in pytree.tree_leaves(written) if isinstance(n, fx.Node))
+
+
+def nested_graphs(node: fx.Node, program: fx.GraphModule) -> list[fx.Graph]:
+    """The graphs that `node` takes as arguments, and theirs."""
+    found = []
+    for argument in node.all_input_nodes:
+        inner = attrgetter(str(argument.target))(program) if argument.op == "get_attr" else None
+        if isinstance(inner, fx.GraphModule):
+            found += [inner.graph, *(g for n in inner.graph.nodes for g in nested_graphs(n, inner))]
+    return found
+
+
+def _settle_writes(program: fx.GraphModule, facts: dict[fx.Node, Fact]) -> bool:
+    """Whether it changed how `self.buffer = value` is written back, which export does by a copy at the very end.
+
+    The copy goes to where the value is ready, and what reads the buffer before gets a clone: backward would find
+    it changed. After `self.buffer += value` there is nothing to copy.
+    """
+    graph, aten = program.graph, torch.ops.aten
+    copies = [n for n in graph.find_nodes(op="call_function", target=aten.copy_.default) if not n.users]
+    copies = [n for n in copies if n.args[0].op == "get_attr"]
+    for copy in copies:
+        buffer, value = copy.all_input_nodes
+        if facts[buffer].storages == facts[value].storages:
+            graph.erase_node(copy)
+            continue
+        first = next(n for n in graph.nodes if buffer in n.all_input_nodes)
+        if first is not copy:
+            with graph.inserting_before(first):
+                old = graph.call_function(aten.clone.default, (buffer,))
+            old.meta["val"] = buffer.meta["val"].clone()
+            buffer.replace_all_uses_with(old, delete_user_cb=lambda n, kept=(old, copy): n not in kept)
+        written = {n: [s for w in facts[n].written for s in facts[w].storages] for n in graph.nodes if n in facts}
+        ready = [n for n in written if n is value or not facts[value].storages.isdisjoint(written[n])]
+        ready[-1].append(copy)
+    return bool(copies)
