@@ -1,12 +1,14 @@
 """The part of a step in which a pipeline's ranks have nothing to do, against what its schedule allows.
 
-    python benchmarks/bubble.py [--schedules gpipe,1f1b,...] [--micro-batches 8] [--milliseconds 20] [--kib 0]
+    python benchmarks/bubble.py [--schedules gpipe,1f1b,...] [--micro-batches 8] [--milliseconds 100] [--kib 0]
                                 [--repetitions 3] [--format json]
 
 Four ranks run shoal's Pipeline over stages that sleep: f for a forward, f for the gradient of the inputs, f for that of
-the weights. So cores do not matter, and all time that is not slept is either the schedule's bubble or our own cost.
-bubble: 1 - slept / wall, the wall being that of the slowest rank. formula: (p - 1) / (v m + p - 1) for v stages on
-each of p ranks and m micro-batches (Narayanan et al. 2021, section 2.2, arXiv:2104.04473), where there is one.
+the weights. Two cores are enough if sleeps are long beside what an action costs (1 ms of Python and gloo, more on a
+busy machine): all time that is not slept is either the schedule's bubble or that.
+bubble: 1 - slept / wall, the wall from the first rank's beginning to the end of the last one to end.
+formula: (p - 1) / (v m + p - 1) for v stages on each of p ranks and m micro-batches (Narayanan et al. 2021, section
+2.2, arXiv:2104.04473), where there is one.
 simulated: of the schedule's own list of actions, each begun as soon as its rank is free and its input is there; once
 with sleeps as asked for, once as they were (on a busy machine whoever sleeps is woken late, and others wait for him).
 --kib: what a stage hands to the next; the simulated input then comes later by the time that such a message
@@ -39,6 +41,9 @@ RANKS = 4
 
 Action = tuple[int, str, int]
 """(stage, what, micro-batch); what: F forward, B both gradients, I the one of the inputs, W that of the weights."""
+Order = list[list[Action]]
+"""What a rank computes, in turns of one action. DualPipeV has turns of two, which torch computes one after the other;
+it sends what came of them at the end of both."""
 
 
 class Clock:
@@ -97,8 +102,8 @@ class Stub(nn.Module):
 def rank_main(
     seat: Any, schedule: str, micro_batches: int, seconds: float, kib: int, repetitions: int
 ) -> dict[str, Any]:
-    """One rank: {walls: seconds of each repetition, logs: what it slept for then, actions: of all ranks, message: seconds
-    that one needs}."""
+    """One rank. spans: when each repetition began and ended, by the machine's clock. logs: what it slept for then.
+    orders: of all ranks. message: seconds of one."""
     torch.set_num_threads(1)
     layout = Layout(pipeline=seat.world, schedule=schedule)
     mesh = meshes.build(layout, seat)
@@ -110,20 +115,21 @@ def rank_main(
     def compute(module: nn.Module, micro_batch: int, x: Tensor | None) -> Tensor:
         return module(clock, micro_batch, x)
 
-    walls, logs = [], []
+    spans, logs = [], []
     for repetition in range(repetitions + 1):  # the first one opens connections
         clock.reset()
         dist.barrier()
         start = time.perf_counter()
         pipeline.run(range(micro_batches), compute, like)
         if repetition:
-            walls.append(time.perf_counter() - start)
+            spans.append((start, time.perf_counter()))
             logs.append(clock.log)
     message = message_seconds(like) if kib else 0.0
     built, _ = pipeline._schedule(micro_batches, like)
-    actions = of_one_stage(schedule, micro_batches) if layout.stages_per_rank == 1 else actions_of(built)
+    one = layout.stages_per_rank == 1
+    orders = orders_of_one_stage(schedule, micro_batches, seat.world) if one else orders_of(built)
     mesh.close()
-    return {"walls": walls, "logs": logs, "actions": actions, "message": message}
+    return {"spans": spans, "logs": logs, "orders": orders, "message": message}
 
 
 def message_seconds(like: Tensor, times: int = 20) -> float:
@@ -139,20 +145,22 @@ def message_seconds(like: Tensor, times: int = 20) -> float:
     return found.item()
 
 
-def actions_of(schedule: Any) -> list[list[Action]]:
-    """What torch's schedule of several stages a rank says that each rank computes, in order."""
+def orders_of(schedule: Any) -> list[Order]:
+    """What torch's schedule of several stages a rank says that each rank computes."""
     return [
         [
-            (int(part.stage_index), part.computation_type.value, int(part.microbatch_index))
+            [
+                (int(part.stage_index), part.computation_type.value, int(part.microbatch_index))
+                for part in action.sub_actions or (action,)
+            ]
             for action in schedule.pipeline_order[rank]
             if action is not None
-            for part in (action.sub_actions or (action,))
         ]
         for rank in sorted(schedule.pipeline_order)
     ]
 
 
-def of_one_stage(schedule: str, micro_batches: int, ranks: int = RANKS) -> list[list[Action]]:
+def orders_of_one_stage(schedule: str, micro_batches: int, ranks: int = RANKS) -> list[Order]:
     """The same of gpipe and 1f1b, by their definition. (In torch they are loops without a list, and what 2.13 draws of
     1F1B leaves out the last rank's first forward.)"""
     orders = []
@@ -160,30 +168,30 @@ def of_one_stage(schedule: str, micro_batches: int, ranks: int = RANKS) -> list[
         ahead = micro_batches if schedule == "gpipe" else ranks - rank
         first = [(rank, "F", m) for m in range(ahead)]
         pairs = [((rank, "B", m), (rank, "F", m + ahead)) for m in range(micro_batches)]
-        orders.append([*first, *(action for pair in pairs for action in pair if action[2] < micro_batches)])
+        orders.append([[a] for a in (*first, *(a for pair in pairs for a in pair)) if a[2] < micro_batches])
     return orders
 
 
-def simulate(actions: list[list[Action]], cost: Callable[[Action], float], message: float = 0.0) -> float:
+def simulate(orders: list[Order], cost: Callable[[Action], float], message: float = 0.0) -> float:
     """Seconds until all ranks are done, if each action begins as soon as its rank is free and its input there.
 
-    message: seconds between the end of one stage's action and the beginning of another's on another rank.
+    message: seconds between the end of one stage's turn and the beginning of another's on another rank.
     """
-    stages = 1 + max(stage for order in actions for stage, _, _ in order)
-    home = {stage: rank for rank, order in enumerate(actions) for stage, _, _ in order}
+    home = {stage: rank for rank, order in enumerate(orders) for turn in order for stage, _, _ in turn}
     ended: dict[Action, float] = {}
-    free, at = [0.0] * len(actions), [0] * len(actions)
-    while any(at[rank] < len(order) for rank, order in enumerate(actions)):
+    free, at = [0.0] * len(orders), [0] * len(orders)
+    while any(at[rank] < len(order) for rank, order in enumerate(orders)):
         before = list(at)
-        for rank, order in enumerate(actions):
-            while at[rank] < len(order) and (needed := needs(order[at[rank]], stages)) <= ended.keys():
-                stage, what, micro_batch = action = order[at[rank]]
-                arrivals = [ended[n] + (message if home[n[0]] != rank else 0.0) for n in needed]
-                free[rank] = max([free[rank], *arrivals]) + sum(map(cost, parts(action)))
+        for rank, order in enumerate(orders):
+            while at[rank] < len(order) and all(needs(a, len(home)) <= ended.keys() for a in order[at[rank]]):
+                turn = order[at[rank]]
+                for action in turn:
+                    arrivals = [ended[n] + (message if home[n[0]] != rank else 0.0) for n in needs(action, len(home))]
+                    free[rank] = max([free[rank], *arrivals]) + sum(map(cost, parts(action)))
                 # Whoever waits for the gradient of the inputs does not care with what it came.
-                ended[stage, "I" if what == "B" else what, micro_batch] = free[rank]
+                ended |= {(stage, "I" if what == "B" else what, m): free[rank] for stage, what, m in turn}
                 at[rank] += 1
-        assert at != before, f"ranks wait for each other at {[o[i] for o, i in zip(actions, at, strict=True) if o[i:]]}"
+        assert at != before, f"ranks wait for each other at {[o[i] for o, i in zip(orders, at, strict=True) if o[i:]]}"
     return max(free)
 
 
@@ -217,18 +225,19 @@ def measure(
 ) -> dict[str, Any]:
     found = pool.run(
         "benchmarks.bubble:rank_main", RANKS, schedule=schedule, micro_batches=micro_batches, seconds=seconds, kib=kib,
-        repetitions=repetitions,
+        repetitions=repetitions, timeout=3600.0,
     )  # fmt: skip
-    walls = [max(column) for column in zip(*(f["walls"] for f in found), strict=True)]
+    # From the beginning of the first rank, for whose first stage all others wait, to the end of the last to end.
+    walls = [max(end for _, end in spans) - spans[0][0] for spans in zip(*(f["spans"] for f in found), strict=True)]
     message = found[0]["message"]
-    actions = [[(s, what, m) for s, what, m in order] for order in found[0]["actions"]]
+    orders = [[[(s, what, m) for s, what, m in turn] for turn in order] for order in found[0]["orders"]]
     bubbles, replayed = [], []
     for repetition, wall in enumerate(walls):
         slept = {tuple(action): took for f in found for action, took in f["logs"][repetition]}
         bubbles.append(1 - sum(slept.values()) / (RANKS * wall))
-        replayed.append(1 - sum(slept.values()) / (RANKS * simulate(actions, slept.__getitem__, message)))
+        replayed.append(1 - sum(slept.values()) / (RANKS * simulate(orders, slept.__getitem__, message)))
     total = 3 * seconds * micro_batches * SCHEDULES[schedule]
-    simulated = 1 - total / simulate(actions, lambda _: seconds, message)
+    simulated = 1 - total / simulate(orders, lambda _: seconds, message)
     return {
         "schedule": schedule, "micro_batches": micro_batches, "milliseconds": 1e3 * seconds, "kib": kib,
         "formula": formula(schedule, micro_batches), "simulated": simulated, "replayed": replayed, "bubble": bubbles,
@@ -249,7 +258,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--schedules", default=",".join(SCHEDULES), help=f"some of {','.join(SCHEDULES)}")
     parser.add_argument("--micro-batches", type=int, default=8)
-    parser.add_argument("--milliseconds", type=float, default=20.0, help="that a forward sleeps")
+    parser.add_argument("--milliseconds", type=float, default=100.0, help="that a forward sleeps")
     parser.add_argument("--kib", type=int, default=0, help="size of what stages send; 0 = 4 bytes")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--format", choices=["text", "json"], default="text")

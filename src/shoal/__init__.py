@@ -20,7 +20,8 @@ _HOME = {
     "ShoalError": "shoal.errors",
     "train": "shoal.launch.train",
     "load": "shoal.serving.load",
-    "generate": "shoal.serving.generate",
+    "generate": "shoal.launch.generate",
+    "parallelize": "shoal.launch.parallelize",
 }
 
 _ROOMS = ("job",)
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from shoal import job as job
     from shoal.errors import ShoalError
     from shoal.job import Job, Layout
+    from shoal.launch.generate import generate
+    from shoal.launch.parallelize import parallelize
     from shoal.launch.train import train
-    from shoal.serving.generate import generate
     from shoal.serving.load import load
 
-__all__ = ["Job", "Layout", "ShoalError", "generate", "load", "train"]
+__all__ = ["Job", "Layout", "ShoalError", "generate", "load", "parallelize", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,10 @@ from shoal.job.layout import AXES, Layout
 _GLANCE, _PATIENCE = timedelta(seconds=0.25), 1.0
 
 # Sets of axes along which ranks talk.
-_TALKING = (("replicas",), ("pipeline",), ("fsdp", "context"), ("context",), ("tensor",), AXES[1:])
+_TALKING = (
+    ("replicas",), ("pipeline",), ("fsdp", "context"), ("context",), ("tensor",), ("context", "tensor"),
+    ("replicas", "fsdp", "context", "tensor"), AXES[1:],
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Mesh:
             place = (self.grid == self.rank).nonzero()[0].tolist()
             self.replica, self.stage, self.fsdp, self.context, self.tensor = place
             self._groups = {axes: self._make(axes) for axes in map(self._wide, _TALKING) if axes}
+            self._groups |= self._make_experts() if layout.expert > 1 else {}
         self._open = True
 
     def _wide(self, axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -81,11 +85,23 @@ class Mesh:
         """This rank's group, of those that each set of ranks makes which differ along `axes` only."""
         along = [AXES.index(axis) for axis in axes]
         others = [i for i in range(len(AXES)) if i not in along]
-        ranks_GN = self.grid.permute(*others, *along).flatten(0, len(others) - 1).flatten(1)
+        return self._one_of(self.grid.permute(*others, *along).flatten(0, len(others) - 1).flatten(1))
+
+    def _one_of(self, ranks_GN: torch.Tensor) -> dist.ProcessGroup:
+        """This rank's of the groups that are the rows."""
         if len(ranks_GN) == 1:
             return self.everyone
         mine, _ = dist.new_subgroups_by_enumeration(ranks_GN.tolist(), timeout=timedelta(seconds=self.timeout))
         return mine
+
+    def _make_experts(self) -> dict[tuple[str, ...], dist.ProcessGroup]:
+        """Across the ranks of one replica's stage, in their order: `expert` neighbours have all experts between them,
+        and the ranks at the same place among these neighbours have the same ones."""
+        ranks_SRE = self.grid.reshape(-1, self.layout.rest, self.layout.expert)
+        groups: dict[tuple[str, ...], dist.ProcessGroup] = {("expert",): self._one_of(ranks_SRE.flatten(0, 1))}
+        if self.layout.rest > 1:
+            groups[("rest",)] = self._one_of(ranks_SRE.transpose(1, 2).flatten(0, 1))
+        return groups
 
     @property
     def world(self) -> int:
@@ -97,7 +113,10 @@ class Mesh:
         return self.replica * self.layout.fsdp + self.fsdp
 
     def group(self, *axes: str) -> dist.ProcessGroup:
-        """The ranks that differ from this one along these axes only; there must be more than one."""
+        """The ranks that differ from this one along these axes only; there must be more than one.
+
+        "expert": those that have all experts between them. "rest": those that have the same ones.
+        """
         return self._groups[self._wide(axes)]
 
     @property

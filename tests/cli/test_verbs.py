@@ -63,7 +63,7 @@ def test_generate_hands_over_its_options(stand_in, capsys: pytest.CaptureFixture
     ]
     assert main([*args, "--top-p", "0.5", "--seed", "3"]) == 0
     sampling = {"max_tokens": 7, "temperature": 0.0, "top_k": 5, "top_p": 0.5, "seed": 3}
-    assert called == {"model": "runs/x", "prompt": "-- say", **sampling}
+    assert called == {"model": "runs/x", "prompt": "-- say", "tokenizer": None, **sampling}
     out, err = capsys.readouterr()
     assert out == "-- sayone two\n"
     assert "context is full" in err

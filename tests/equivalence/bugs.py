@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shoal import mesh as meshes
+from shoal.models.moe import MoE
 from shoal.models.spec import parameters
 from shoal.ops.initialise import initialise_
 from shoal.parallel.replica import Tally
@@ -20,6 +22,7 @@ from tests.equivalence import cases
 
 def run(seat: meshes.Seat, bug: str, layout: str, steps: int, order: int = 0, **options: Any) -> dict[str, Any]:
     """bug: one of `plant`'s, "" = none."""
+    torch.set_num_threads(1)
     # Clipping hides a scale, as it does in real jobs; without it the bug must show.
     what = cases.job(layout, steps, "sgd", clip=0.0, **options)
     assert what.layout is not None
@@ -108,6 +111,8 @@ def plant(parts: Parts, bug: str) -> None:
     elif bug == "own norm":  # not summed over the ranks of a replica
         sync.mesh = copy.copy(parts.mesh)
         sync.mesh.layout = replace(parts.mesh.layout, fsdp=1)
+    elif bug in EXPERTS:
+        plant_in_experts(parts, bug)
     else:
         plant_within_replica(parts, bug)
 
@@ -137,7 +142,7 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
     elif bug in ("norm weight not summed", "key heads not summed"):
         everywhere = bug == "norm weight not summed"
         replica._described = [
-            (shard, replace(cut, summed=cut.summed and cut.everywhere != everywhere))
+            (shard, replace(cut, summed=cut.summed if cut.everywhere != everywhere else ""))
             for shard, cut in replica._described
         ]
     elif bug in ("key heads counted twice", "tied gradient counted twice"):
@@ -183,6 +188,52 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
         tensors.whole_sequence = lambda hidden_BlD: gather(hidden_BlD).roll(hidden_BlD.shape[1], 1)
     else:
         raise AssertionError(bug)
+
+
+EXPERTS = (
+    "balance loss of the row on each rank",
+    "counts of one rank",
+    "statistics of a rank's part of the row",
+    "expert gradients summed twice",
+    "expert gradients not summed",
+    "router gradient not summed",
+    "experts of the next rank",
+)
+
+
+def plant_in_experts(parts: Parts, bug: str) -> None:
+    replica, ranks = parts.replica, parts.mesh.layout.context * parts.mesh.layout.tensor
+    layers = [layer for layer in replica.module.modules() if isinstance(layer, MoE)]
+    if bug == "balance loss of the row on each rank":
+        for layer in layers:
+            options = layer.options
+            layer.options = replace(options, router_aux_loss_coef=ranks * options.router_aux_loss_coef)
+    elif bug == "counts of one rank":
+        replica._balance.move = lambda mesh: [layer.rebalance_(layer.take_usage().counts_E) for layer in layers]
+    elif bug == "statistics of a rank's part of the row":
+        for layer in layers:
+            layer.row = None
+    elif bug == "expert gradients summed twice":
+        once = replica._sum_over
+        replica._sum_over = lambda axis: [once(axis) for _ in range(2 if axis == "rest" else 1)]
+    elif bug in ("expert gradients not summed", "router gradient not summed"):
+        which = ".experts." if bug.startswith("expert") else ".gate."
+        replica._described = [
+            (shard, replace(cut, summed="" if which in shard.name else cut.summed)) for shard, cut in replica._described
+        ]
+    else:
+        for layer in layers:
+            layer.experts.__dict__["forward"] = _of_the_next_rank(layer, parts.mesh.layout.expert)
+
+
+def _of_the_next_rank(layer: MoE, ranks: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    right, experts = layer.experts.forward, layer.options.num_experts
+
+    def wrong(x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor) -> Tensor:
+        next_NK = (index_NK + experts // ranks) % experts
+        return right(x_ND, torch.where(index_NK < experts, next_NK, index_NK), weight_NK)
+
+    return wrong
 
 
 class _KeepOwn:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from shoal import mesh as meshes
 from shoal.data.batch import Batch
@@ -17,6 +18,7 @@ from shoal.job.optim import OptimOptions
 from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
 from shoal.models import build
+from shoal.models.moe import MoE
 from shoal.models.spec import parameters
 from shoal.ops.attention import document_attend
 from shoal.ops.dropout import Dropout
@@ -24,6 +26,7 @@ from shoal.ops.initialise import initialise_
 from shoal.optim.schedule import learning_rate
 from shoal.training.feed import micro_batches
 from shoal.training.parts import Parts, assemble
+from tests.models import experts
 
 GLOBAL_BATCH, LENGTH, VOCAB = 12, 24, 61
 
@@ -37,13 +40,27 @@ MODEL = ModelOptions(
 # Sizes that every axis can share; with tensor=4 key heads lie on two ranks each, vocabulary and features unevenly.
 EVEN = replace(MODEL, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 
+_EXPERTS = replace(EVEN, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=14)
+# The weights of all that acts beside the cross-entropy are so large that none of it could be wrong unseen.
+QWEN = replace(
+    _EXPERTS, family="qwen2_moe", shared_expert_intermediate_size=11, qkv_bias=True, norm_topk_prob=False,
+    router_aux_loss_coef=0.3,
+)  # fmt: skip
+DEEPSEEK = replace(
+    _EXPERTS, family="deepseek_v3", first_k_dense_replace=1, num_experts=8, n_group=4,
+    topk_group=2, num_experts_per_tok=3, shared_expert_intermediate_size=14, num_key_value_heads=4, head_dim=0,
+    q_lora_rank=10, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6, routed_scaling_factor=1.5,
+    router_aux_loss_coef=0.1, bias_update_rate=0.02, capacity_factor=1.0,
+)  # fmt: skip
+MODELS = {"odd": MODEL, "even": EVEN, "qwen": QWEN, "deepseek": DEEPSEEK}
+
 
 def job(
     layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True, layers: int = 0,
     clip: float = 0.5, compile: str = "off", model: str = "odd", dropout: float = 0.0,
 ) -> Job:  # fmt: skip
-    """model: odd or even. layers: 0 = as many as it has."""
-    options = replace({"odd": MODEL, "even": EVEN}[model], tie_word_embeddings=tied)
+    """model: of `MODELS`. layers: 0 = as many as it has."""
+    options = replace(MODELS[model], tie_word_embeddings=tied)
     if layers:
         options = replace(options, num_hidden_layers=layers)
     lr = 1e-2 if optimizer == "adamw" else 0.3
@@ -116,7 +133,7 @@ def take_steps(parts: Parts, steps: int, order: int = 0) -> dict[str, Any]:
         if step == 0:
             shards = parts.replica.shards()
             gradients = [(s.name, s.offsets, s.grad.tolist()) for s in shards if s.grad is not None]
-    weights = [(s.name, s.offsets, s.local.tolist()) for s in parts.replica.shards()]
+    weights = [(s.name, s.offsets, s.local.tolist()) for s in parts.replica.held()]
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
 
 
@@ -134,11 +151,20 @@ def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: A
 
 def reference(steps: int, **options: Any) -> dict[str, Any]:
     """The same job in one process in float64, with torch's own loss, clipping and optimizers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other, ten times as long as they compute
+    try:
+        return _reference(steps, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _reference(steps: int, **options: Any) -> dict[str, Any]:
     what = job("replicas=1", steps, **options)
     model = build(what.model).double()
     fills = parameters(what.model)
-    for name, p in model.named_parameters():
-        initialise_(p.data, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, what.train.seed)
+    for name, tensor in experts.canonical(model):
+        initialise_(tensor.detach(), name, tuple(tensor.shape), (0,) * tensor.ndim, fills[name].fill, what.train.seed)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     o = what.optim
@@ -153,12 +179,18 @@ def reference(steps: int, **options: Any) -> dict[str, Any]:
         batch = global_batch(step)
         model.zero_grad()
         drop = Dropout(what.train.dropout, what.train.seed, step, batch.sample_B, torch.arange(LENGTH))
-        logits_BLV = model(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL), drop=drop)
+        logits_BLV = model(
+            batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL), None, batch.weight_BL > 0, drop
+        )
         nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(
             batch.weight_BL
         )
-        loss = (nll_BL * batch.weight_BL).sum() / batch.weight_BL.sum()
-        loss.backward()
+        tokens = batch.weight_BL.double().sum()
+        loss = (nll_BL * batch.weight_BL).sum() / tokens
+        # Experts add their balance loss on the way back, as a sum over tokens.
+        (loss * tokens).backward()
+        for p in model.parameters():
+            p.grad.div_(tokens)
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
         for p in model.parameters():
             p.grad.mul_(min(1.0, o.clip / norms[-1]) if o.clip else 1.0)
@@ -166,14 +198,25 @@ def reference(steps: int, **options: Any) -> dict[str, Any]:
         for group in optimizer_.param_groups:
             group["lr"] = lr
         if step == 0:
-            gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+            gradients = {n: g.clone() for n, g in experts.canonical(model, gradients=True) if g is not None}
         if o.name == "sgd":
             for p in matrices:
                 p.data.mul_(1 - lr * o.weight_decay)
         optimizer_.step()
+        balance_(model)
         losses.append(loss.item())
-    weights = {name: p.detach() for name, p in model.named_parameters()}
+    weights = {name: tensor.detach() for name, tensor in experts.canonical(model)}
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def balance_(model: nn.Module) -> None:
+    """Experts used less than the mean gain by their bias."""
+    for layer in model.modules():
+        usage = layer.take_usage() if isinstance(layer, MoE) else None
+        if usage is not None and layer.gate.e_score_correction_bias is not None:
+            counts_E, rate = usage.counts_E.double(), layer.options.bias_update_rate
+            less_E, more_E = (counts_E < counts_E.mean()).double(), (counts_E > counts_E.mean()).double()
+            layer.gate.e_score_correction_bias += rate * less_E - rate * more_E
 
 
 def gradient_errors(results: list[dict[str, Any]], expected: dict[str, torch.Tensor]) -> dict[str, float]:

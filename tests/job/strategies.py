@@ -27,23 +27,29 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     }[kind]
 
 
-layouts = st.builds(
-    Layout,
-    replicas=st.integers(1, 1000),
-    fsdp=st.integers(1, 1000),
-    context=st.integers(1, 1000),
-    tensor=st.integers(1, 1000),
-    context_by=st.sampled_from(["ring", "ulysses"]),
-    zero=st.sampled_from([1, 2, 3]),
-    micro_batch=st.integers(0, 64),
-    recompute=st.sampled_from(["none", "block"]),
-    schedule=st.sampled_from(sorted(SCHEDULES)),
-) | st.builds(
-    Layout,
-    pipeline=st.integers(2, 9),
-    micro_batch=st.integers(0, 64),
-    schedule=st.sampled_from(["gpipe", "1f1b"]),
-).map(lambda layout: replace(layout, stages="+".join(str(n + 1) for n in range(layout.pipeline))))
+layouts = (
+    st.builds(
+        Layout,
+        replicas=st.integers(1, 1000),
+        fsdp=st.integers(1, 1000),
+        context=st.integers(1, 1000),
+        tensor=st.integers(1, 1000),
+        context_by=st.sampled_from(["ring", "ulysses"]),
+        zero=st.sampled_from([1, 2, 3]),
+        micro_batch=st.integers(0, 64),
+        recompute=st.sampled_from(["none", "block"]),
+        schedule=st.sampled_from(sorted(SCHEDULES)),
+    )
+    | st.builds(
+        Layout,
+        pipeline=st.integers(2, 9),
+        micro_batch=st.integers(0, 64),
+        schedule=st.sampled_from(["gpipe", "1f1b"]),
+    ).map(lambda layout: replace(layout, stages="+".join(str(n + 1) for n in range(layout.pipeline))))
+    | st.builds(
+        Layout, fsdp=st.just(2), context=st.integers(1, 9), tensor=st.just(3), expert=st.sampled_from([1, 2, 3, 6])
+    )
+)
 
 
 def parts(kind: type) -> st.SearchStrategy[Any]:

@@ -24,7 +24,12 @@ def test_ranks_are_the_product_of_the_axes():
     ("text", "what", "fix"),
     [
         ("replica=2", "unknown layout key 'replica'", "'replicas'"),
-        ("expert=2", "axis 'expert' is not built yet", "roadmap"),
+        (
+            "fsdp=2,tensor=3,expert=4",
+            "expert=4 does not divide the fsdp × context × tensor = 6 ranks",
+            "1 or 2 or 3 or 6",
+        ),
+        ("expert=0", "expert=0 is less than 1", ""),
         ("tensor=0", "tensor=0 is less than 1", ""),
         ("pipeline=2,schedule=gpip", "schedule='gpip' is unknown", "gpipe"),
         ("context=2,context_by=star", "context_by='star' is unknown", "ring or ulysses"),

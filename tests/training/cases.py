@@ -42,9 +42,9 @@ def around_steps(before: Callable[[Loop], None], after: Callable[[Loop], None]) 
     """Calls these around every step of this rank's loop; `step` counts from 0 before it."""
     real = Loop._step
 
-    def step(self: Loop) -> Any:
+    def step(self: Loop, *args: Any) -> Any:
         before(self)
-        done = real(self)
+        done = real(self, *args)
         after(self)
         return done
 
@@ -81,8 +81,8 @@ def nonfinite(seat: Seat, what: str, at: list[int], victim: int, **args: Any) ->
     now = [False]
     real = Objective.__call__
 
-    def broken(self: Objective, module: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        loss_sum, weight = real(self, module, batch)
+    def broken(self: Objective, module: Any, batch: Any, hidden: Any = None) -> tuple[Tensor, Tensor]:
+        loss_sum, weight = real(self, module, batch, hidden)
         if now[0]:
             loss_sum = loss_sum + torch.nan if what == "loss" else _Broken.apply(loss_sum)
         return loss_sum, weight

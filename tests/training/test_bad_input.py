@@ -65,9 +65,13 @@ MISTAKES = {
     "micro-batch": (
         lambda _: ["--layout", "replicas=2,micro_batch=4"],
         "micro_batch=4 does not divide the 6 sequences of a rank",
-        "take one of 1, 2, 3, 6",
+        "take 1, 2, 3 or 6",
     ),
-    "an axis of later": (lambda _: ["--layout", "tensor=2"], "'tensor' is not built yet", "replicas, fsdp"),
+    "heads that do not divide": (
+        lambda _: ["--layout", "tensor=3"],
+        "tensor=3 does not divide",
+        "tensor=1, 2 or 4",
+    ),
     "an unknown axis": (lambda _: ["--layout", "shards=2"], "unknown layout key 'shards'", ""),
     "a precision": (lambda _: ["--train.precision", "fp8"], "train.precision='fp8' is unknown", "fp"),
     "a folder that holds a run": (a_run, "there is a run in this folder already", "shoal train --resume "),

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import time
 
 import pytest
 import torch
 
 from shoal import checkpoint
 from shoal.cli.main import main
+from shoal.errors import RankError
 from shoal.job import write
 from shoal.observe import metrics, result
 from shoal.serving.load import load
@@ -138,3 +140,16 @@ def test_a_rank_that_raises_is_named_last_and_the_run_can_be_resumed(train, tiny
     train(tiny(run), resume=True)
     train(tiny(whole, **options))
     assert losses(run) == losses(whole)
+
+
+@pytest.mark.parametrize("layout", ["tensor=2", "context=2", "pipeline=2,micro_batch=2", "pipeline=2,schedule=zbv"])
+@pytest.mark.parametrize(("entry", "cause"), [("main", "the cat has sat"), ("killed", "SIGKILL")])
+def test_a_rank_lost_in_the_middle_of_a_replica_ends_the_others_soon(train, tiny, tmp_path, layout, entry, cause):
+    """Long before any timeout, and it is the one that is named."""
+    job = tiny(tmp_path / "run", layout, train={"steps": 8}, model={"num_hidden_layers": 4})
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        train(job, entry=f"tests.training.failing:{entry}")
+    assert time.monotonic() - start < 60
+    assert caught.value.where == "rank 1"
+    assert cause in str(caught.value)

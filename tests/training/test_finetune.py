@@ -59,7 +59,7 @@ def from_weights(job: Job, folder: Path, **options) -> Job:
     return replace(job, model=model, data=replace(job.data, tokenizer="auto"))
 
 
-@pytest.mark.parametrize("layout", ["replicas=2", "fsdp=2,zero=3"])
+@pytest.mark.parametrize("layout", ["replicas=2", "fsdp=2,zero=3", "tensor=2", "pipeline=2", "context=2"])
 def test_first_loss_is_that_of_transformers(ranks, tiny, folder, tmp_path, layout):
     run = tmp_path / "run"
     job = from_weights(tiny(run, layout, train={"steps": 4}), folder)

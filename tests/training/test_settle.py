@@ -6,8 +6,11 @@ import re
 import time
 from dataclasses import replace
 
+import pytest
+
 from shoal.job import read
 from shoal.observe import metrics
+from shoal.training import settle
 
 
 def test_every_auto_is_resolved_and_the_job_reproduces_the_run(train, tiny, tmp_path):
@@ -34,3 +37,14 @@ def test_every_auto_is_resolved_and_the_job_reproduces_the_run(train, tiny, tmp_
     train(replace(job, run=replace(job.run, dir=str(second))))
     assert read(second / "job.toml") == job
     assert [row["loss"] for row in metrics.read(second)] == [row["loss"] for row in metrics.read(first)]
+
+
+@pytest.mark.parametrize("schedule", ["zbv", "1f1b"])
+def test_compiling_is_not_chosen_where_the_layout_excludes_it(monkeypatch, tiny, tmp_path, schedule):
+    """Blocks that are compiled under a schedule that computes weights' gradients apart gave wrong gradients."""
+    job = tiny(tmp_path, f"pipeline=2,schedule={schedule}", train={"compile": "auto"}, model={"num_hidden_layers": 4})
+    monkeypatch.setattr(settle, "_compiling_pays", lambda *_: True)
+    said = []
+    settled = settle.settle(job, None, [None], said.append)
+    assert settled.train.compile == ("on" if schedule == "1f1b" else "off")
+    assert any("apart" in line for line in said) == (schedule == "zbv")

@@ -35,6 +35,8 @@ class Generate:
     """Draw among the likeliest tokens that together have this probability only; 1 = all."""
     seed: int = 0
     """Seed of the draw: the same seed gives the same text on the same machine."""
+    layout: str = ""
+    """`pipeline=N`: the blocks on N local ranks, of which none holds the whole model; empty = in this process."""
     format: str = "text"
     """`json` prints one JSON object as the last line on standard output: `model`, `prompt`, `text`."""
 
@@ -45,7 +47,7 @@ def run(args: list[str]) -> Answer:
     if not options.model:
         raise JobError("no model is named", fix="shoal generate RUN --prompt TEXT; `shoal runs` lists the runs")
 
-    from shoal.serving.generate import generate
+    from shoal.launch.generate import generate
 
     begun = iter([options.prompt])  # printed with the first piece, when all has been checked
     text = generate(
@@ -56,8 +58,10 @@ def run(args: list[str]) -> Answer:
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        layout=options.layout,
         on_text=lambda piece: print(next(begun, "") + piece, end="", flush=True),
         say=lambda line: print(f"\n{line}", end="", file=sys.stderr, flush=True),
     )
-    print(next(begun, ""), flush=True)
+    if not options.layout:
+        print(next(begun, ""), flush=True)
     return Answer({"model": options.model, "prompt": options.prompt, "text": text})

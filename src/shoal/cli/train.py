@@ -21,6 +21,7 @@ SHORT = {
     "--steps": "--train.steps",
     "--minutes": "--train.minutes",
     "--run-dir": "--run.dir",
+    "--trace": "--run.trace",
 }
 
 
@@ -34,7 +35,8 @@ class Train(Job):
     $ shoal train --resume runs/quickstart-...               go on where a run stopped
 
     What is not given on the command line comes from the recipe, and what is not in the recipe is the default.
-    --data, --steps, --minutes, --run-dir: short for --data.source, --train.steps, --train.minutes, --run.dir.
+    --data, --steps, --minutes, --run-dir, --trace: short for --data.source, --train.steps, --train.minutes, --run.dir,
+    --run.trace.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE.toml]")] = ""

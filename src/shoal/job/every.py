@@ -14,17 +14,21 @@ from shoal.job.layout import AXES, SCHEDULES, Layout
 from shoal.job.model import ModelOptions
 
 
-def layouts(processes: int) -> list[Layout]:
+def layouts(processes: int, experts: int = 0) -> list[Layout]:
     """Every product of axes that makes `processes` ranks, or a number that divides it (but 1).
 
     Each axis alone also with all its kinds: schedules, ring and Ulysses, stages of ZeRO. With other axes it has the
-    first kind; a V schedule also, which has both ends of the pipeline on one rank.
+    first kind; a V schedule also, which has both ends of the pipeline on one rank. experts: of the model; each product
+    also with every number of ranks that can share them.
     """
     found = []
     for world in (n for n in range(2, processes + 1) if processes % n == 0):
         for degrees in _products(world, len(AXES)):
             axes: dict[str, Any] = {axis: n for axis, n in zip(AXES, degrees, strict=True) if n > 1}
             found += [replace(Layout(), **axes, **kind) for kind in _kinds(axes)]
+            sharing = Layout(**axes).rest
+            shared = [n for n in range(2, sharing + 1) if sharing % n == 0 and experts and experts % n == 0]
+            found += [replace(Layout(), **axes, **_kinds(axes)[0], expert=n) for n in shared]
     return found
 
 
@@ -53,24 +57,28 @@ def small(job: Job, processes: int, given: list[Layout]) -> Job:
     and how tokens choose them, biases, norms, tying and vocabulary stay. For layouts `given` and all of `processes`
     ranks."""
     deepest = max([2 * processes, *(layout.stage_count for layout in given)])
-    options = _narrow(replace(job.model, weights="", num_hidden_layers=min(job.model.num_hidden_layers, deepest)))
+    blocks = job.model.num_hidden_layers
+    if not any(layout.stages for layout in given):  # which count all blocks
+        blocks = min(blocks, deepest)
+    options = _narrow(replace(job.model, weights="", num_hidden_layers=blocks))
     unit = lcm(*(lcm(2 * layout.context, layout.context * layout.tensor) for layout in given), processes)
     length = min(job.data.sequence_length, max(unit, 96 // unit * unit))
-    # As many sequences as give each reader two and every schedule its micro-batches.
-    widest = max([processes, *(layout.readers * layout.micro_batch for layout in given)])
-    batch = lcm(2 * deepest, 2 * widest)
-    return replace(
-        job,
-        model=options,
-        data=replace(job.data, sequence_length=length),
-        train=replace(job.train, global_batch=batch, compile="off"),
-    )
+    job = replace(job, model=options, data=replace(job.data, sequence_length=length))
+    # Each reader gets equally many sequences, in two micro-batches at least, and every schedule enough of them.
+    readers = lcm(*(layout.readers * max(1, layout.micro_batch) for layout in given))
+    batches = [_of_batch(job, n * readers) for n in range(2, 2 * deepest + 1)]
+    return next((each for each in batches if not any(refusal(each, layout) for layout in given)), batches[-1])
+
+
+def _of_batch(job: Job, sequences: int) -> Job:
+    return replace(job, train=replace(job.train, global_batch=sequences, compile="off"))
 
 
 def _narrow(model: ModelOptions) -> ModelOptions:
-    """Heads of 8 features, a residual stream of 32, layers of 48."""
+    """Heads of 8 features, a residual stream of 32, layers of 48; experts of 16, from the second block on at least."""
     sizes = {
-        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+        "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+        "shared_expert_intermediate_size": min(16, model.moe_intermediate_size or 16),
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
     }  # fmt: skip
     changes = {name: min(getattr(model, name), most) for name, most in sizes.items() if hasattr(model, name)}

@@ -57,20 +57,26 @@ def check_layout(job: Job) -> Layout:
     """
     layout = job.layout
     assert layout is not None
-    for pair in EXCLUDED:
-        if pair.both(job, layout):
-            raise LayoutError(f"{pair.one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
+    if pair := excluded(job):
+        raise LayoutError(f"{pair.one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
     check_batch(job.train.global_batch, layout)
     if layout.pipeline > 1:
         layout = _with_micro_batch(job.train.global_batch, layout)
     return layout
 
 
+def excluded(job: Job) -> Excluded | None:
+    """A pair of the job's options that cannot be had together."""
+    layout = job.layout
+    return None if layout is None else next((pair for pair in EXCLUDED if pair.both(job, layout)), None)
+
+
 def check_model(model: ModelOptions, sequence_length: int, layout: Layout) -> None:
     """Heads, blocks and positions can be shared as the layout says. Raises LayoutError that says what would do."""
     _check_tensor(model, layout)
     _check_sequence(model, sequence_length, layout)
-    _check_stages(model, layout)
+    check_stages(model, layout)
+    _check_experts(model, layout)
 
 
 def check_batch(global_batch: int, layout: Layout) -> None:
@@ -89,7 +95,7 @@ def check_batch(global_batch: int, layout: Layout) -> None:
         raise JobError(
             f"layout micro_batch={layout.micro_batch} does not divide the {part} sequences of a rank "
             f"(train.global_batch={global_batch} over {readers} {who})",
-            fix=f"take one of {_list(_divisors(part))}",
+            fix=f"take {_list(_divisors(part))}",
         )
 
 
@@ -134,7 +140,7 @@ def _check_tensor(model: ModelOptions, layout: Layout) -> None:
             f"layout tensor={ranks} does not divide {heads} query heads with {keys} key and value heads evenly",
             fix=f"tensor={_list(fits)}",
         )
-    for name in ("vocab_size", "intermediate_size"):
+    for name in ("vocab_size", "intermediate_size", "shared_expert_intermediate_size"):
         if 0 < getattr(model, name) < ranks:
             raise LayoutError(f"layout tensor={ranks} is more than model.{name}={getattr(model, name)}", fix="fewer")
 
@@ -150,6 +156,12 @@ def _check_sequence(model: ModelOptions, length: int, layout: Layout) -> None:
             f"data.sequence_length={length} cannot be shared by context={context}, tensor={tensor} ranks",
             fix=f"data.sequence_length={_list(near)} (multiples of {unit})",
         )
+    if context > 1 and model.value_size > model.head_size:
+        raise LayoutError(
+            f"layout context={context} needs values no wider than keys, "
+            f"and model.v_head_dim={model.value_size} is more than their {model.head_size} features",
+            fix="fsdp or tensor instead of context",
+        )
     if context == 1 or layout.context_by == "ring":
         return
     heads = model.num_attention_heads // tensor
@@ -163,7 +175,8 @@ def _check_sequence(model: ModelOptions, length: int, layout: Layout) -> None:
         )
 
 
-def _check_stages(model: ModelOptions, layout: Layout) -> None:
+def check_stages(model: ModelOptions, layout: Layout) -> None:
+    """There are blocks for all stages. Raises LayoutError that says what would do."""
     blocks, stages = model.num_hidden_layers, layout.stage_count
     if blocks < stages:
         ranks = blocks // layout.stages_per_rank
@@ -182,9 +195,23 @@ def _check_stages(model: ModelOptions, layout: Layout) -> None:
         )
 
 
+def _check_experts(model: ModelOptions, layout: Layout) -> None:
+    """Each rank gets equally many experts."""
+    if layout.expert > 1 and not model.num_experts:
+        raise LayoutError(f"layout expert={layout.expert} shares experts, and the model has none", fix="leave it out")
+    if layout.expert > 1 and model.num_experts % layout.expert:
+        sharing = layout.expert * layout.rest
+        fits = [n for n in _divisors(sharing) if model.num_experts % n == 0]
+        raise LayoutError(
+            f"layout expert={layout.expert} does not divide model.num_experts={model.num_experts}",
+            fix=f"expert={_list(fits)}",
+        )
+
+
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def _list(numbers: list[int]) -> str:
-    return " or ".join(map(str, numbers)) if len(numbers) < 3 else "one of " + ", ".join(map(str, numbers))
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} or {last}" if others else last

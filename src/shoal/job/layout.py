@@ -8,9 +8,6 @@ from typing import Any
 from shoal.errors import LayoutError
 from shoal.job.check import nearest
 
-# Axes that DESIGN names but that are not built: refused by name, not as a spelling mistake.
-_LATER = ("expert",)
-
 AXES = ("replicas", "pipeline", "fsdp", "context", "tensor")
 """The axes of the rank grid, the outermost first."""
 
@@ -42,6 +39,9 @@ class Layout:
     """Ranks that share each sequence, each computing a part of its positions."""
     tensor: int = 1
     """Ranks that share each matrix, each computing a part of its features."""
+    expert: int = 1
+    """Of the fsdp × context × tensor ranks, as many as share the experts, each computing some for all their tokens. It
+    divides these and adds none."""
     zero: int = 3
     """With fsdp or context > 1, what those ranks share: 1 optimizer state; 2 gradients too; 3 parameters too."""
     micro_batch: int = 0
@@ -77,6 +77,11 @@ class Layout:
         return self.fsdp * self.context
 
     @property
+    def rest(self) -> int:
+        """Ranks of a replica's stage that hold the same experts."""
+        return self.fsdp * self.context * self.tensor // self.expert
+
+    @property
     def stages_per_rank(self) -> int:
         if self.stages and self.pipeline > 1:
             return len(self.blocks_per_stage) // self.pipeline
@@ -107,9 +112,6 @@ class Layout:
         values: dict[str, Any] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             key, _, value = (s.strip() for s in part.partition("="))
-            if key in _LATER:
-                fix = "what works now: replicas, pipeline, fsdp, context, tensor (docs/roadmap.md)"
-                raise LayoutError(f"layout axis '{key}' is not built yet", fix=fix)
             if key not in known:
                 raise LayoutError(f"unknown layout key '{key}'", fix=nearest(key, known))
             if key in values:
@@ -120,7 +122,8 @@ class Layout:
         return layout
 
     def validate(self) -> None:
-        least = {"replicas": 1, "pipeline": 1, "fsdp": 1, "context": 1, "tensor": 1, "micro_batch": 0}
+        least = {"replicas": 1, "pipeline": 1, "fsdp": 1, "context": 1, "tensor": 1, "expert": 1}
+        least["micro_batch"] = 0
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise LayoutError(f"layout {name}={getattr(self, name)} is less than {number}", fix=f"e.g. {name}=2")
@@ -134,10 +137,17 @@ class Layout:
             raise LayoutError(f"layout schedule='{self.schedule}' is unknown", fix=nearest(self.schedule, SCHEDULES))
         if self.stages:
             self._validate_stages()
+        sharing = self.fsdp * self.context * self.tensor
+        if sharing % self.expert:
+            fits = [str(n) for n in range(1, sharing + 1) if sharing % n == 0]
+            raise LayoutError(
+                f"layout expert={self.expert} does not divide the fsdp × context × tensor = {sharing} ranks",
+                fix=f"expert={' or '.join(fits)}",
+            )
 
     def _validate_stages(self) -> None:
         parts = self.stages.split("+")
-        if not all(part.isdigit() and int(part) for part in parts):
+        if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
             raise LayoutError(f"layout stages='{self.stages}' is not a list of numbers", fix="e.g. stages=3+5")
         per_rank, rest = divmod(len(parts), self.pipeline)
         usual = SCHEDULES[self.schedule]
@@ -151,6 +161,8 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"{axis}={n}" for axis in AXES if (n := getattr(self, axis)) > 1] or ["replicas=1"]
+        if self.expert > 1:
+            parts.append(f"expert={self.expert}")
         if self.sharers > 1 or self.zero != Layout.zero:
             parts.append(f"zero={self.zero}")
         if self.micro_batch:

@@ -19,7 +19,11 @@ class RunOptions:
     """Threads of each rank on CPU; 0 = cores / local ranks, at least 1. It stays 0 in job.toml: another machine has
     other cores."""
 
+    trace: int = 0
+    """Step of which trace.json is written: what every rank did when, for ui.perfetto.dev and the report. 0 = none."""
+
     def validate(self) -> None:
+        at_least("run.trace", self.trace, 0)
         at_least("run.threads", self.threads, 0)
         most = 1024  # torch starts them all, and dies of too many
         require(self.threads <= most, f"run.threads={self.threads} is more than {most}", "0: cores / local ranks")

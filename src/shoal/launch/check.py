@@ -86,17 +86,18 @@ def check(
     """
     at_least("processes", processes, 2)
     at_least("steps", steps, 2)
-    given = [Layout.parse(text) for text in only] or layouts(processes)
+    named = [Layout.parse(text) for text in only]
     for dtype in dtypes:
         if dtype not in ("fp64", *_EPSILON):
             raise JobError(f"dtype '{dtype}' is unknown", fix="fp64, fp32 or bf16")
     job = architecture(absolute_paths(job))
     prepared = prepare(job.data, say=say)
     job = replace(vocabulary(job, prepared), layout=None)
+    given = named or layouts(processes, job.model.num_experts)
     refused = [Refused(str(layout), reason) for layout in given if (reason := refusal(job, layout))]
     kept = [layout for layout in given if not refusal(job, layout)]
     if not kept:
-        return Report(not refused or not only, [], refused)
+        return Report(False, [], refused)
     most = max(layout.world for layout in kept)
     with tempfile.TemporaryDirectory() as scratch, Pool(most, [ENTRY.partition(":")[0]]) as pool:
         bench = _Bench(pool, small(job, processes, kept), str(prepared.folder), steps, Path(scratch), entry)
@@ -109,7 +110,8 @@ def check(
                 for layout in kept:
                     rows.append(bench.row(layout, dtype, optimizer, reference))
                     on_row(rows[-1])
-    return Report(all(row.ok for row in rows), rows, refused)
+    # A layout that was asked for by name and cannot be is no success.
+    return Report(all(row.ok for row in rows) and not (only and refused), rows, refused)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class _Bench:
             (worst,) = self.pool.run(
                 _COMPARE, 1, folder=folder, reference=reference.folder, reordered=reference.reordered, bounds=bounds
             )
-        except RankError as error:
+        except (RankError, JobError) as error:
             return replace(row, error=str(error))
         loss = max(_apart(result, reference.result) for result in results)
         bound_loss = max(bounds["loss"], 4 * reference.floor)

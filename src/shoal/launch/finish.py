@@ -21,6 +21,7 @@ from shoal.job import Job, parse
 from shoal.mesh import Seat
 from shoal.models.decoder import Decoder
 from shoal.models.spec import count
+from shoal.models.storage import canonical
 from shoal.observe import metrics, report, result, summary
 from shoal.observe.hold import hold
 from shoal.observe.log import speaker
@@ -113,7 +114,7 @@ def _export(model: Decoder, run: Path, job: Job) -> None:
     tokenizer = tokenizers.load(run)
     huggingface.export(
         model.options,
-        model.named_parameters(),
+        canonical(model),
         run / "model",
         tokenizer=run,
         start_token=tokenizer.start,

@@ -193,7 +193,7 @@ class Decoder(nn.Module):
         """layers: the blocks, None = all."""
         super().__init__()
         self.options = options
-        layers = range(options.num_hidden_layers) if layers is None else layers
+        self.layers = layers = range(options.num_hidden_layers) if layers is None else layers
         tied = options.tie_word_embeddings
         last = layers.stop == options.num_hidden_layers
         self.model = Trunk(options, layers, embeds=layers.start == 0 or (last and tied))

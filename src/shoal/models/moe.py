@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -102,6 +102,19 @@ class Usage:
         return Usage(self.counts_E + other.counts_E, self.balance_sum + other.balance_sum, self.dropped + other.dropped)
 
 
+class Row(Protocol):
+    """Rows of which only some positions are here: the others' choices count for capacity and balance too."""
+
+    first: bool
+    """Whether what is known of a whole row is noted here; elsewhere it is the same."""
+
+    def whole(self, x_BlX: Tensor) -> Tensor:
+        """All positions, in the order of the row."""
+
+    def own(self, x_BLX: Tensor) -> Tensor:
+        """Those that are here."""
+
+
 class MoE(nn.Module):
     """Router, routed experts and what is shared. In training mode it limits what an expert takes of a sequence, adds
     the balance loss and notes the experts' use.
@@ -121,6 +134,8 @@ class MoE(nn.Module):
         gated = options.family == "qwen2_moe"
         self.shared_expert_gate = nn.Linear(options.hidden_size, 1, bias=False) if gated else None
         self._usage: Usage | None = None
+        self.row: Row | None = None
+        """None: rows are whole here."""
 
     # Sizes of the groups are values, not shapes: a compiled block goes around this layer.
     @torch.compiler.disable
@@ -138,23 +153,41 @@ class MoE(nn.Module):
         scores_BLE = self.gate(x_BLD)
         index_BLK, weight_BLK = self.gate.select(scores_BLE)
         taken_BLK = valid_BL[..., None].expand_as(index_BLK)
-        if self.training and o.capacity_factor:
-            capacity = math.ceil(o.capacity_factor * o.num_experts_per_tok * x_BLD.shape[1] / o.num_experts)
-            taken_BLK = taken_BLK & route.within_capacity(index_BLK, valid_BL, o.num_experts, capacity)
-        if self.training and weight_BLK.requires_grad:
-            weight_BLK = self._watch(weight_BLK, scores_BLE, index_BLK, taken_BLK, valid_BL)
+        if self.training and (o.capacity_factor or weight_BLK.requires_grad):
+            row_index_BLK, row_valid_BL = self._row(index_BLK, valid_BL)
+            if o.capacity_factor:
+                capacity = math.ceil(o.capacity_factor * o.num_experts_per_tok * row_valid_BL.shape[1] / o.num_experts)
+                room_BLK = route.within_capacity(row_index_BLK, row_valid_BL, o.num_experts, capacity)
+                taken_BLK = taken_BLK & (room_BLK if self.row is None else self.row.own(room_BLK))
+            if weight_BLK.requires_grad:
+                counts_BE = route.counts(row_index_BLK, row_valid_BL, o.num_experts)
+                weight_BLK = self._watch(weight_BLK, scores_BLE, taken_BLK, valid_BL, counts_BE)
         return index_BLK.masked_fill(~taken_BLK, o.num_experts), weight_BLK.masked_fill(~taken_BLK, 0.0)
 
+    def _row(self, index_BLK: Tensor, valid_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Choices and validity of all positions of the rows."""
+        if self.row is None:
+            return index_BLK, valid_BL
+        both_BLX = self.row.whole(torch.cat((index_BLK, valid_BL[..., None].long()), -1))
+        return both_BLX[..., :-1], both_BLX[..., -1].bool()
+
     def _watch(
-        self, weight_BLK: Tensor, scores_BLE: Tensor, index_BLK: Tensor, taken_BLK: Tensor, valid_BL: Tensor
+        self, weight_BLK: Tensor, scores_BLE: Tensor, taken_BLK: Tensor, valid_BL: Tensor, counts_BE: Tensor
     ) -> Tensor:
+        """counts_BE: of whole rows."""
         o = self.options
-        counts_BE = route.counts(index_BLK, valid_BL, o.num_experts)
         share_BLE = scores_BLE / scores_BLE.sum(-1, keepdim=True) if self.gate.sigmoid else scores_BLE
-        balance = route.balance_loss(share_BLE, counts_BE, valid_BL, o.num_experts_per_tok)
+        per_token_BE = counts_BE
+        if self.row is not None:
+            # Each token counts K experts. The loss is linear in what is here of a row, but divided by the tokens here.
+            here_B = valid_BL.sum(1, dtype=share_BLE.dtype) * o.num_experts_per_tok
+            per_token_BE = counts_BE * (here_B / counts_BE.sum(1).clamp(min=1))[:, None]
+        balance = route.balance_loss(share_BLE, per_token_BE, valid_BL, o.num_experts_per_tok)
         dropped = (valid_BL[..., None] & ~taken_BLK).sum()
-        usage = (counts_BE.sum(0), balance.detach().double(), dropped)
-        return _InBackward.apply(weight_BLK, o.router_aux_loss_coef * balance, self._note, *usage)
+        counts_E = counts_BE.sum(0) * (self.row is None or self.row.first)
+        return _InBackward.apply(
+            weight_BLK, o.router_aux_loss_coef * balance, self._note, counts_E, balance.detach().double(), dropped
+        )
 
     def _note(self, *seen: Tensor) -> None:
         usage = Usage(*seen)
@@ -173,10 +206,15 @@ class MoE(nn.Module):
         usage, self._usage = self._usage, None
         return usage
 
+    @property
+    def moves(self) -> bool:
+        """Whether a bias goes by the counts."""
+        return self.gate.e_score_correction_bias is not None and self.options.bias_update_rate > 0
+
     def rebalance_(self, counts_E: Tensor) -> None:
         """After a step, with the counts of the whole global batch: moves the bias for the next one."""
         bias_E = self.gate.e_score_correction_bias
-        if bias_E is not None and self.options.bias_update_rate:
+        if bias_E is not None and self.moves:
             route.move_bias_(bias_E, counts_E, self.options.bias_update_rate)
 
 

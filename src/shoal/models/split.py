@@ -10,6 +10,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from shoal.job.model import ModelOptions
+from shoal.models.spec import EXPERT_NAMES
 
 WORDS = "words"
 """An embedding or output layer: each rank has some rows of the vocabulary."""
@@ -26,7 +27,7 @@ INPUTS = "inputs"
 """A matrix that takes what the ones above make: each rank has some columns. What comes out is summed over the ranks,
 and each keeps its part of the sequence."""
 WHOLE = "whole"
-"""A vector that every rank holds; its gradient is the sum of what the ranks see of it."""
+"""A vector or a small matrix that every rank holds; its gradient is the sum of what the ranks see of it."""
 
 DECODER: dict[str, str] = {
     "model.embed_tokens": WORDS,
@@ -46,10 +47,34 @@ DECODER: dict[str, str] = {
     "lm_head": WORDS,
 }
 
+LATENT: dict[str, str] = {
+    "model.layers.*.self_attn.q_a_*": WHOLE,
+    "model.layers.*.self_attn.q_b_proj": QUERIES,
+    "model.layers.*.self_attn.kv_a_*": WHOLE,
+    "model.layers.*.self_attn.kv_b_proj": QUERIES,
+}
+"""Latent attention, besides: what all heads share is made on every rank, of the whole sequence."""
 
-def how(module: str) -> str | None:
+ROUTED: dict[str, str] = {
+    "gate": WHOLE,
+    "experts": WHOLE,
+    "shared_expert": GATHERED,
+    "shared_experts": GATHERED,
+    "shared_expert*.gate_proj": FEATURES,
+    "shared_expert*.up_proj": FEATURES,
+    "shared_expert*.down_proj": INPUTS,
+    "shared_expert_gate": WHOLE,
+}
+"""In a layer with experts, which sees this rank's part of the sequence. The expert axis, not this one, cuts experts."""
+
+
+def how(module: str, options: ModelOptions) -> str | None:
     """How the module of this name is split; None where nothing is said of it."""
-    return next((split for pattern, split in DECODER.items() if fnmatchcase(module, pattern)), None)
+    table, layer = DECODER | LATENT, module.split(".")
+    routed = layer[:2] == ["model", "layers"] and len(layer) > 3 and options.routes(int(layer[2]))
+    if routed and layer[3] == EXPERT_NAMES[options.family].layer:
+        table, module = ROUTED, ".".join(layer[4:])
+    return next((split for pattern, split in table.items() if fnmatchcase(module, pattern)), None)
 
 
 def even(total: int, ranks: int, rank: int) -> range:

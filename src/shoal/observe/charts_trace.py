@@ -55,6 +55,7 @@ def trace_chart(recordings: Iterable[Recording]) -> dict[str, Any] | None:
         "x": None,
         "y": None,
         "layout": _layout([r.rank for r in drawn], end),
+        "wide": True,
     }
 
 

@@ -28,6 +28,7 @@ h2 { margin: 0 0 10px; font-size: 16px; }
         gap: 14px; margin-top: 14px; }
 .grid.facts { align-items: start; }
 .chart { height: 320px; }
+.wide { grid-column: 1 / -1; }
 .unit { color: var(--soft); font-weight: 400; font-size: 13px; }
 .stack { display: grid; gap: 14px; min-width: 0; }
 table { border-collapse: collapse; width: 100%; }
@@ -55,6 +56,7 @@ charts.forEach((chart, i) => Plotly.newPlot("chart-" + i, chart.data, {
            tickformat: ",d", nticks: 8, ...(chart.x && { range: chart.x, dtick: 1 }) },
   yaxis: { gridcolor: "#eef0f3", zeroline: false, automargin: true, nticks: 7, exponentformat: "power",
            separatethousands: true, minexponent: 6, ...(chart.y && { range: chart.y }) },
+  ...(chart.layout || {}),
 }, { responsive: true, displayModeBar: false }));
 """
 
@@ -90,7 +92,8 @@ def figures(items: Iterable[tuple[str, str, str]]) -> str:
 def plots(charts: list[dict[str, Any]]) -> str:
     """A place for every chart."""
     boxes = (
-        f'<div class="box"><h2>{_text(chart["title"])} <span class="unit">{_text(chart["unit"])}</span></h2>'
+        f'<div class="box{" wide" * chart.get("wide", False)}">'
+        f'<h2>{_text(chart["title"])} <span class="unit">{_text(chart["unit"])}</span></h2>'
         f'<div class="chart" id="chart-{i}"></div></div>'
         for i, chart in enumerate(charts)
     )

@@ -23,6 +23,9 @@ import msgspec
 
 from shoal.observe import files, machine
 
+FILE = "trace.json"
+"""In a run folder: the step of which `run.trace` asked for a trace."""
+
 Kind = Literal["compute", "forward", "backward", "optimizer", "data", "communication", "wait"]
 Intervals = list[tuple[int, int]]
 """[start, end) in ns, sorted, none empty, none touching the next."""

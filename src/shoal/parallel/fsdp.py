@@ -30,6 +30,8 @@ class Sharded:
         compute: torch.dtype | None,
         on_bucket: Callable[[Tensor], None] | None,
         stage: bool = False,
+        experts: Sequence[nn.Module] = (),
+        rest: DeviceMesh | None = None,
     ):
         """compute: dtype in which blocks are gathered, None = their own. Reduction is in the parameters' own.
 
@@ -37,18 +39,25 @@ class Sharded:
         gradients of inputs and of weights apart need them from one to the other, and torch's keep them in any case.
 
         on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches.
+
+        experts: modules in the blocks that are shared by the ranks of `rest` only; if that is None, by nobody.
         """
         self.zero = zero
         self.on_bucket = on_bucket
         self._last = True
         reduce = next(model.parameters()).dtype
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False)
+        reshard = zero == 3 and not stage
+        alone = {p for module in experts for p in module.parameters()} if rest is None else set()
+        if rest is not None:
+            for module in experts:
+                fully_shard(module, mesh=rest, mp_policy=policy, reshard_after_forward=reshard)
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=zero == 3 and not stage)
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard, ignored_params=alone)
         # The embedding and the output layer stay as stored, and autocast casts them where they are used: the sum of
         # a tied matrix's two gradients, and of the embedding's rows, would lose digits in bf16.
         own = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
-        fully_shard(model, mesh=mesh, mp_policy=own, reshard_after_forward=False)
+        fully_shard(model, mesh=mesh, mp_policy=own, reshard_after_forward=False, ignored_params=alone)
         self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._sum: dict[int, Tensor] = {}
         for index, group in enumerate(self.groups):
@@ -99,6 +108,10 @@ class Sharded:
     def hold(self, parameters: list[nn.Parameter]) -> None:
         """The sharded parameters, once they have memory. `model.parameters()` are others while they are gathered."""
         self.parameters = parameters
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    return isinstance(parameter, DTensor)
 
 
 def rows_here(parameter: nn.Parameter, ranks: int, rank: int) -> tuple[Tensor, int]:

@@ -9,7 +9,7 @@ as one all-reduce, and what lies between is computed and kept once.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from shoal.job.model import ModelOptions
 from shoal.models import split
+from shoal.models.decoder import LatentAttention
 from shoal.ops.loss import Words
 from shoal.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 
@@ -27,14 +28,14 @@ from shoal.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
 class Cut:
     """The piece of a parameter that this rank has of it before fully_shard cuts it again.
 
-    offsets: where it begins in the whole. counted: as in Shard. summed: its gradient here is a part, and the whole is
-    the sum over those ranks of the tensor axis that hold the same piece. everywhere: which all of them do.
+    offsets: where it begins in the whole. counted: as in Shard. summed: "", or an axis: the gradient here is a part,
+    and the whole is the sum over those ranks of the axis that hold the same piece. everywhere: which all of them do.
     """
 
     global_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     counted: bool = True
-    summed: bool = False
+    summed: str = ""
     everywhere: bool = False
 
 
@@ -49,7 +50,9 @@ class Tensors:
         """Replaces, on meta, every parameter of `model` by this rank's piece of it; returns where the pieces lie."""
         cuts: dict[str, Cut] = {}
         for name, module in list(model.named_modules()):
-            how = split.how(name)
+            how = split.how(name, self.options)
+            if isinstance(module, LatentAttention):
+                module.options = self._own_heads()
             if how == split.GATHERED:
                 module.register_forward_pre_hook(self._gather_first)
             for key, parameter in list(module.named_parameters(recurse=False)):
@@ -66,9 +69,9 @@ class Tensors:
 
     def _piece(self, how: str, key: str, parameter: nn.Parameter) -> tuple[nn.Parameter, Cut]:
         shape = tuple(parameter.shape)
-        dimension, counted, summed = 0, True, False
+        dimension, counted, summed = 0, True, ""
         if how == split.WHOLE or (how == split.INPUTS and key == "bias"):
-            return parameter, Cut(shape, (0,) * len(shape), counted=self.rank == 0, summed=True, everywhere=True)
+            return parameter, Cut(shape, (0,) * len(shape), counted=self.rank == 0, summed="tensor", everywhere=True)
         if how == split.INPUTS:
             dimension, part = 1, self._rows(shape[1])
         elif how == split.KEYS:
@@ -76,12 +79,17 @@ class Tensors:
             size = self.options.head_size
             part = range(heads.start * size, heads.stop * size)
             sharers = max(1, self.ranks // self.options.num_key_value_heads)
-            counted, summed = self.rank % sharers == 0, sharers > 1
+            counted, summed = self.rank % sharers == 0, "tensor" if sharers > 1 else ""
         else:
             part = self._rows(shape[0])
         local = parameter.narrow(dimension, part.start, len(part)).clone()
         offsets = tuple(part.start if d == dimension else 0 for d in range(len(shape)))
         return nn.Parameter(local), Cut(shape, offsets, counted, summed)
+
+    def _own_heads(self) -> ModelOptions:
+        """Latent attention asks its options how many heads there are."""
+        heads = self.options.num_attention_heads // self.ranks
+        return replace(self.options, num_attention_heads=heads, num_key_value_heads=heads)
 
     def _rows(self, total: int) -> range:
         return split.even(total, self.ranks, self.rank)
@@ -99,9 +107,9 @@ class Tensors:
         ALL_GATHER(gathered.flatten(0, 1), sums_2C1.contiguous(), group=self.group)
         return torch.stack((gathered[:, 0].logsumexp(0), gathered[:, 1].sum(0)))
 
-    def part_of_sequence(self, place_L: Tensor) -> Tensor:
-        """Of a vector over the positions, those whose residual stream this rank has."""
-        return place_L.chunk(self.ranks)[self.rank]
+    def part_of_sequence(self, x_L: Tensor) -> Tensor:
+        """Along the last dimension, the positions whose residual stream this rank has."""
+        return x_L.chunk(self.ranks, -1)[self.rank]
 
     def whole_sequence(self, hidden_BlD: Tensor) -> Tensor:
         """What the output layer needs."""

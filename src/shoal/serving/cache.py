@@ -12,10 +12,20 @@ from shoal.ops.attention import Attention, masked
 class Cache:
     """Room for `capacity` tokens in each of `rows` rows, which grow together. `length`: tokens held."""
 
-    def __init__(self, options: ModelOptions, rows: int, capacity: int, dtype: torch.dtype, device: torch.device):
-        shape = (options.num_hidden_layers, rows, capacity, options.num_key_value_heads, options.head_size)
-        self.keys_NBSKD = torch.empty(shape, dtype=dtype, device=device)
-        self.values_NBSKD = torch.empty(shape, dtype=dtype, device=device)
+    def __init__(
+        self,
+        options: ModelOptions,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        layers: range | None = None,
+    ):
+        """layers: the blocks whose keys are kept, None = all of the model's."""
+        self.layers = range(options.num_hidden_layers) if layers is None else layers
+        shape = (len(self.layers), rows, capacity, options.num_key_value_heads)
+        self.keys_NBSKD = torch.empty(*shape, options.head_size, dtype=dtype, device=device)
+        self.values_NBSKV = torch.empty(*shape, options.value_size, dtype=dtype, device=device)
         self.length = 0
 
     @property
@@ -25,13 +35,15 @@ class Cache:
     def attend(self, layer: int) -> Attention:
         """For a model's `attend`: stores the new tokens' keys and values and attends to all that are held."""
 
-        def attention(q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
+        layer = self.layers.index(layer)
+
+        def attention(q_BLHD: Tensor, k_BLKD: Tensor, v_BLKV: Tensor) -> Tensor:
             start, stop = self.length, self.length + q_BLHD.shape[1]
             assert stop <= self.capacity, f"{stop} tokens in a cache of {self.capacity}"
-            keys_BSKD, values_BSKD = self.keys_NBSKD[layer, :, :stop], self.values_NBSKD[layer, :, :stop]
+            keys_BSKD, values_BSKV = self.keys_NBSKD[layer, :, :stop], self.values_NBSKV[layer, :, :stop]
             keys_BSKD[:, start:] = k_BLKD
-            values_BSKD[:, start:] = v_BLKD
-            return masked(q_BLHD, keys_BSKD, values_BSKD, self._mask(start, stop))
+            values_BSKV[:, start:] = v_BLKV
+            return masked(q_BLHD, keys_BSKD, values_BSKV, self._mask(start, stop))
 
         return attention
 

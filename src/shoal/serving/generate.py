@@ -9,6 +9,7 @@ import torch
 
 from shoal.errors import ModelError
 from shoal.job.check import at_least, require
+from shoal.job.model import ModelOptions
 from shoal.models.decoder import Decoder
 from shoal.serving.cache import Cache
 from shoal.serving.load import home_of, load
@@ -53,30 +54,33 @@ def generate(
         tokenizer = load_tokenizer(tokenizer)
     if not isinstance(model, Decoder):
         model = load(model)
-    start = tokenizer.encode(prompt)
-    context = model.options.max_position_embeddings
+    start, count = checked_prompt(model.options, tokenizer, prompt, max_tokens)
+    stream = Stream(tokenizer, start, on_text)
+    ended = False
+    for token in tokens(model, start, count, sampling, seed):
+        if ended := token in tokenizer.ends:
+            break
+        stream.add(token)
+    if not ended and max_tokens > count and say is not None:
+        say(f"stopped: the model's context of {model.options.max_position_embeddings} tokens is full")
+    return stream.end()
+
+
+def checked_prompt(
+    options: ModelOptions, tokenizer: PromptTokenizer, prompt: str, max_tokens: int
+) -> tuple[list[int], int]:
+    """(tokens of the prompt, how many may follow). Raises ModelError where the model cannot go on from it."""
+    start, context = tokenizer.encode(prompt), options.max_position_embeddings
     if len(start) >= context:
         raise ModelError(
             f"the prompt has {len(start)} tokens and the model's context {context}", fix="shorten the prompt"
         )
-    _known(start, model)
-    stream = Stream(tokenizer, start, on_text)
-    ended = False
-    for token in tokens(model, start, min(max_tokens, context - len(start)), sampling, seed):
-        if ended := token in tokenizer.ends:
-            break
-        stream.add(token)
-    if not ended and max_tokens > context - len(start) and say is not None:
-        say(f"stopped: the model's context of {context} tokens is full")
-    return stream.end()
-
-
-def _known(prompt: list[int], model: Decoder) -> None:
-    if max(prompt) >= model.options.vocab_size:
+    if max(start) >= options.vocab_size:
         raise ModelError(
-            f"the tokenizer gives token {max(prompt)}, the model knows {model.options.vocab_size}",
+            f"the tokenizer gives token {max(start)}, the model knows {options.vocab_size}",
             fix="give the tokenizer that the model was trained with",
         )
+    return start, min(max_tokens, context - len(start))
 
 
 @torch.no_grad()

@@ -8,33 +8,39 @@ from pathlib import Path
 from shoal import checkpoint, job
 from shoal.checkpoint import huggingface
 from shoal.errors import ModelError
+from shoal.job.model import ModelOptions
 from shoal.models import build, config
 from shoal.models.decoder import Decoder
+from shoal.models.storage import canonical
 from shoal.shard import Shard
 
+Part = Callable[[ModelOptions], range]
+"""Which consecutive blocks of the model."""
 
-def load(path: str | Path, say: Callable[[str], None] = print) -> Decoder:
+
+def load(path: str | Path, say: Callable[[str], None] = print, part: Part | None = None) -> Decoder:
     """The model in eval mode, in float32 on the CPU: `model(input_ids)` gives logits (B, L, V).
 
     path: a run folder (its newest whole checkpoint, or the `model` folder of a finished run), the folder of
     one checkpoint, or a folder with config.json and safetensors. say: gets a line for each damaged checkpoint
-    passed over. Raises ModelError or CheckpointError that says what is missing or damaged.
+    passed over. part: only these blocks, with the embedding if they are the first and the head if the last. Raises
+    ModelError or CheckpointError that says what is missing or damaged.
     """
     path, home = Path(path), home_of(path)
     if (path / "config.json").is_file():
-        model = build(config.read(path))
+        model = _built(config.read(path), part)
         huggingface.load(path, _shards(model))
     elif home == path:
         newest = checkpoint.newest(path / "checkpoints", say)
         if newest is None and (path / "model").is_dir():
-            return load(path / "model", say)
+            return load(path / "model", say, part)
         if newest is None:
             raise ModelError(
                 "the run has no checkpoint yet", where=str(path), fix="train it, or wait for its first one"
             )
-        model = _of_run(path, newest, verified=True)
+        model = _of_run(path, newest, part, verified=True)
     else:
-        model = _of_run(home, path)
+        model = _of_run(home, path, part)
     return model.eval()
 
 
@@ -57,11 +63,15 @@ def home_of(path: str | Path) -> Path:
     raise ModelError(what, where=str(path), fix="give a run folder or a Hugging Face folder")
 
 
-def _of_run(run: Path, saved: Path, verified: bool = False) -> Decoder:
-    model = build(job.read(run / "job.toml").model)
+def _built(options: ModelOptions, part: Part | None) -> Decoder:
+    return build(options, part(options) if part else None)
+
+
+def _of_run(run: Path, saved: Path, part: Part | None, verified: bool = False) -> Decoder:
+    model = _built(job.read(run / "job.toml").model, part)
     checkpoint.load(saved, _shards(model), verified=verified)
     return model
 
 
 def _shards(model: Decoder) -> list[Shard]:
-    return [Shard(name, tuple(p.shape), (0,) * p.ndim, p.detach()) for name, p in model.named_parameters()]
+    return [Shard(name, tuple(p.shape), (0,) * p.ndim, p) for name, p in canonical(model)]

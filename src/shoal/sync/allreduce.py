@@ -92,6 +92,7 @@ class AllReduce:
         if finite:
             clip = min(1.0, self.clip / norm) if self.clip and norm else 1.0
             lr = self.update.apply(clip / weight)
+            self.replica.updated()
         version = Version(self.update.done)
         return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited)
 
@@ -120,7 +121,7 @@ class AllReduce:
         done[self.mesh.rank] = self.update.done
         self.mesh.wait(dist.all_reduce(done, group=self.mesh.everyone, async_op=True))
         if done.min() < done.max():
-            for shard in (*self.replica.shards(), *self.update.state()):
+            for shard in (*self.replica.held(), *self.update.state()):
                 source = int(done.argmax())
                 self.mesh.wait(dist.broadcast(shard.local, source, group=self.mesh.everyone, async_op=True))
             self.update.restore({"updates": int(done.max())})

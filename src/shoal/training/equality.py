@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import partial
@@ -21,6 +22,7 @@ from shoal.data.prepare import Prepared
 from shoal.job import parse
 from shoal.mesh import Mesh, Seat
 from shoal.models import split
+from shoal.models.decoder import Decoder
 from shoal.parallel.replica import Replica
 from shoal.training.feed import micro_batches, on_device
 from shoal.training.parts import Parts, assemble
@@ -43,15 +45,17 @@ def record(seat: Seat, *, job: str, prepared: str, folder: str, order: int = 0, 
         loader = Loader(corpus, what.data, "train", what.train.global_batch, what.train.seed)
         parts = assemble(what, mesh)
         if halves:
-            _in_halves(parts.replica.module)
+            model = parts.replica.module
+            assert isinstance(model, Decoder)
+            _in_halves(model)
         return _steps(parts, loader, Path(folder), order)
     finally:
         mesh.close()
 
 
-def _in_halves(model: nn.Module) -> None:
+def _in_halves(model: Decoder) -> None:
     for name, module in model.named_modules():
-        if split.how(name) == split.INPUTS and isinstance(module, nn.Linear):
+        if split.how(name, model.options) == split.INPUTS and isinstance(module, nn.Linear):
             module.__dict__["forward"] = partial(_two_products, module)
 
 
@@ -93,7 +97,7 @@ def _batches(loader: Loader, mesh: Mesh, position: int, order: int) -> list[Batc
 
 def _pieces(replica: Replica[Batch], what: str) -> Iterator[tuple[str, Tensor]]:
     """(what, number, name and offsets) -> copy of a piece. The number tells apart two copies on one rank."""
-    for number, shard in enumerate(replica.shards()):
+    for number, shard in enumerate(replica.held()):
         tensor = shard.grad if what == "gradient" else shard.local
         if tensor is not None and tensor.numel():
             yield (
@@ -109,7 +113,8 @@ def compare(
 
     Per kind, for the parameter that comes nearest to its bound or exceeds it most: difference relative to the norm of
     the whole tensor, its bound, its name. reordered: records of the same rank in other orders; the bound of a parameter
-    is then 4 times the most that it moves between them. Without, it is `bounds`' of the kind.
+    is then 4 times the most that it moves between them. Without, it is `bounds`' of the kind. With them, weights are
+    compared all together: after some steps of AdamW each single one has moved by chance.
     """
     whole = {kind: _whole(reference, kind) for kind in _RECORDED}
     worst = {}
@@ -117,9 +122,12 @@ def compare(
         bound = dict.fromkeys(whole[kind], bounds[kind])
         if reordered:
             moves = [_differences(other, kind, whole[kind]) for other in reordered]
-            bound = {name: max(bounds[kind], 4 * max(move[name] for move in moves)) for name in bound}
+            if kind == "weight":
+                moves = [_together(move, whole[kind]) for move in moves]
+            bound = {name: max(bounds[kind], 4 * max(move[name] for move in moves)) for name in moves[0]}
         differences = _differences(folder, kind, whole[kind])
-        assert differences.keys() == whole[kind].keys(), "a parameter is on no rank"
+        if bound.keys() != differences.keys():
+            differences = _together(differences, whole[kind])
         name = max(differences, key=lambda name: differences[name] / bound[name])
         worst[kind] = {"difference": differences[name], "bound": bound[name], "name": name}
     return worst
@@ -130,14 +138,27 @@ def _whole(folder: str, kind: str) -> dict[str, Tensor]:
 
 
 def _differences(folder: str, kind: str, whole: dict[str, Tensor]) -> dict[str, float]:
-    """Per parameter, of the worst piece."""
-    found: dict[str, float] = {}
+    """Per parameter, of what the ranks hold together; infinite where no rank holds an element, where it is no number,
+    or where two ranks' copies differ in a bit."""
+    held = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
+    unequal = set()
     for name, offsets, piece in _read(folder, kind):
-        place = tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))
-        right = whole[name]
-        difference = (piece.double() - right[place]).norm() / right.norm().clamp(min=1e-300)
-        found[name] = max(found.get(name, 0.0), difference.item())
+        there = held[name][tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))]
+        if not torch.all(there.isnan() | (there == piece)):
+            unequal.add(name)
+        there.copy_(piece)
+    found: dict[str, float] = {}
+    for name, right in whole.items():
+        difference = ((held[name] - right).norm() / right.norm().clamp(min=1e-300)).item()
+        found[name] = math.inf if name in unequal or not math.isfinite(difference) else difference
     return found
+
+
+def _together(differences: dict[str, float], whole: dict[str, Tensor]) -> dict[str, float]:
+    """Of all parameters as one vector."""
+    squares = {name: tensor.square().sum().item() for name, tensor in whole.items()}
+    moved = sum(difference**2 * squares[name] for name, difference in differences.items())
+    return {"all": (moved / sum(squares.values())) ** 0.5}
 
 
 def _read(folder: str, kind: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -14,6 +15,7 @@ from shoal.checkpoint import Pending, Saver
 from shoal.data.loader import Loader
 from shoal.errors import DivergedError
 from shoal.job import Job
+from shoal.observe import trace
 from shoal.optim.schedule import learning_rate
 from shoal.shard import State
 from shoal.sync.allreduce import Applied
@@ -21,6 +23,7 @@ from shoal.training.feed import step_batches
 from shoal.training.length import Length
 from shoal.training.parts import Parts
 from shoal.training.stop import Stop
+from shoal.training.traced import Spanning, traced
 from shoal.training.validate import Validation, validate
 
 # Tokens of a validation during training; the one at the end reads all of them.
@@ -37,7 +40,7 @@ class Loop:
 
     record: is given one dict a step, on every rank (rank 0 shows and stores it). say: prints one sentence.
     length: may change how many steps there are, on the way; changed: is given the job with that.
-    skipped: steps whose update was not applied, since this start.
+    skipped: steps whose update was not applied, since this start. trace: folder for that of step `run.trace`.
     """
 
     parts: Parts
@@ -54,6 +57,7 @@ class Loop:
     saved: Pending | None = None
     last: Validation | None = None
     skipped: int = 0
+    trace: Path | None = None
     _in_a_row: int = 0
 
     def run(self) -> bool:
@@ -63,7 +67,8 @@ class Loop:
         assert validate_every > 0 < save_every
         stopped = False
         while self.step < self.steps and not stopped:
-            row, applied = self._step()
+            with self._watched() as span:
+                row, applied = self._step(span)
             stopped = applied.stop
             self._check(applied, row)
             if self.validation and self.step % validate_every == 0 and self.step < self.steps and not stopped:
@@ -93,11 +98,25 @@ class Loop:
         self.parts.update.reschedule(job.optim, job.train.steps)
         self.changed(job)
 
-    def _step(self) -> tuple[dict[str, Any], Applied]:
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[Spanning]:
+        """For the step that is to be traced, a trace; gives what opens a span in it."""
+        if self.trace is None or self.step + 1 != self.parts.job.run.trace:
+            yield lambda name, kind: contextlib.nullcontext()
+            return
+        try:
+            with traced(self.parts.mesh, self.trace) as tracer:
+                yield tracer.span
+            self.say(f"trace of step {self.step:,}: {self.trace / trace.FILE} (ui.perfetto.dev opens it)")
+        except OSError as error:
+            self.say(f"warning: the trace of step {self.step:,} was not written: {error.strerror}")
+
+    def _step(self, span: Spanning) -> tuple[dict[str, Any], Applied]:
         """One step: data, gradients, update; and what it cost."""
         parts, mesh = self.parts, self.parts.mesh
         start = time.perf_counter()
-        batches = step_batches(self.training, mesh, self.position)
+        with span("data", "data"):
+            batches = step_batches(self.training, mesh, self.position)
         ready = time.perf_counter()
         parts.objective.step = self.step
         parts.sync.begin(self.step)
@@ -105,8 +124,9 @@ class Loop:
         forward = parts.objective.lap(mesh.device)
         tally.stop = self.stop.asked
         computed = time.perf_counter()
-        applied = parts.sync.end(tally)
-        device.synchronize(mesh.device)
+        with span("reduce and update", "compute"):
+            applied = parts.sync.end(tally)
+            device.synchronize(mesh.device)
         end = time.perf_counter()
         self.step += 1
         self.position += parts.job.train.global_batch
@@ -191,7 +211,7 @@ class Loop:
             "sync": sync.values,
             "layout": str(parts.job.layout),
         }
-        return State([*parts.replica.shards(), *parts.update.state(), *sync.shards], values)
+        return State([*parts.replica.held(), *parts.update.state(), *sync.shards], values)
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint, of whatever layout."""

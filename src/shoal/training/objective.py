@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal import device
 from shoal.data.batch import Batch
-from shoal.ops.attention import Attend, document_attend
+from shoal.ops.attention import Attend, Attention, document_attend
 from shoal.ops.dropout import Dropout
 from shoal.ops.loss import chunked_cross_entropy
 from shoal.parallel.context import Context
@@ -56,12 +58,12 @@ class Objective:
 
         with autocast(self.precision, batch.tokens_BL.device):
             input_ = batch.tokens_BL if hidden_BLD is None else hidden_BLD
-            out = module(input_, batch.position_BL, attend, head, batch.weight_BL > 0, drop)
+            out = module(input_, batch.position_BL, attend, head, self._valid(batch), drop)
         self.seconds += time.perf_counter() - start
         return out, batch.weight_BL.sum(dtype=torch.float64)
 
     def _attend(self, document_BL: Tensor) -> Attend:
-        return document_attend(document_BL) if self.context is None else self.context.attend(document_BL)
+        return document_attend(document_BL) if self.context is None else _padded(self.context.attend(document_BL))
 
     def _mine(self, batch: Batch) -> Batch:
         """Where sequences are shared, this rank's positions."""
@@ -69,6 +71,11 @@ class Objective:
             return batch
         names = ("tokens_BL", "labels_BL", "document_BL", "position_BL", "weight_BL")
         return replace(batch, **{name: self.context.cut(getattr(batch, name)) for name in names})
+
+    def _valid(self, batch: Batch) -> Tensor:
+        """Of the positions whose residual stream is here, those that are not filled up."""
+        valid_BL = batch.weight_BL > 0
+        return valid_BL if self.tensors is None else self.tensors.part_of_sequence(valid_BL)
 
     def _drop(self, batch: Batch) -> Dropout | None:
         """The masks of the positions whose residual stream is here."""
@@ -85,3 +92,16 @@ class Objective:
         device.synchronize(where)
         seconds, self.seconds = self.seconds, 0.0
         return seconds
+
+
+def _padded(attend: Attend) -> Attend:
+    """For latent attention, whose values have fewer features than its keys: what shares sequences takes them alike."""
+    return lambda layer: partial(_attend_alike, attend(layer))
+
+
+@torch.compiler.disable
+def _attend_alike(attention: Attention, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHV: Tensor) -> Tensor:
+    size, missing = v_BLHV.shape[-1], k_BLHD.shape[-1] - v_BLHV.shape[-1]
+    if not missing:
+        return attention(q_BLHD, k_BLHD, v_BLHV)
+    return attention(q_BLHD, k_BLHD, F.pad(v_BLHV, (0, missing)))[..., :size]

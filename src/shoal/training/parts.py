@@ -16,10 +16,12 @@ from shoal.data.batch import Batch
 from shoal.job import Job
 from shoal.mesh import Mesh
 from shoal.models import build
+from shoal.models.moe import MoE, Row
 from shoal.models.spec import parameters
 from shoal.ops.initialise import initialise_
 from shoal.optim.update import Update
 from shoal.parallel.context import Context
+from shoal.parallel.expert import ExpertAxis, Rows
 from shoal.parallel.replica import Part, Replica
 from shoal.parallel.stages import layers_of_stages
 from shoal.parallel.tensor import Tensors
@@ -49,7 +51,9 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
     tensors = Tensors(job.model, mesh.group("tensor")) if layout.tensor > 1 else None
     context = Context(mesh.group("context"), layout.context_by) if layout.context > 1 else None
     layers = layers_of_stages(job.model, layout, length)
-    parts = {stage: _part(job, layers[stage], tensors) for stage in layout.stages_of(mesh.stage)}
+    axis = ExpertAxis(mesh) if layout.expert > 1 else None
+    row = Rows(mesh, context, tensors) if context is not None or tensors is not None else None
+    parts = {stage: _part(job, layers[stage], tensors, axis, row) for stage in layout.stages_of(mesh.stage)}
     seen = length // layout.context // layout.tensor
     dtype = stored(job.train.precision)
 
@@ -71,12 +75,16 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
     return Parts(job, mesh, replica, update, sync, objective)
 
 
-def _part(job: Job, layers: range, tensors: Tensors | None) -> Part:
+def _part(job: Job, layers: range, tensors: Tensors | None, axis: ExpertAxis | None, row: Row | None) -> Part:
     """These blocks of the model, as this rank computes them."""
     assert job.layout is not None
     with torch.device("meta"):
         model = build(job.model, layers).to(stored(job.train.precision))
     cuts = tensors.split(model) if tensors is not None else {}
+    of_experts, experts = axis.split(model) if axis is not None else ({}, [])
+    for layer in model.modules():
+        if isinstance(layer, MoE):
+            layer.row = row
     for block in model.blocks:
         if job.layout.recompute == "block":
             _recompute(block)
@@ -84,7 +92,8 @@ def _part(job: Job, layers: range, tensors: Tensors | None) -> Part:
             block.compile()
     ends = layers.start == 0 or layers.stop == job.model.num_hidden_layers
     tied = job.model.tie_word_embeddings and job.layout.pipeline > 1 and ends
-    return Part(model, model.blocks, cuts, shared=["model.embed_tokens.weight"] if tied else [])
+    shared = ["model.embed_tokens.weight"] if tied else []
+    return Part(model, model.blocks, cuts | of_experts, shared, experts)
 
 
 def _recompute(block: nn.Module) -> None:
@@ -97,8 +106,8 @@ def _recompute(block: nn.Module) -> None:
 def first_weights(replica: Replica, job: Job) -> None:
     """Random weights that depend on seed and name, not on the layout; or those of a Hugging Face folder."""
     if job.model.weights:
-        load_huggingface(Path(job.model.weights), replica.shards())
+        load_huggingface(Path(job.model.weights), replica.held())
         return
     fills = parameters(job.model)
-    for shard in replica.shards():
+    for shard in replica.held():
         initialise_(shard.local, shard.name, shard.global_shape, shard.offsets, fills[shard.name].fill, job.train.seed)

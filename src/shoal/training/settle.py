@@ -14,9 +14,11 @@ from typing import Any
 from shoal import device
 from shoal.data.batch import Batch
 from shoal.job import Job
+from shoal.job.fits import excluded
 from shoal.mesh import Mesh
 from shoal.models import build
 from shoal.models.spec import parameters
+from shoal.models.storage import canonical
 from shoal.ops.initialise import initialise_
 from shoal.training.objective import Objective
 from shoal.training.precision import stored
@@ -36,7 +38,10 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
         best = min(seconds, key=lambda p: seconds[p])
         say(f"precision {best}: " + ", ".join(f"{p} {1e3 * s:.0f} ms" for p, s in seconds.items()) + " for two layers")
         job = replace_train(job, precision=best)
-    if train.compile == "auto":
+    if train.compile == "auto" and (pair := excluded(replace_train(job, compile="on"))):
+        say(f"compile off: {pair.reason}")
+        job = replace_train(job, compile="off")
+    elif train.compile == "auto":
         job = replace_train(job, compile="on" if _compiling_pays(job, mesh, batch, len(batches), say) else "off")
     return job
 
@@ -75,7 +80,7 @@ def _probe(job: Job, batch: Batch) -> tuple[float, float]:
     with where:
         model = build(options).to(stored(job.train.precision))
     fills = parameters(options)
-    for name, p in model.named_parameters():
+    for name, p in canonical(model):
         initialise_(p.data, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, job.train.seed)
     if job.train.compile == "on":
         for block in model.blocks:

@@ -67,7 +67,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
                 with _keeping_the_old(show.say):
                     folders.write_job(run, job)
 
-        loop = Loop(parts, training, validation, saver, stop, show.step, show.say, length, changed)
+        loop = Loop(parts, training, validation, saver, stop, show.step, show.say, length, changed, trace=run)
         if chosen:
             _go_on(loop, run, Path(chosen))
         if ranks.rank == 0:
