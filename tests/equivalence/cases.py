@@ -248,3 +248,19 @@ def whole(results: list[dict[str, Any]], what: str, name: str, like: torch.Tenso
                 there.copy_(piece)
     assert not out.isnan().any(), f"no rank holds all of {name}"
     return out
+
+
+def assert_one_answer(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
+    """The bounds of the design in float64: 1e-10 for the first gradient of every parameter, 1e-8 for all else."""
+    for name, gradient in expected["gradients"].items():
+        got = whole(results, "gradients", name, gradient)
+        assert (got - gradient).norm() <= 1e-10 * gradient.norm(), f"gradient of {name}"
+    for result in results:
+        for what in ("losses", "norms"):
+            for got, right in zip(result[what], expected[what], strict=True):
+                assert abs(got - right) <= 1e-8 * abs(right), what
+    for name, weight in expected["weights"].items():
+        got = whole(results, "weights", name, weight)
+        assert (got - weight).norm() <= 1e-8 * weight.norm(), f"weights of {name}"
+    # The comparison means something only where the job learns.
+    assert expected["losses"][-1] < 0.95 * expected["losses"][0]

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.errors import LayoutError
 from shoal.parallel import ring
-from shoal.parallel.context import METHODS, check
+from shoal.parallel.context import METHODS
 
 CASES = "tests.parallel.context_cases"
 BOUND = 1e-12
@@ -190,30 +189,3 @@ def test_what_nobody_sees_is_not_sent(ranks) -> None:
     assert [f["forward"] for f in straddles] == [0, chunk, 0]
     assert [f["backward"] for f in straddles] == [0, chunk, chunk]
     assert [f["pairs"] for f in straddles] == [2, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("given", "fix"),
-    [
-        ((100, 8, 8, 4, 1, "ring"), "data.sequence_length=96 or 104"),
-        ((5, 8, 8, 4, 1, "ring"), "data.sequence_length=8"),
-        ((72, 8, 8, 4, 3, "ring"), None),
-        ((64, 8, 8, 4, 3, "ring"), "data.sequence_length=48 or 72"),
-        ((100, 8, 8, 4, 1, "ulysses"), None),
-        ((100, 8, 8, 4, 2, "ulysses"), "data.sequence_length=96 or 104"),
-        ((96, 2, 2, 4, 1, "ulysses"), "context=2, or use the ring"),
-        ((96, 1, 1, 4, 1, "ulysses"), "use the ring"),
-        ((96, 12, 3, 2, 1, "ulysses"), "divides 3 or is a multiple of it"),
-        ((96, 12, 1, 4, 1, "ulysses"), None),
-        ((96, 2, 2, 4, 1, "ring"), None),
-        ((97, 3, 1, 1, 1, "ring"), None),
-        ((96, 2, 2, 2, 1, "rings"), "ring or ulysses"),
-    ],
-)
-def test_what_cannot_be_spread_is_refused(given, fix) -> None:
-    if fix is None:
-        check(*given)
-        return
-    with pytest.raises(LayoutError) as refused:
-        check(*given)
-    assert fix in refused.value.fix

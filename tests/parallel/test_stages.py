@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.job import Layout
@@ -12,6 +12,7 @@ from shoal.job.model import ModelOptions
 from shoal.parallel.stages import balance, layer_costs, layers_of_stages
 
 
+@settings(max_examples=500)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 30), st.data())
 def test_no_other_split_is_better(costs: list[int], head: int, data):
     stages = data.draw(st.integers(1, len(costs)))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal.errors import LayoutError
 from shoal.ops.attention import Attend
 from shoal.parallel import ring
 from shoal.parallel.ring import Ring
@@ -33,7 +31,7 @@ class Context:
         dist.barrier(group)
 
     def places(self, length: int) -> Tensor:
-        """int64 (L/n,): the positions of a row that this rank holds, in its order. `check` says which lengths do."""
+        """int64 (L/n,): the positions of a row that this rank holds, in its order."""
         whole = self.method == "ulysses"
         pieces = self.ranks if whole else 2 * self.ranks
         assert length % pieces == 0, f"{length} positions in {pieces} pieces"
@@ -62,43 +60,3 @@ def _attention(spread: Ring | Ulysses, q_BTHD: Tensor, k_BTKD: Tensor, v_BTKD: T
     kind = q_BTHD.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q_BTHD.dtype
     return spread(q_BTHD.to(dtype), k_BTKD.to(dtype), v_BTKD.to(dtype))
-
-
-def check(length: int, heads: int, kv_heads: int, ranks: int, tensor: int, method: str) -> None:
-    """LayoutError unless rows of `length` positions can be spread over `ranks` by `method`.
-
-    heads, kv_heads: of queries and of keys, those on one rank of the tensor axis. tensor: ranks of that axis, each of
-    which gets an equal part of a rank's positions (sequence parallelism).
-    """
-    if method not in METHODS:
-        raise LayoutError(f"context method '{method}' is unknown", fix=" or ".join(METHODS))
-    if method == "ulysses" and ranks > 1:
-        _check_heads(heads, kv_heads, ranks)
-    pieces = math.lcm(2 * ranks, ranks * tensor) if method == "ring" and ranks > 1 else ranks * tensor
-    if length % pieces:
-        above = -(-length // pieces) * pieces
-        lengths = f"{above - pieces} or {above}" if above > pieces else f"{above}"
-        also = f" and tensor={tensor}" if tensor > 1 else ""
-        raise LayoutError(
-            f"sequences of {length} tokens cannot be cut equally for context={ranks}{also} ({method}): {pieces} pieces",
-            fix=f"data.sequence_length={lengths}",
-        )
-
-
-def _check_heads(heads: int, kv_heads: int, ranks: int) -> None:
-    """Each rank gets an equal number of query heads, and with them the key heads that they share."""
-    ring_instead = "use the ring, which does not cut heads"
-    if heads % ranks:
-        fits = [n for n in range(2, heads + 1) if heads % n == 0]
-        fewer = f"context={' or '.join(map(str, fits))}, or " if fits else ""
-        raise LayoutError(
-            f"context={ranks} with ulysses needs query heads in multiples of {ranks}; a rank of the tensor axis has "
-            f"{heads}",
-            fix=f"{fewer}{ring_instead}",
-        )
-    if kv_heads % ranks and ranks % kv_heads:
-        raise LayoutError(
-            f"context={ranks} with ulysses can neither share {kv_heads} key heads among {ranks} ranks nor give each to "
-            "an equal number of them",
-            fix=f"a number of ranks that divides {kv_heads} or is a multiple of it, or {ring_instead}",
-        )

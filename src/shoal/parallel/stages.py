@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 
@@ -36,17 +37,24 @@ def balance(costs: Sequence[float], head: float, stages: int) -> list[int]:
     cheap as can be, and of those splits the one that has the rest most even (least sum of squares)."""
     assert 1 <= stages <= len(costs), f"{len(costs)} blocks for {stages} stages"
     total = [0.0, *accumulate(costs)]
-    # best[n]: (dearest stage, sum of squares, sizes) of the first n blocks in as many stages as there were rounds.
-    best: dict[int, tuple[float, float, list[int]]] = {0: (0.0, 0.0, [])}
-    for stage in range(stages):
-        extra = head if stage == stages - 1 else 0.0
-        following: dict[int, tuple[float, float, list[int]]] = {}
-        for end in range(stage + 1, len(costs) - (stages - 1 - stage) + 1):
-            for start, (dearest, squares, sizes) in best.items():
-                if start < end:
-                    cost = total[end] - total[start] + extra
-                    found = (max(dearest, cost), squares + cost * cost, [*sizes, end - start])
-                    if end not in following or found < following[end]:
-                        following[end] = found
-        best = following
-    return best[len(costs)][2]
+
+    def best(worth: Callable[[float, float], float]) -> tuple[float, list[int]]:
+        """The split for which `worth(of the stages before, cost of the next)` is least in the end."""
+        found: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
+        for stage in range(stages):
+            extra = head if stage == stages - 1 else 0.0
+            ends = range(stage + 1, len(costs) - (stages - 1 - stage) + 1)
+            found = {
+                end: min(
+                    (worth(before, total[end] - total[start] + extra), [*sizes, end - start])
+                    for start, (before, sizes) in found.items()
+                    if start < end
+                )
+                for end in ends
+            }
+        return found[len(costs)]
+
+    # One after the other: a part of a split that is worse by itself may be part of the best one.
+    dearest, _ = best(max)
+    limit = dearest * (1 + 1e-12)
+    return best(lambda before, cost: before + cost * cost if cost <= limit else math.inf)[1]
