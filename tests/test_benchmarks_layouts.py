@@ -63,6 +63,7 @@ def test_the_bound_catches_planted_bugs(ranks, row: str, bug: str) -> None:
     assert largest_difference(wrong, ours) > 5 * BOUND
 
 
+@pytest.mark.nightly
 def test_the_command_of_layouts(monkeypatch, capsys) -> None:
     arguments = ["--rows", "pipeline", "--size", "tiny", "--blocks", "2", "--starts", "1", "--format", "json"]
     monkeypatch.setattr("sys.argv", ["layouts.py", *arguments])

@@ -49,6 +49,7 @@ def test_one_process_learns(path: Path) -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.nightly
 def test_two_ranks_of_torchrun_say_what_one_process_does() -> None:
     two_tower = ROOT / "examples" / "two_tower.py"
     assert said(two_tower, 2, "pipeline=2", "50") == pytest.approx(said(two_tower, 1, "", "50"), rel=1e-3)

@@ -55,6 +55,7 @@ def fail(seat: Seat, how: str, where: str = "collective", folder: str = "") -> N
     dist.all_reduce(torch.ones(1))
     if folder:
         Path(folder, str(os.getpid())).touch()
+        dist.barrier()  # else one that has not begun yet would leave no number
     if seat.member != 1:
         if where == "collective":
             dist.all_reduce(torch.ones(1000))
