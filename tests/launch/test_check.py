@@ -53,7 +53,7 @@ def test_layouts_of_a_job_compute_the_same_and_impossible_ones_are_refused(job):
 
 @pytest.mark.parametrize("only", [["pipeline=2,micro_batch=3"], ["fsdp=3"], ["pipeline=2,stages=5+3", "replicas=2"]])
 def test_what_the_job_can_have_the_small_one_can_too(job, only):
-    report = check(job, only=only, steps=3)
+    report = check(job, only=only, steps=6)
     assert report.ok, report
     assert len(report.rows) == 2 * len(only)
 
@@ -79,14 +79,14 @@ def test_pieces_that_are_no_numbers_missing_or_unequal_are_infinitely_wrong(tmp_
 
 @pytest.mark.parametrize("bug", ["label", "sample"])
 def test_a_planted_bug_is_found_and_named(job, bug):
-    report = check(job, only=["fsdp=2"], steps=3, entry=f"tests.launch.wrong:{bug}")
+    report = check(job, only=["fsdp=2"], steps=6, entry=f"tests.launch.wrong:{bug}")
     assert not report.ok
     assert not any(row.ok for row in report.rows)
     assert all(row.same_samples == (bug == "label") for row in report.rows)
 
 
 def test_a_rank_that_fails_is_a_row_that_says_so(job):
-    report = check(job, only=["fsdp=2", "replicas=2"], steps=2, entry="tests.launch.wrong:raises_in_fsdp")
+    report = check(job, only=["fsdp=2", "replicas=2"], steps=6, entry="tests.launch.wrong:raises_in_fsdp")
     assert [row.ok for row in report.rows] == [False, True] * 2
     assert "planted" in report.rows[0].error
 
@@ -136,7 +136,7 @@ def test_the_small_job_keeps_the_structure_and_fits_every_layout_that_the_job_fi
 def test_the_command_line_prints_a_table_or_json_and_exits_with_1(job, capsys, monkeypatch):
     source, cache = job.data.source[0], job.data.cache
     words = ["check", "--data", source, "--data.cache", cache, "--data.tokenizer", "bytes", "--data.sequence-length",
-             "64", "--train.global-batch", "24", "--check-steps", "3"]  # fmt: skip
+             "64", "--train.global-batch", "24", "--check-steps", "6"]  # fmt: skip
     assert main([*words, "--layout", "fsdp=2", "--layout=replicas=2", "--format", "json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
