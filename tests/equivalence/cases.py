@@ -264,3 +264,14 @@ def assert_one_answer(results: list[dict[str, Any]], expected: dict[str, Any]) -
         assert (got - weight).norm() <= 1e-8 * weight.norm(), f"weights of {name}"
     # The comparison means something only where the job learns.
     assert expected["losses"][-1] < 0.95 * expected["losses"][0]
+
+
+def times_the_bound(results: list[dict[str, Any]], expected: dict[str, Any]) -> float:
+    """The worst of the first gradient, of which the bound is 1e-10, and of losses and norms, 1e-8."""
+    numbers = [
+        abs(got / right - 1)
+        for result in results
+        for what in ("losses", "norms")
+        for got, right in zip(result[what], expected[what], strict=True)
+    ]
+    return max(max(gradient_errors(results, expected["gradients"]).values()) / 1e-10, max(numbers) / 1e-8)

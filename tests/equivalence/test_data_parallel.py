@@ -145,13 +145,7 @@ def times_the_bound(ranks, layout: str, bug: str) -> float:
     update before they show, or show in the norm alone."""
     expected = unclipped()
     results = ranks.run("tests.equivalence.bugs:run", world(layout), bug=bug, layout=layout, steps=2)
-    numbers = [
-        abs(got / right - 1)
-        for result in results
-        for what in ("losses", "norms")
-        for got, right in zip(result[what], expected[what], strict=True)
-    ]
-    return max(max(cases.gradient_errors(results, expected["gradients"]).values()) / 1e-10, max(numbers) / 1e-8)
+    return cases.times_the_bound(results, expected)
 
 
 @pytest.mark.parametrize("layout", PLANTED)

@@ -152,7 +152,7 @@ def events(seat: Seat, case: dict[str, Any]) -> list[str]:
     watched = {name: noting(letter, getattr(ring, name)) for name, letter in letters.items()}
     with group(seat) as everyone, patch.multiple(ring, **watched):
         ring_of = ring.Ring(everyone, inputs(**case)[0])
-        ring_of._begin = noting("m", ring_of._begin)  # type: ignore[method-assign]
+        ring_of._begin = noting("m", ring_of._begin)
         context = Context(everyone, "ring")
         *qkv, of_out = (context.cut(x).requires_grad_() for x in inputs(**case)[1])
         out = ring_of(*qkv)
@@ -194,8 +194,8 @@ def compiled(seat: Seat, method: str, case: dict[str, Any]) -> list[float]:
         for cut in (5, 11, 17):
             document_BL, tensors = inputs(**case | {"cuts": [[cut]] * case["rows"]})
             attend, whole = context.attend(document_BL), document_attend(document_BL)(0)
-            ours = results(lambda *x, a=attend: fast(*x, a(0)), [context.cut(x) for x in tensors])  # type: ignore[misc]
-            theirs = results(lambda *x, a=whole: block(*x, a), tensors)  # type: ignore[misc]
+            ours = results(lambda *x, a=attend: fast(*x, a(0)), [context.cut(x) for x in tensors])
+            theirs = results(lambda *x, a=whole: block(*x, a), tensors)
             found.append(distance(context, ours, theirs))
     return [*found, counters["stats"]["unique_graphs"]]
 

@@ -66,7 +66,9 @@ class Stage(nn.Module):
         owner: nn.Module = self
         for part in path:
             # Past `add_module`, which refuses names that the stage has itself, such as `inputs`.
-            owner = owner._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
+            child = owner._modules.setdefault(part, nn.Module())
+            assert child is not None
+            owner = child
         self._places[name] = owner, field
         if isinstance(tensor, nn.Parameter):
             owner._parameters[field] = tensor
