@@ -29,7 +29,8 @@ class Excluded:
     both: Callable[[Job, Layout], bool]
 
 
-_SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
+SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
+"""Schedules that compute the gradients of inputs and of weights apart."""
 
 EXCLUDED = (
     Excluded(
@@ -37,14 +38,14 @@ EXCLUDED = (
         "train.compile=on",
         "these schedules compute gradients of inputs and of weights apart, a compiled block both at once",
         "schedule=interleaved, or train.compile=off",
-        lambda job, layout: layout.pipeline > 1 and layout.schedule in _SPLIT_BACKWARD and job.train.compile == "on",
+        lambda job, layout: layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD and job.train.compile == "on",
     ),
     Excluded(
         "schedule=interleaved_zero_bubble, zbv or dualpipev",
         "recompute=block",
         "these schedules walk a block's backward graph twice, and recomputation frees it after the first time",
         "schedule=interleaved, or recompute=none",
-        lambda job, layout: layout.pipeline > 1 and layout.schedule in _SPLIT_BACKWARD and layout.recompute == "block",
+        lambda job, layout: layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD and layout.recompute == "block",
     ),
 )
 """All pairs that are refused; docs/layouts.md lists them, and a test counts them there."""

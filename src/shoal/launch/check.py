@@ -21,7 +21,7 @@ from shoal.launch.train import absolute_paths, architecture, vocabulary
 ENTRY = "shoal.training.equality:record"
 _COMPARE = "shoal.training.equality:compare"
 
-# DESIGN's bounds in float64; below the rest nothing can be told apart in these precisions.
+# Bounds in float64, where rounding hides nothing; and what cannot be told apart in the other precisions.
 _FLOAT64 = {"gradient": 1e-10, "weight": 1e-8, "loss": 1e-8}
 _EPSILON = {"fp32": 2**-23, "bf16": 2**-8}
 # What makes the noise floor: orders of one process's sequences, sizes of its micro-batches, products in two halves.

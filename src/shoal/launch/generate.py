@@ -48,7 +48,8 @@ def generate(
     seed, most = options.pop("seed", 0), options.pop("max_tokens", 128)
     at_least("max_tokens", most, 1)
     require(0 <= seed < 2**64, f"seed={seed} is not in [0, 2**64)", "any other number")
-    assert not options, f"unknown options {sorted(options)}"
+    if options:
+        raise TypeError(f"unknown options {sorted(options)}")
     folder = os.path.abspath(model)
     arguments = {
         "model": folder, "tokenizer": os.path.abspath(tokenizer or _home(folder)), "prompt": prompt,

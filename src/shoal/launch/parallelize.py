@@ -17,6 +17,7 @@ from shoal import device
 from shoal.errors import JobError, LayoutError, ModelError
 from shoal.job import Layout
 from shoal.job.check import nearest
+from shoal.job.fits import SPLIT_BACKWARD
 from shoal.job.optim import OptimOptions
 from shoal.launch.torchrun import seat_from_environment
 from shoal.mesh import Mesh, Seat, build
@@ -33,7 +34,6 @@ _UNKNOWN = {
     "context": "context shares positions, and nobody knows which dimensions of a module's tensors are positions",
     "expert": "expert shares experts, and nobody knows which parts of a module are experts",
 }
-_SPLIT_BACKWARD = ("interleaved_zero_bubble", "zbv", "dualpipev")
 
 
 def parallelize(
@@ -135,7 +135,7 @@ def _refuse_options(layout: Layout) -> None:
     if layout.pipeline > 1 and layout.tensor > 1:
         what = "pipeline traces a module and tensor rewrites its layers: for your own model they exclude each other"
         raise LayoutError(what, where=where, fix="pipeline with fsdp, or tensor with fsdp")
-    if layout.pipeline > 1 and layout.schedule in _SPLIT_BACKWARD:
+    if layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD:
         # Torch walks from a stage's inputs to its weights, and so loses those that no input reaches with a gradient.
         what = f"schedule={layout.schedule} computes gradients of inputs and of weights apart, which torch gets wrong"
         raise LayoutError(f"{what} in some graphs", where=where, fix="schedule=1f1b, interleaved, looped_bfs or gpipe")
