@@ -10,7 +10,8 @@ bubble: 1 - slept / wall, the wall from the first rank's beginning to the end of
 formula: (p - 1) / (v m + p - 1) for v stages on each of p ranks and m micro-batches (Narayanan et al. 2021, section
 2.2, arXiv:2104.04473), where there is one.
 simulated: of the schedule's own list of actions, each begun as soon as its rank is free and its input is there; once
-with sleeps as asked for, once as they were (on a busy machine whoever sleeps is woken late, and others wait for him).
+with sleeps as asked for (what the schedule promises; a bubble that is not within 10 % of it ends this program with 1),
+once as they were (on a busy machine whoever sleeps is woken late, and others wait for him).
 --kib: what a stage hands to the next; the simulated input then comes later by the time that such a message
 needs, measured between two of the ranks. ZBV, zero-bubble and DualPipeV compute the two gradients apart, except that of
 the first stage, whose inputs have none: torch does all of it with the weights.
@@ -271,6 +272,7 @@ def main() -> None:
             print(table(rows[-1]), file=sys.stderr if asked.format == "json" else sys.stdout, flush=True)
     if asked.format == "json":
         print(json.dumps({"rows": rows}))
+    sys.exit(not all(row["within"] for row in rows))
 
 
 if __name__ == "__main__":

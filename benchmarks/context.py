@@ -146,6 +146,7 @@ def gathering(context: Any, document_BL: Any) -> Callable[..., Any]:
     from torch import Tensor
 
     from shoal.ops.partial_attention import BlockMask, add_gradients_, attend_, nothing_seen, rows
+    from shoal.parallel.collectives import ALL_GATHER
     from shoal.parallel.ring import chunks
 
     ranks, size = context.ranks, document_BL.shape[1] // (2 * context.ranks)
@@ -157,7 +158,7 @@ def gathering(context: Any, document_BL: Any) -> Callable[..., Any]:
         """Each chunk's K and V of the whole row."""
         kv = torch.stack((k, v)).unflatten(2, (2, size)).movedim(2, 0).contiguous()
         all_kv = kv.new_empty(ranks, *kv.shape)
-        dist.all_gather_single(all_kv.flatten(0, 1), kv, group=context.group)
+        ALL_GATHER(all_kv.flatten(0, 1), kv, group=context.group)
         return {chunk: all_kv[r, half] for chunk, r, half in everyone}
 
     class Gathering(torch.autograd.Function):
@@ -209,8 +210,8 @@ def seconds(blocks: int, starts: int, shape: dict[str, Any]) -> dict[str, Any]:
         more, sent = in_turns("benchmarks.context:rank_main", contenders, part)
         for name, column in more.items():
             columns[name] += column
-    against, low = ratio(columns["gather"], columns["ring"])
-    waits, waits_low = ratio(columns["waits"], columns["ring"])
+    against, low = ratio(columns["gather"], columns["ring"], starts)
+    waits, waits_low = ratio(columns["waits"], columns["ring"], starts)
     return {
         **{f"{name}_s": sum(columns[name]) / blocks for name in CONTENDERS[:3]},
         **{f"{name}_bytes": sent[name] for name in CONTENDERS[:3]},

@@ -1,15 +1,16 @@
 """Training speed of each layout on two ranks against the shortest hand-written use of the same torch interface.
 
-    python benchmarks/layouts.py [--rows fsdp,tensor,pipeline] [--blocks 20] [--starts 3] [--size usual] [--keep]
-                                 [--format json]
+    python benchmarks/layouts.py [--rows fsdp,tensor,pipeline] [--blocks 20] [--starts 3] [--size usual]
+                                 [--no-keep] [--format json]
 
 fsdp: ZeRO 3 against `fully_shard` of each block and of the root. tensor: against `parallelize_module` with
 sequence parallelism, an embedding and an output layer split over the vocabulary, and `loss_parallel` (the recipe of
 torchtitan). pipeline: 1F1B of eight micro-batches against `PipelineStage` and `Schedule1F1B`, with blocks cut as shoal
-cuts them. By hand: shoal's Decoder (with nn.RMSNorm under tensor parallelism, where ours does not take DTensor),
-F.cross_entropy, clip_grad_norm_ and fused AdamW, as one would write it first. Same first weights, tokens, fp32, one
-thread a rank. Each contender has two processes of its own, which take turns (see step.py); shoal's keep the memory of
-freed tensors, as in `shoal train`, and with --keep the others' do so too.
+cuts them. By hand: shoal's Decoder (under tensor parallelism with nn.RMSNorm and with q, k, v, gate and up as layers of
+their own, where ours do not take DTensor), F.cross_entropy, clip_grad_norm_ and fused AdamW, as one would write it
+first. Same first weights, tokens, fp32, one thread a rank, all logits of a batch at once. Each contender has two
+processes of its own, which take turns (see step.py). All keep the memory of freed tensors, as `shoal train` does; with
+--no-keep those by hand give it back, as torch does by itself.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from shoal.job.optim import OptimOptions
 from shoal.job.train import TrainOptions
 from shoal.models import build
 from shoal.models.spec import parameters
+from shoal.models.storage import FusedLinear, canonical
 from shoal.ops.initialise import initialise_
 from shoal.parallel.stages import layers_of_stages
 from shoal.training.parts import assemble
@@ -80,7 +82,9 @@ def job(row: str, size: Size) -> Job:
     return Job(
         layout=LAYOUTS[row], model=model, data=DataOptions(sequence_length=size.length),
         optim=OptimOptions(lr=1e-3, clip=1.0, schedule="constant", warmup=0),
-        train=TrainOptions(steps=10_000, global_batch=size.batch, precision="fp32", compile="off"),
+        train=TrainOptions(steps=10_000, global_batch=size.batch, precision="fp32", compile="off",
+            loss_chunk=size.batch * size.length,
+        ),
     )  # fmt: skip
 
 
@@ -153,8 +157,8 @@ def model_of(what: Job, layers: range | None = None) -> Any:
     """shoal's model and its first weights."""
     model = build(what.model, layers)
     fills = parameters(what.model)
-    for name, p in model.named_parameters():
-        initialise_(p.data, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, what.train.seed)
+    for name, p in canonical(model):
+        initialise_(p, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, what.train.seed)
     return model
 
 
@@ -193,6 +197,19 @@ def by_fully_shard(what: Job, mesh: meshes.Mesh, size: Size) -> Step:
     return step
 
 
+class Unfused(nn.ModuleDict):
+    """Its layers, one by one."""
+
+    def __init__(self, fused: FusedLinear):
+        super().__init__()
+        for name, weight in zip(fused.names, fused.weight.detach().split(fused.sizes), strict=True):
+            self[name] = nn.Linear(*weight.T.shape, bias=False)
+            self[name].weight = nn.Parameter(weight.clone())
+
+    def forward(self, x_BLD: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x_BLD) for layer in self.values())
+
+
 def by_parallelize_module(what: Job, mesh: meshes.Mesh, size: Size) -> Step:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import loss_parallel, parallelize_module
@@ -203,6 +220,8 @@ def by_parallelize_module(what: Job, mesh: meshes.Mesh, size: Size) -> Step:
             plain = nn.RMSNorm(size.hidden, eps=what.model.rms_norm_eps)
             plain.weight = module.weight
             model.set_submodule(name, plain)
+        elif isinstance(module, FusedLinear):
+            model.set_submodule(name, Unfused(module))
     parallelize_module(model, init_device_mesh("cpu", (RANKS,)), plan())
     optimizer = adamw(model, what)
     tokens_BL, labels_BL = tokens(size)
@@ -236,11 +255,11 @@ def plan() -> dict[str, Any]:
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         f"{block}.input_layernorm": SequenceParallel(),
         f"{block}.self_attn": gathered(3),
-        **{f"{block}.self_attn.{name}_proj": ColwiseParallel() for name in "qkv"},
+        **{f"{block}.self_attn.qkv_proj.{name}_proj": ColwiseParallel() for name in "qkv"},
         f"{block}.self_attn.o_proj": RowwiseParallel(output_layouts=Shard(1)),
         f"{block}.post_attention_layernorm": SequenceParallel(),
         f"{block}.mlp": gathered(0),
-        **{f"{block}.mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
+        **{f"{block}.mlp.gate_up_proj.{name}_proj": ColwiseParallel() for name in ("gate", "up")},
         f"{block}.mlp.down_proj": RowwiseParallel(output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
         "lm_head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
@@ -279,7 +298,7 @@ def clip_over_stages(mine: list[nn.Parameter]) -> None:
 
 
 def measure(row: str, size: str, blocks: int, starts: int, keep: bool) -> dict[str, Any]:
-    """keep: whether both keep the memory of freed tensors, not shoal alone."""
+    """keep: whether those by hand keep the memory of freed tensors too, as shoal does."""
     contenders = {
         name: {"row": row, "contender": name, "size": size, "keep": keep or name.startswith("shoal")}
         for name in ("shoal", "by hand", "shoal again")
@@ -293,8 +312,8 @@ def measure(row: str, size: str, blocks: int, starts: int, keep: bool) -> dict[s
             seconds[name] += column
     useful = SIZES[size].batch * SIZES[size].length * SIZES[size].steps
     speed = {name: round(useful * len(column) / sum(column)) for name, column in seconds.items()}
-    faster, low = ratio(seconds["by hand"], seconds["shoal"])
-    aa, aa_low = ratio(seconds["shoal again"], seconds["shoal"])
+    faster, low = ratio(seconds["by hand"], seconds["shoal"], starts)
+    aa, aa_low = ratio(seconds["shoal again"], seconds["shoal"], starts)
     return {
         "row": row, "layout": str(LAYOUTS[row]), "size": size, "shoal": speed["shoal"], "by_hand": speed["by hand"],
         "step": sum(seconds["shoal"]) / len(seconds["shoal"]) / SIZES[size].steps, "ratio": faster, "ratio_low": low,
@@ -316,12 +335,12 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=20, help="paired blocks of each row")
     parser.add_argument("--starts", type=int, default=3, help="that the blocks are spread over")
     parser.add_argument("--size", choices=SIZES, default="usual")
-    parser.add_argument("--keep", action="store_true", help="by hand keeps the memory of freed tensors too")
+    parser.add_argument("--no-keep", action="store_true", help="by hand gives the memory of freed tensors back")
     parser.add_argument("--format", choices=["text", "json"], default="text")
     asked = parser.parse_args()
     rows = []
     for row in asked.rows.split(","):
-        rows.append(measure(row, asked.size, asked.blocks, asked.starts, asked.keep))
+        rows.append(measure(row, asked.size, asked.blocks, asked.starts, not asked.no_keep))
         print(table(rows[-1]), file=sys.stderr if asked.format == "json" else sys.stdout, flush=True)
     if asked.format == "json":
         print(json.dumps({"rows": rows}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 
 # One-sided 95 % quantiles of Student's t; between entries the smaller count's (larger) value is used.
 _T95 = {2: 6.31, 3: 2.92, 4: 2.35, 5: 2.13, 8: 1.89, 10: 1.83, 15: 1.76, 20: 1.73, 30: 1.70, 60: 1.67}
@@ -21,11 +22,24 @@ def interleave(contenders: dict[str, Callable[[], float]], blocks: int) -> dict[
     return seconds
 
 
-def ratio(slow: list[float], fast: list[float]) -> tuple[float, float]:
-    """(geometric mean of slow / fast over the paired blocks, its lower one-sided 95 % bound)."""
+def ratio(slow: list[float], fast: list[float], starts: int = 1) -> tuple[float, float]:
+    """(geometric mean of slow / fast over the paired blocks, its lower one-sided 95 % bound).
+
+    starts: over how many starts of the processes the blocks were spread, evenly and in order. Blocks of one start have
+    its luck in common (where memory lies, which cores): the bound is the lower of that over blocks and that over the
+    means of starts.
+    """
     logs = [math.log(a / b) for a, b in zip(slow, fast, strict=True)]
-    mean = statistics.fmean(logs)
-    if len(logs) < 2:
-        return math.exp(mean), float("nan")
-    t = _T95[max(n for n in _T95 if n <= len(logs))]
-    return math.exp(mean), math.exp(mean - t * statistics.stdev(logs) / math.sqrt(len(logs)))
+    bounds = [_lower(logs)]
+    if starts > 1:
+        edges = [len(logs) * start // starts for start in range(starts + 1)]
+        bounds.append(_lower([statistics.fmean(logs[a:b]) for a, b in pairwise(edges)]))
+    return math.exp(statistics.fmean(logs)), math.exp(min(bounds))
+
+
+def _lower(values: list[float]) -> float:
+    """The lower one-sided 95 % bound of their mean."""
+    if len(values) < 2:
+        return float("nan")
+    t = _T95[max(n for n in _T95 if n <= len(values))]
+    return statistics.fmean(values) - t * statistics.stdev(values) / math.sqrt(len(values))

@@ -59,7 +59,7 @@ def loss(logits: Tensor, kind: Tensor) -> Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layout", default="")
+    parser.add_argument("--layout", default="replicas=1")
     parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     torch.manual_seed(0)

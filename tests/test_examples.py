@@ -52,7 +52,7 @@ def test_one_process_learns(path: Path) -> None:
 @pytest.mark.nightly
 def test_two_ranks_of_torchrun_say_what_one_process_does() -> None:
     two_tower = ROOT / "examples" / "two_tower.py"
-    assert said(two_tower, 2, "pipeline=2", "50") == pytest.approx(said(two_tower, 1, "", "50"), rel=1e-3)
+    assert said(two_tower, 2, "pipeline=2", "50") == pytest.approx(said(two_tower, 1, "replicas=1", "50"), rel=1e-3)
 
 
 @pytest.mark.nightly
@@ -60,4 +60,4 @@ def test_two_ranks_of_torchrun_say_what_one_process_does() -> None:
     ("path", "ranks", "layout"), [(path, *command) for path in EXAMPLES for command in commands(path)],
 )  # fmt: skip
 def test_every_layout_of_the_docstrings(path: Path, ranks: int, layout: str) -> None:
-    assert said(path, ranks, layout, "50") == pytest.approx(said(path, 1, "", "50"), rel=1e-2)
+    assert said(path, ranks, layout, "50") == pytest.approx(said(path, 1, "replicas=1", "50"), rel=1e-2)

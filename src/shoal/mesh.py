@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from shoal import device
+from shoal import device, operations
 from shoal.connections import Connections
 from shoal.job.layout import AXES, Layout
 
@@ -75,6 +75,7 @@ class Mesh:
             self.replica, self.stage, self.fsdp, self.context, self.tensor = place
             self._groups = {axes: self._make(axes) for axes in map(self._wide, _TALKING) if axes}
             self._groups |= self._make_experts() if layout.expert > 1 else {}
+        operations.begin(self._names())
         self._open = True
 
     def _wide(self, axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,6 +103,15 @@ class Mesh:
         if self.layout.rest > 1:
             groups[("rest",)] = self._one_of(ranks_SRE.transpose(1, 2).flatten(0, 1))
         return groups
+
+    def _names(self) -> dict[str, tuple[str, list[int]]]:
+        """For who reads what was recorded: of each group's name, its axes and members."""
+        names: dict[str, tuple[str, list[int]]] = {self.everyone.group_name: ("all ranks", [*self.view.members])}
+        for axes, group in self._groups.items():
+            ranks = [self.view.members[rank] for rank in dist.get_process_group_ranks(group)]
+            if group is not self.everyone or len(axes) == 1:
+                names[group.group_name] = " × ".join(axes), ranks
+        return names
 
     @property
     def world(self) -> int:

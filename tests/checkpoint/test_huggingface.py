@@ -19,16 +19,17 @@ from shoal.checkpoint import huggingface
 from shoal.errors import ModelError
 from shoal.models import build, config
 from shoal.models.decoder import Decoder
+from shoal.models.storage import canonical
 from shoal.shard import Shard
 from tests.models import tiny
 
 
 def shards(model: Decoder) -> list[Shard]:
-    return [Shard(n, tuple(p.shape), (0,) * p.ndim, p.detach()) for n, p in model.named_parameters()]
+    return [Shard(n, tuple(p.shape), (0,) * p.ndim, p) for n, p in canonical(model)]
 
 
 def export(model: Decoder, folder: Path, **options) -> None:
-    huggingface.export(model.options, model.named_parameters(), folder, **options)
+    huggingface.export(model.options, canonical(model), folder, **options)
 
 
 def reload(folder: Path) -> Decoder:
@@ -86,7 +87,7 @@ def test_second_export_leaves_nothing_of_the_first(tmp_path: Path) -> None:
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_slice_is_that_of_the_whole(saved: Path, data: st.DataObject) -> None:
-    whole = tiny.decoder(tiny.CASES["biases"]).state_dict()
+    whole = dict(canonical(tiny.decoder(tiny.CASES["biases"])))
     name = data.draw(st.sampled_from(sorted(whole)))
     shape = tuple(whole[name].shape)
     offsets = tuple(data.draw(st.integers(0, n)) for n in shape)
@@ -216,7 +217,7 @@ def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_export_refuses_missing_tensors(tmp_path: Path) -> None:
     model = tiny.decoder(tiny.BASE)
     with pytest.raises(AssertionError, match="lm_head"):
-        huggingface.export(model.options, list(model.named_parameters())[:-1], tmp_path)
+        huggingface.export(model.options, list(canonical(model))[:-1], tmp_path)
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(AssertionError, match="embed_tokens"):
-        huggingface.export(replace(model.options, vocab_size=9), model.named_parameters(), tmp_path)
+        huggingface.export(replace(model.options, vocab_size=9), canonical(model), tmp_path)

@@ -21,6 +21,7 @@ from shoal.data import tokenizer as tokenizers
 from shoal.errors import CheckpointError
 from shoal.job import read, read_run
 from shoal.launch.train import ready
+from shoal.models.storage import canonical
 from shoal.observe import metrics
 from shoal.serving.load import load
 from shoal.shard import Shard
@@ -80,7 +81,7 @@ def test_show_as_json(run: Path, capsys: pytest.CaptureFixture):
     facts = answer(["show", str(run)], capsys)
     saved = contents.find(run)
     model = {name: tensor for name, tensor in facts["tensors"].items() if not name.startswith("exp_avg")}
-    expected = dict(load(run).named_parameters())
+    expected = dict(canonical(load(run)))
     assert {name: tensor["shape"] for name, tensor in model.items()} == {n: list(p.shape) for n, p in expected.items()}
     assert facts["kinds"]["model"]["elements"] == sum(p.numel() for p in expected.values())
     assert facts["kinds"]["exp_avg"]["bytes"] == sum(p.nbytes for p in expected.values())

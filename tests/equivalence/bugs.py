@@ -9,13 +9,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from shoal import mesh as meshes
 from shoal.models.moe import MoE
 from shoal.models.spec import parameters
+from shoal.models.storage import FusedLinear
 from shoal.ops.initialise import initialise_
+from shoal.parallel import ring
 from shoal.parallel.replica import Tally
+from shoal.parallel.ring import Ring
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 
@@ -24,7 +28,7 @@ def run(seat: meshes.Seat, bug: str, layout: str, steps: int, order: int = 0, **
     """bug: one of `plant`'s, "" = none."""
     torch.set_num_threads(1)
     # Clipping hides a scale, as it does in real jobs; without it the bug must show.
-    what = cases.job(layout, steps, "sgd", clip=0.0, **options)
+    what = cases.job(layout, steps, **options | {"optimizer": "sgd", "clip": 0.0})
     assert what.layout is not None
     mesh = meshes.build(what.layout, seat, timeout=60)
     try:
@@ -34,6 +38,18 @@ def run(seat: meshes.Seat, bug: str, layout: str, steps: int, order: int = 0, **
         return cases.take_steps(parts, steps, order)
     finally:
         mesh.close()
+
+
+def results(ranks: Any, bug: str, row: cases.Row) -> list[dict[str, Any]]:
+    """What every rank of `run` gives."""
+    options = row.options | {"bug": bug}
+    return ranks.run("tests.equivalence.bugs:run", cases.Layout.parse(row.layout).world, **options)
+
+
+def reference(row: cases.Row) -> dict[str, Any]:
+    options = row.options | {"clip": 0.0}
+    del options["layout"]
+    return cases.reference(**options)
 
 
 def plant(parts: Parts, bug: str) -> None:
@@ -149,23 +165,20 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
         which = "k_proj" if bug.startswith("key") else "embed_tokens"
         for shard in replica.shards():
             shard.counted |= which in shard.name
+    elif bug == "keys taken for values":  # stored in another order than computed
+        for module in replica.module.modules():
+            if isinstance(module, FusedLinear) and "k_proj" in module.names:
+                module.__dict__["forward"] = _swapping(module)
+    elif bug == "rows of a fused gradient off by one":
+        replica._origins = [
+            (p, slice(i.start - 1, i.stop - 1) if isinstance(i, slice) and i.start else i) for p, i in replica._origins
+        ]
     elif bug == "tied gradient added twice":
         once = replica._sum_shared
         replica._sum_shared = lambda pipeline: (once(pipeline), once(pipeline))
-    elif bug == "ring off by one block":
+    elif bug == "ring off by one chunk":
         assert context is not None
-        attend = context.attend
-
-        def off(document_BL):
-            right = attend(document_BL)(0)
-
-            def wrong(q, k, v):
-                block = k.shape[1] // 2
-                return right(q, k.roll(block, 1), v.roll(block, 1))
-
-            return lambda layer: wrong
-
-        context.attend = off
+        context.attend = lambda document_BL: lambda layer: _OffByOne(context.group, document_BL)
     elif bug in ("labels shifted on each rank", "positions of a whole row"):
         mine = objective._mine
 
@@ -181,6 +194,9 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
     elif bug == "dropout by local positions":
         objective.tensors = copy.copy(tensors)
         objective.tensors.part_of_sequence = lambda place_L: torch.arange(len(place_L) // tensors.ranks)
+    elif bug == "heads numbered on each rank":
+        objective.tensors = copy.copy(tensors)
+        objective.tensors.options = replace(tensors.options, num_attention_heads=0)
     elif bug == "words not combined":
         tensors._combine = lambda sums: sums
     elif bug == "sequence gathered in another order":
@@ -188,6 +204,16 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
         tensors.whole_sequence = lambda hidden_BlD: gather(hidden_BlD).roll(hidden_BlD.shape[1], 1)
     else:
         raise AssertionError(bug)
+
+
+def _swapping(fused: FusedLinear) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    right = fused.forward
+
+    def wrong(x_BLD: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = right(x_BLD)
+        return q, v, k
+
+    return wrong
 
 
 EXPERTS = (
@@ -202,12 +228,11 @@ EXPERTS = (
 
 
 def plant_in_experts(parts: Parts, bug: str) -> None:
-    replica, ranks = parts.replica, parts.mesh.layout.context * parts.mesh.layout.tensor
+    replica = parts.replica
     layers = [layer for layer in replica.module.modules() if isinstance(layer, MoE)]
     if bug == "balance loss of the row on each rank":
         for layer in layers:
-            options = layer.options
-            layer.options = replace(options, router_aux_loss_coef=ranks * options.router_aux_loss_coef)
+            layer._watch = _without_scale(layer)
     elif bug == "counts of one rank":
         replica._balance.move = lambda mesh: [layer.rebalance_(layer.take_usage().counts_E) for layer in layers]
     elif bug == "statistics of a rank's part of the row":
@@ -226,6 +251,20 @@ def plant_in_experts(parts: Parts, bug: str) -> None:
             layer.experts.__dict__["forward"] = _of_the_next_rank(layer, parts.mesh.layout.expert)
 
 
+def _without_scale(layer: MoE) -> Callable[..., Tensor]:
+    right = layer._watch
+
+    def wrong(*given: Tensor) -> Tensor:
+        # Rows that are whole have no scale; their choices have been counted by now.
+        row, layer.row = layer.row, None
+        try:
+            return right(*given)
+        finally:
+            layer.row = row
+
+    return wrong
+
+
 def _of_the_next_rank(layer: MoE, ranks: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     right, experts = layer.experts.forward, layer.options.num_experts
 
@@ -234,6 +273,20 @@ def _of_the_next_rank(layer: MoE, ranks: int) -> Callable[[Tensor, Tensor, Tenso
         return right(x_ND, torch.where(index_NK < experts, next_NK, index_NK), weight_NK)
 
     return wrong
+
+
+class _OffByOne(Ring):
+    """Takes the keys of each chunk that arrives for those of the chunk before."""
+
+    def __init__(self, group: dist.ProcessGroup, document_BL: Tensor):
+        super().__init__(group, document_BL)
+        tiles, visible, own = self.mask.tiles, self.mask.visible, ring.chunks(self.rank, self.ranks)
+
+        def before(chunk: int) -> int:
+            return chunk if chunk in own else max(chunk - 1, 0)
+
+        self.mask.tiles = lambda queries, keys: tiles(queries, before(keys))
+        self.mask.visible = lambda queries, keys, tile: visible(queries, before(keys), tile)
 
 
 class _KeepOwn:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from shoal.job.train import TrainOptions
 from shoal.models import build
 from shoal.models.moe import MoE
 from shoal.models.spec import parameters
-from shoal.ops.attention import document_attend
+from shoal.ops.attention import document_attend, dropped_attend
 from shoal.ops.dropout import Dropout
 from shoal.ops.initialise import initialise_
 from shoal.optim.schedule import learning_rate
@@ -46,18 +47,60 @@ QWEN = replace(
     _EXPERTS, family="qwen2_moe", shared_expert_intermediate_size=11, qkv_bias=True, norm_topk_prob=False,
     router_aux_loss_coef=0.3,
 )  # fmt: skip
+QWEN3 = replace(_EXPERTS, family="qwen3_moe", router_aux_loss_coef=0.3)
+MIXTRAL = replace(_EXPERTS, family="mixtral", moe_intermediate_size=0, router_aux_loss_coef=0.3)
 DEEPSEEK = replace(
     _EXPERTS, family="deepseek_v3", first_k_dense_replace=1, num_experts=8, n_group=4,
     topk_group=2, num_experts_per_tok=3, shared_expert_intermediate_size=14, num_key_value_heads=4, head_dim=0,
     q_lora_rank=10, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=6, routed_scaling_factor=1.5,
     router_aux_loss_coef=0.1, bias_update_rate=0.02, capacity_factor=1.0,
 )  # fmt: skip
-MODELS = {"odd": MODEL, "even": EVEN, "qwen": QWEN, "deepseek": DEEPSEEK}
+# Of the 24 rows of q, k and v together, fsdp=3 gives a rank the last 4 of q and the first 4 of k; fsdp=2,tensor=2 gives
+# one 6 of q and 3 of k, whose only head both tensor ranks have. Biases likewise; 74 rows of gate and up go unevenly.
+BORDERS = replace(EVEN, num_attention_heads=2, num_key_value_heads=1, attention_bias=True, mlp_bias=True)
+MODELS = {
+    "odd": MODEL, "even": EVEN, "borders": BORDERS,
+    "qwen": QWEN, "qwen3": QWEN3, "mixtral": MIXTRAL, "deepseek": DEEPSEEK,
+    "few experts": replace(DEEPSEEK, first_k_dense_replace=3),  # in one block of four
+}  # fmt: skip
+
+
+class Row(NamedTuple):
+    """Of the suite: what is trained, and how. model: of `MODELS`. Output layers are tied with SGD, apart with AdamW."""
+
+    layout: str
+    model: str = "even"
+    steps: int = 6
+    optimizer: str = "sgd"
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+
+    def __str__(self) -> str:
+        rates = {"dropout": self.dropout, "attention dropout": self.attention_dropout}
+        how = "".join(f", {name} {rate}" for name, rate in rates.items() if rate)
+        return f"{self.model}, {self.optimizer}, {self.steps} steps{how}: {self.layout}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `job`. What a row costs is its number of operations, so there are no more blocks than its stages, or
+        FSDP's groups, need."""
+        layout = Layout.parse(self.layout)
+        return self._asdict() | {
+            "tied": self.optimizer == "sgd",
+            "layers": 0 if layout.pipeline > 1 or self.model == "odd" else 2,
+        }
+
+
+def accumulated(axes: str) -> str:
+    """That layout with two micro-batches; three in a pipeline, or where the batch of a rank is odd."""
+    part = GLOBAL_BATCH // Layout.parse(axes).readers
+    return f"{axes},micro_batch={part // (3 if 'pipeline' in axes or part % 2 else 2)}"
 
 
 def job(
     layout: str, steps: int, optimizer: str = "adamw", precision: str = "fp64", tied: bool = True, layers: int = 0,
     clip: float = 0.5, compile: str = "off", model: str = "odd", dropout: float = 0.0,
+    attention_dropout: float = 0.0,
 ) -> Job:  # fmt: skip
     """model: of `MODELS`. layers: 0 = as many as it has."""
     options = replace(MODELS[model], tie_word_embeddings=tied)
@@ -77,6 +120,7 @@ def job(
             loss_chunk=17,
             seed=5,
             dropout=dropout,
+            attention_dropout=attention_dropout,
         ),
         # Buckets of a few kilobytes, so that there are several.
         sync=SyncOptions(bucket_mib=0.01),
@@ -118,11 +162,11 @@ def rank_batches(parts: Parts, step: int, order: int) -> list[Batch]:
     return micro_batches(mine, mesh.layout.micro_batch)
 
 
-def take_steps(parts: Parts, steps: int, order: int = 0) -> dict[str, Any]:
-    """Runs the steps; losses and norms of each, and this rank's pieces of the first gradient and of the last weights:
-    (name, offsets, values)."""
+def take_steps(parts: Parts, steps: int, order: int = 0, first: int = 0) -> dict[str, Any]:
+    """Runs the steps from `first` on; losses and norms of each, and this rank's pieces of the gradient of step 0 and of
+    the last weights: (name, offsets, values)."""
     losses, norms, gradients = [], [], []
-    for step in range(steps):
+    for step in range(first, steps):
         parts.objective.step = step
         parts.sync.begin(step)
         tally = parts.replica.gradients(rank_batches(parts, step, order), parts.objective)
@@ -149,17 +193,19 @@ def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: A
         mesh.close()
 
 
-def reference(steps: int, **options: Any) -> dict[str, Any]:
-    """The same job in one process in float64, with torch's own loss, clipping and optimizers."""
+@functools.cache
+def reference(steps: int, stop: int = 0, **options: Any) -> dict[str, Any]:
+    """The same job in one process in float64, with torch's own loss, clipping and optimizers. Once for all rows of it:
+    not to be written to. stop: the step before which it ends, 0 = after the last."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other, ten times as long as they compute
     try:
-        return _reference(steps, **options)
+        return _reference(steps, stop or steps, **options)
     finally:
         torch.set_num_threads(threads)
 
 
-def _reference(steps: int, **options: Any) -> dict[str, Any]:
+def _reference(steps: int, stop: int, **options: Any) -> dict[str, Any]:
     what = job("replicas=1", steps, **options)
     model = build(what.model).double()
     fills = parameters(what.model)
@@ -175,13 +221,15 @@ def _reference(steps: int, **options: Any) -> dict[str, Any]:
         else torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
     )
     losses, norms, gradients = [], [], {}
-    for step in range(steps):
+    for step in range(stop):
         batch = global_batch(step)
         model.zero_grad()
         drop = Dropout(what.train.dropout, what.train.seed, step, batch.sample_B, torch.arange(LENGTH))
-        logits_BLV = model(
-            batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL), None, batch.weight_BL > 0, drop
-        )
+        attend = document_attend(batch.document_BL)
+        if what.train.attention_dropout:
+            rate, place_L = what.train.attention_dropout, torch.arange(LENGTH)
+            attend = dropped_attend(batch.document_BL, Dropout(rate, what.train.seed, step, batch.sample_B, place_L))
+        logits_BLV = model(batch.tokens_BL, batch.position_BL, attend, None, batch.weight_BL > 0, drop)
         nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(
             batch.weight_BL
         )
@@ -236,32 +284,43 @@ def place(offsets: list[int], piece: torch.Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + n) for start, n in zip(offsets, piece.shape, strict=True))
 
 
-def whole(results: list[dict[str, Any]], what: str, name: str, like: torch.Tensor) -> torch.Tensor:
-    """The tensor that the ranks' pieces make up; every rank must agree, to the last bit, where they overlap."""
-    out = torch.full_like(like, float("nan"))
+def whole(results: list[dict[str, Any]], what: str, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that the ranks' pieces make up; every rank must agree, to the last bit, where they overlap."""
+    out = {name: torch.full_like(tensor, float("nan")) for name, tensor in like.items()}
     for result in results:
-        for known, offsets, values in result[what]:
-            piece = torch.tensor(values, dtype=like.dtype)
-            if known == name and piece.numel():
-                there = out[place(offsets, piece)]
+        for name, offsets, values in result[what]:
+            piece = torch.tensor(values, dtype=out[name].dtype)
+            if piece.numel():
+                there = out[name][place(offsets, piece)]
                 assert torch.all(torch.isnan(there) | (there == piece)), f"ranks differ in {what} of {name}"
                 there.copy_(piece)
-    assert not out.isnan().any(), f"no rank holds all of {name}"
+    for name, tensor in out.items():
+        assert not tensor.isnan().any(), f"no rank holds all of {name}"
     return out
+
+
+def check(ranks: Any, row: Row) -> None:
+    """The row's job in ranks, against one process."""
+    options = row.options
+    layout = Layout.parse(options.pop("layout"))
+    assert layout.micro_batch, "a row has several micro-batches"
+    assert GLOBAL_BATCH // layout.readers >= 2 * layout.micro_batch, "a row has several micro-batches"
+    results = ranks.run("tests.equivalence.cases:run", layout.world, layout=row.layout, **options)
+    assert_one_answer(results, reference(**options))
 
 
 def assert_one_answer(results: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     """The bounds of the design in float64: 1e-10 for the first gradient of every parameter, 1e-8 for all else."""
+    got = whole(results, "gradients", expected["gradients"])
     for name, gradient in expected["gradients"].items():
-        got = whole(results, "gradients", name, gradient)
-        assert (got - gradient).norm() <= 1e-10 * gradient.norm(), f"gradient of {name}"
+        assert (got[name] - gradient).norm() <= 1e-10 * gradient.norm(), f"gradient of {name}"
     for result in results:
         for what in ("losses", "norms"):
-            for got, right in zip(result[what], expected[what], strict=True):
-                assert abs(got - right) <= 1e-8 * abs(right), what
+            for value, right in zip(result[what], expected[what], strict=True):
+                assert abs(value - right) <= 1e-8 * abs(right), what
+    got = whole(results, "weights", expected["weights"])
     for name, weight in expected["weights"].items():
-        got = whole(results, "weights", name, weight)
-        assert (got - weight).norm() <= 1e-8 * weight.norm(), f"weights of {name}"
+        assert (got[name] - weight).norm() <= 1e-8 * weight.norm(), f"weights of {name}"
     # The comparison means something only where the job learns.
     assert expected["losses"][-1] < 0.95 * expected["losses"][0]
 

@@ -1,43 +1,135 @@
-"""What any layout saved, any other loads: weights and optimizer state bit by bit, and the next steps agree."""
+"""What any layout saved, any other loads, weights and optimizer state bit by bit; training goes on from it as if it had
+never stopped, and text comes out of it."""
 
 from __future__ import annotations
 
+import functools
+from itertools import chain
+
 import pytest
+import torch
 
-from tests.equivalence.checkpoints import pieces_equal
+from shoal.models import build
+from shoal.models.decoder import Decoder
+from shoal.models.storage import canonical
+from shoal.serving.generate import tokens
+from shoal.serving.load import load
+from shoal.serving.sampler import Sampling
+from tests.equivalence import cases, checkpoints
 
+# Every axis alone up to 4 ranks, and what else decides who holds what.
 LAYOUTS = [
     "replicas=2",
-    "fsdp=3",
+    "replicas=3",
+    "replicas=4",
     "fsdp=2,zero=1",
+    "fsdp=2,zero=2",
+    "fsdp=2,zero=3",
+    "fsdp=3",
+    "fsdp=4",
     "tensor=2",
-    "tensor=4,micro_batch=3",
+    "tensor=4",
     "context=2",
-    "pipeline=2,micro_batch=2",
-    "pipeline=2,micro_batch=2,schedule=zbv",
-    "pipeline=4,micro_batch=3",
+    "context=3",
+    "context=4",
+    "context=2,context_by=ulysses",
+    "pipeline=2",
+    "pipeline=2,schedule=interleaved",
+    "pipeline=2,schedule=zbv",
+    "pipeline=3",
+    "pipeline=4",
 ]
+EXPERT = [
+    "fsdp=2,expert=2",
+    "fsdp=4,expert=2",
+    "fsdp=4,expert=4",
+    "context=2,expert=2",
+    "tensor=2,expert=2",
+    "tensor=4,expert=4",
+]
+# few experts: with stored experts, and a bias that no gradient reaches; even: key heads on several ranks, stored as one
+# with queries and values.
+OF = {
+    "few experts": [*LAYOUTS, *EXPERT],
+    "even": ["replicas=3", "fsdp=2,zero=1", "fsdp=3", "tensor=2", "tensor=4", "pipeline=2,schedule=zbv"],
+}
+ALL = [(model, layout) for model, layouts in OF.items() for layout in layouts]
+# Each goes on from what the next one saved.
+TRAINED = {
+    "few experts": [
+        "replicas=2", "fsdp=2,expert=2", "tensor=2", "context=2,expert=2", "fsdp=2,zero=1", "tensor=2,expert=2",
+        "pipeline=2,schedule=zbv", "fsdp=4,expert=4",
+    ],
+    "even": ["fsdp=3", "tensor=4", "pipeline=2,schedule=zbv"],
+}  # fmt: skip
+TEXTS = [(model, layout) for model, layouts in TRAINED.items() for layout in layouts]
+ONWARD = [
+    (model, layout, saver)
+    for model, layouts in TRAINED.items()
+    for layout, saver in zip(layouts, [*layouts[1:], layouts[0]], strict=True)
+]
+
+
+def world(layout: str) -> int:
+    return cases.Layout.parse(layout).world
+
+
+def run(ranks, what: str, layout: str, **args):
+    return ranks.run(f"tests.equivalence.checkpoints:{what}", world(layout), layout=layout, **args)
 
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
-    """A folder of each layout's checkpoint, after a step of its own."""
-    folders = {}
-    for number, layout in enumerate(LAYOUTS):
-        folders[layout] = str(tmp_path_factory.mktemp(f"saved{number}"))
-        ranks.run("tests.equivalence.checkpoints:save", _world(layout), layout=layout, folder=folders[layout])
-    return folders
+    """saved(how, model, layout): a checkpoint in that layout, with `known` values or `trained`."""
+
+    @functools.cache
+    def of_world(model: str, size: int) -> dict[tuple[str, str], str]:
+        root = str(tmp_path_factory.mktemp("saved"))
+        known, trained = ([la for la in known if world(la) == size] for known in (OF[model], TRAINED[model]))
+        ranks.run(
+            "tests.equivalence.checkpoints:save_all", size, model=model, root=root, known_in=known, trained_in=trained
+        )
+        names = [*(("known", layout) for layout in known), *(("trained", layout) for layout in trained)]
+        return {name: f"{root}/checkpoints/step-{number:08}" for number, name in enumerate(names, 1)}
+
+    return lambda how, model, layout: of_world(model, world(layout))[how, layout]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_loads_what_every_layout_saved(ranks, saved, layout):
-    others = [saved[other] for other in LAYOUTS if other != layout]
-    results = ranks.run("tests.equivalence.checkpoints:load_all", _world(layout), layout=layout, folders=others)
-    for folder, of_ranks in zip(others, zip(*results, strict=True), strict=True):
-        pieces_equal(folder, of_ranks)
+@pytest.mark.parametrize(("model", "layout"), ALL)
+def test_a_layout_loads_what_every_layout_saved(ranks, saved, model, layout):
+    folders = [saved("known", model, other) for other in OF[model] if other != layout]
+    results = run(ranks, "load_known", layout, model=model, folders=folders)
+    assert not [wrong for wrong, _ in results if wrong]
+    checkpoints.assert_all_held(folders[0], list(chain.from_iterable(pieces for _, pieces in results)))
 
 
-def _world(layout: str) -> int:
-    from shoal.job import Layout
+@pytest.mark.parametrize(("model", "layout", "saver"), ONWARD)
+def test_the_next_steps_are_those_of_a_run_that_never_stopped(ranks, saved, model, layout, saver):
+    results = run(ranks, "go_on", layout, model=model, folder=saved("trained", model, saver))
+    expected = cases.reference(checkpoints.STEPS, optimizer=checkpoints.OPTIMIZERS[model], model=model)
+    for result in results:
+        for what in ("losses", "norms"):
+            assert result[what] == pytest.approx(expected[what][1:], rel=1e-8, abs=0)
+    weights = cases.whole(results, "weights", expected["weights"])
+    for name, weight in expected["weights"].items():
+        assert (weights[name] - weight).norm() <= 1e-8 * weight.norm(), name
 
-    return Layout.parse(layout).world
+
+@pytest.mark.parametrize(("model", "layout"), TEXTS)
+def test_text_from_what_a_layout_saved(saved, model, layout):
+    """The most likely tokens, as those of the model that one process trained."""
+    assert written(load(saved("trained", model, layout))) == one_process(model)
+
+
+@functools.cache
+def one_process(model: str) -> list[int]:
+    expected = cases.reference(checkpoints.STEPS, stop=1, optimizer=checkpoints.OPTIMIZERS[model], model=model)
+    decoder = build(checkpoints.job("replicas=1", model).model)
+    for name, tensor in canonical(decoder):
+        tensor.copy_(expected["weights"][name])
+    return written(decoder.eval())
+
+
+@torch.no_grad()
+def written(model: Decoder) -> list[int]:
+    return list(tokens(model, [1, 8, 15], 12, Sampling(0.0, 0, 1.0), 0))

@@ -8,97 +8,82 @@ experts, capacity, balance loss and bias.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 
-from tests.equivalence import cases
+from tests.equivalence import bugs, cases, test_layouts
 
-STEPS = 8
+STEPS = 20
 
-WITHOUT = [
-    ("qwen", "replicas=2,micro_batch=3"),
-    ("deepseek", "fsdp=3,zero=2,micro_batch=2,recompute=block"),
-    ("deepseek", "pipeline=2,micro_batch=2,schedule=zbv"),
-    ("deepseek", "context=2,micro_batch=6"),
-    ("qwen", "tensor=2"),
-    ("deepseek", "tensor=2"),
-]
-SINGLES = [
+# All that a dense model is trained in, and what ranks share of the batch alone.
+SINGLES = ["replicas=2,micro_batch=3", "fsdp=3,zero=2,micro_batch=2,recompute=block", *test_layouts.SINGLES]
+PAIRS = test_layouts.PAIRS
+SHARED = [
     ("qwen", "fsdp=2,expert=2,zero=1,micro_batch=3"),
-    ("deepseek", "context=2,expert=2"),
+    ("deepseek", "context=2,expert=2,micro_batch=6"),
     ("qwen", "tensor=2,expert=2,micro_batch=4,recompute=block"),
-    ("deepseek", "fsdp=4,expert=2"),
-    ("deepseek", "tensor=4,expert=2"),
-]
-PAIRS = [
-    ("deepseek", "replicas=2,fsdp=2,expert=2,micro_batch=3"),
+    ("deepseek", "fsdp=4,expert=2,micro_batch=1"),
+    ("deepseek", "tensor=4,expert=2,micro_batch=6"),
+    ("deepseek", "replicas=2,fsdp=2,expert=2,micro_batch=1"),
     ("qwen", "pipeline=2,fsdp=2,micro_batch=2,schedule=interleaved_zero_bubble,expert=2"),
-    ("deepseek", "fsdp=2,tensor=2,expert=2"),
-    ("qwen", "context=2,tensor=2,expert=4"),
+    ("deepseek", "fsdp=2,tensor=2,expert=2,micro_batch=3"),
+    ("qwen", "context=2,tensor=2,expert=4,micro_batch=6"),
+    ("mixtral", "tensor=2,expert=2,micro_batch=6"),
+    ("qwen3", "fsdp=2,expert=2,micro_batch=3"),
 ]
-_AXES = {
-    "replicas=2": "replicas=2,fsdp=2",
-    "pipeline=2": "pipeline=2,fsdp=2,micro_batch=2,schedule=zbv",
-    "fsdp": "fsdp=2,context=2",
-    "context": "context=2,tensor=2",
-    "tensor": "tensor=2,fsdp=2",
-    "ulysses": "context=2,fsdp=2,context_by=ulysses",
-    "replicas and tensor": "replicas=2,tensor=2",
-    "replicas and context": "replicas=2,context=2,zero=1",
-    "pipeline and tensor": "pipeline=2,tensor=2,micro_batch=2,schedule=dualpipev",
-    "pipeline and context": "pipeline=2,context=2,micro_batch=3,schedule=1f1b",
-    "all": "fsdp=2,context=2,tensor=2,micro_batch=3",
-    "stage 1": "fsdp=4,zero=1,micro_batch=1,recompute=block",
-    "stage 2": "replicas=2,fsdp=2,context=2,zero=2,micro_batch=1",
-    "whole pieces": "replicas=2,pipeline=2,fsdp=2,micro_batch=1,schedule=zbv",
-}
-EVERY = [(model, f"{axes},expert={n}") for model in ("qwen", "deepseek") for axes in _AXES.values() for n in (2, 4)]
+_AXES = [
+    "fsdp=2,context=2,micro_batch=3",
+    "fsdp=2,context=2,micro_batch=3,context_by=ulysses",
+    "fsdp=2,tensor=2,micro_batch=3",
+    "context=2,tensor=2,micro_batch=6",
+    "replicas=2,fsdp=2,micro_batch=1",
+    "replicas=2,tensor=2,micro_batch=3",
+    "replicas=2,context=2,zero=1,micro_batch=3",
+    "pipeline=2,fsdp=2,micro_batch=1,schedule=zbv",
+    "pipeline=2,tensor=2,micro_batch=2,schedule=dualpipev",
+    "pipeline=2,context=2,micro_batch=3,schedule=1f1b",
+    "fsdp=2,context=2,tensor=2,micro_batch=3",
+    "fsdp=4,zero=1,micro_batch=1,recompute=block",
+    "replicas=2,fsdp=2,context=2,zero=2,micro_batch=1",
+    "replicas=2,pipeline=2,fsdp=2,micro_batch=1,schedule=zbv",
+]
+EVERY = [
+    *((model, layout) for model in ("qwen", "deepseek") for layout in [*SINGLES, *PAIRS]),
+    *SHARED,
+    *(
+        (model, f"{axes},expert={ranks}")
+        for model in ("qwen", "deepseek")
+        for axes in _AXES
+        for ranks in (2, 4)
+        if cases.Layout.parse(axes).rest % ranks == 0
+    ),
+]
 
 
-@functools.cache
-def reference(model: str, optimizer: str = "sgd", steps: int = STEPS, clip: float = 0.5) -> dict[str, Any]:
-    return cases.reference(steps, optimizer=optimizer, tied=True, model=model, clip=clip)
+@pytest.mark.parametrize("row", [cases.Row(layout, "deepseek") for layout in SINGLES], ids=str)
+def test_singles(ranks, row):
+    cases.check(ranks, row)
 
 
-def fits(layout: str) -> bool:
-    what = cases.Layout.parse(layout.rpartition(",")[0])
-    return what.rest % int(layout.rpartition("=")[2]) == 0
+@pytest.mark.parametrize("row", [cases.Row(layout, "deepseek") for layout in PAIRS], ids=str)
+def test_pairs(ranks, row):
+    cases.check(ranks, row)
 
 
-def check(ranks, model: str, layout: str, optimizer: str = "sgd") -> None:
-    """The bounds of the design: gradients 1e-10, all else 1e-8."""
-    expected = reference(model, optimizer)
-    results = ranks.run(
-        "tests.equivalence.cases:run", cases.Layout.parse(layout).world, layout=layout, steps=STEPS,
-        optimizer=optimizer, model=model,
-    )  # fmt: skip
-    cases.assert_one_answer(results, expected)
+@pytest.mark.parametrize("row", [cases.Row(layout, model) for model, layout in SHARED], ids=str)
+def test_an_axis_of_their_own(ranks, row):
+    cases.check(ranks, row)
 
 
-@pytest.mark.parametrize(("model", "layout"), WITHOUT)
-def test_without_an_axis_of_their_own(ranks, model, layout):
-    check(ranks, model, layout)
-
-
-@pytest.mark.parametrize(("model", "layout"), SINGLES)
-def test_singles(ranks, model, layout):
-    check(ranks, model, layout)
-
-
-@pytest.mark.parametrize(("model", "layout"), PAIRS)
-def test_pairs(ranks, model, layout):
-    check(ranks, model, layout)
-
-
-def test_adam(ranks):
-    check(ranks, "deepseek", "fsdp=2,expert=2,micro_batch=3", "adamw")
+@pytest.mark.parametrize("row", [cases.Row("fsdp=2,expert=2,micro_batch=3", "deepseek", optimizer="adamw")], ids=str)
+def test_adam(ranks, row):
+    cases.check(ranks, row)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("model", "layout"), [case for case in EVERY if fits(case[1])])
-def test_every_pair(ranks, model, layout):
-    check(ranks, model, layout)
+@pytest.mark.parametrize("row", [cases.Row(layout, model, STEPS) for model, layout in dict.fromkeys(EVERY)], ids=str)
+def test_over_all_steps(ranks, row):
+    cases.check(ranks, row)
 
 
 # Each with a model and a layout in which it can happen.
@@ -116,10 +101,8 @@ PLANTED = {
 @functools.cache
 def times_the_bound(ranks, model: str, layout: str, bug: str) -> float:
     """The worst of the first gradient (bound 1e-10) and of three steps' losses and norms (1e-8)."""
-    expected = reference(model, steps=3, clip=0.0)
-    world = cases.Layout.parse(layout).world
-    results = ranks.run("tests.equivalence.bugs:run", world, bug=bug, layout=layout, steps=3, model=model)
-    return cases.times_the_bound(results, expected)
+    row = cases.Row(layout, model, steps=3)
+    return cases.times_the_bound(bugs.results(ranks, bug, row), bugs.reference(row))
 
 
 @pytest.mark.parametrize("bug", PLANTED)

@@ -7,121 +7,105 @@ from itertools import combinations
 
 import pytest
 
-from tests.equivalence import cases
+from tests.equivalence import bugs, cases
 
+# Fewer, `Row`'s own number, of pairs and on more than two ranks, whose steps cost more; nightly all.
 STEPS = 20
-# Of what is there by default of pairs, so that all of them are; nightly they have all steps.
-FEWER = 6
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
 
 SINGLES = [
-    *(f"pipeline=2,micro_batch=2,schedule={schedule}" for schedule in SCHEDULES),
+    *(f"pipeline=2,micro_batch=3,schedule={schedule}" for schedule in SCHEDULES),
     "pipeline=4,micro_batch=3",
     "pipeline=2,micro_batch=3,stages=3+1",
     "pipeline=2,micro_batch=3,recompute=block",
-    "tensor=2",
-    "tensor=2,micro_batch=6,recompute=block",
-    "tensor=4",  # key heads on two ranks each
-    "context=2",
-    "context=2,zero=1,micro_batch=6,recompute=block",
-    "context=3,zero=2,micro_batch=6",
-    "context=4",
-    "context=2,context_by=ulysses",
-    "context=4,context_by=ulysses",
+    "tensor=2,micro_batch=6",
+    "tensor=2,micro_batch=4,recompute=block",
+    "tensor=4,micro_batch=6",  # key heads on two ranks each
+    "context=2,micro_batch=6",
+    "context=2,micro_batch=4,zero=1,recompute=block",
+    "context=3,micro_batch=6,zero=2",
+    "context=4,micro_batch=6",
+    "context=2,micro_batch=6,context_by=ulysses",
+    "context=4,micro_batch=6,context_by=ulysses",
 ]
 
-AXES = {
-    "replicas": "replicas=2",
-    "pipeline": "pipeline=2,micro_batch=2",
-    "fsdp": "fsdp=2",
-    "context": "context=2",
-    "tensor": "tensor=2",
-}
+AXES = ("replicas=2", "pipeline=2", "fsdp=2", "context=2", "tensor=2")
 PAIRS = [
-    *(f"{AXES[one]},{AXES[other]}" for one, other in combinations(AXES, 2)),
+    *(cases.accumulated(f"{one},{other}") for one, other in combinations(AXES, 2)),
     # What meets differently: whole stages gathered, stages apart, a V with both ends on one rank, heads exchanged.
     "replicas=2,pipeline=2,micro_batch=2,schedule=zbv",
-    "pipeline=2,fsdp=2,micro_batch=1,schedule=interleaved",
+    "pipeline=2,fsdp=2,micro_batch=2,schedule=interleaved",
     "pipeline=2,fsdp=2,micro_batch=1,schedule=dualpipev,zero=1",
-    "pipeline=2,tensor=2,micro_batch=3,schedule=interleaved_zero_bubble",
-    "pipeline=2,tensor=2,micro_batch=3,schedule=zbv",
-    "pipeline=2,context=2,micro_batch=3,schedule=looped_bfs,context_by=ulysses",
+    "pipeline=2,tensor=2,micro_batch=4,schedule=interleaved_zero_bubble",
+    "pipeline=2,tensor=2,micro_batch=4,schedule=zbv",
+    "pipeline=2,context=2,micro_batch=4,schedule=looped_bfs,context_by=ulysses",
     "fsdp=2,tensor=2,zero=1,micro_batch=2",
     "fsdp=2,context=2,zero=2,micro_batch=2",
-    "context=2,tensor=2,context_by=ulysses",
+    "context=2,tensor=2,micro_batch=6,context_by=ulysses",
 ]
 TRIPLES = [
-    *(",".join(AXES[axis] for axis in three) for three in combinations(AXES, 3)),
+    *(cases.accumulated(",".join(three)) for three in combinations(AXES, 3)),
     "replicas=2,pipeline=2,fsdp=2,micro_batch=1,schedule=zbv",
     "pipeline=2,fsdp=2,tensor=2,micro_batch=1,schedule=interleaved_zero_bubble",
     "pipeline=4,tensor=2,micro_batch=1",
     "pipeline=2,tensor=4,micro_batch=2,schedule=dualpipev",
     "context=4,tensor=2,micro_batch=2",
-    "replicas=2,tensor=4",
+    "replicas=2,tensor=4,micro_batch=3",
 ]
-
-
-@functools.cache
-def reference(optimizer: str, tied: bool, steps: int = STEPS, clip: float = 0.5, dropout: float = 0.0):
-    return cases.reference(steps, optimizer=optimizer, tied=tied, model="even", clip=clip, dropout=dropout)
+# An output layer of its own, and state that is cut: AdamW hides a gradient of the wrong size, which SGD shows.
+ADAM = ["pipeline=2,tensor=2,micro_batch=4", "tensor=4,micro_batch=4", "context=2,tensor=2,micro_batch=6"]
+# Within a rank's rows, where q, k, v, or gate and up, are stored as one, biases too.
+BORDERS = ["fsdp=2,tensor=2,micro_batch=3,zero=2", "fsdp=3,micro_batch=2", "replicas=2,tensor=2,micro_batch=3"]
+DROPOUT = [
+    "replicas=2,micro_batch=3",
+    "pipeline=2,micro_batch=3,schedule=zbv",
+    "tensor=2,micro_batch=6,recompute=block",
+    "context=2,tensor=2,micro_batch=6",
+]
 
 
 def world(layout: str) -> int:
     return cases.Layout.parse(layout).world
 
 
-def check(ranks, layout: str, optimizer: str, tied: bool, dropout: float = 0.0, steps: int = STEPS) -> None:
-    """The bounds of the design: gradients 1e-10, all else 1e-8."""
-    expected = reference(optimizer, tied, steps, dropout=dropout)
-    results = ranks.run(
-        "tests.equivalence.cases:run", world(layout), layout=layout, steps=steps, optimizer=optimizer, tied=tied,
-        model="even", dropout=dropout,
-    )  # fmt: skip
-    cases.assert_one_answer(results, expected)
-
-
-# SGD shows a gradient of the wrong size, which AdamW hides; AdamW goes where state is cut or the ends are not tied.
-@pytest.mark.parametrize("layout", SINGLES)
-def test_singles(ranks, layout):
-    check(ranks, layout, "sgd", tied=True)
-
-
-@pytest.mark.parametrize("layout", PAIRS)
-def test_pairs(ranks, layout):
-    check(ranks, layout, "sgd", tied=True, steps=FEWER)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("layout", PAIRS)
-def test_pairs_over_all_steps(ranks, layout):
-    check(ranks, layout, "sgd", tied=True)
-
-
 @pytest.mark.parametrize(
-    "layout",
-    ["pipeline=2,tensor=2,micro_batch=4", "tensor=4", "context=2,tensor=2", "pipeline=4,micro_batch=3"],
-)
-def test_adam_with_an_output_layer_of_its_own(ranks, layout):
-    check(ranks, layout, "adamw", tied=False, steps=FEWER)
-
-
-@pytest.mark.parametrize(
-    "layout",
+    "row",
     [
-        "replicas=2,micro_batch=3",
-        "pipeline=2,micro_batch=2,schedule=zbv",
-        "tensor=2,micro_batch=6,recompute=block",
-        "context=2,tensor=2",
+        *(cases.Row(la, steps=STEPS) for la in SINGLES if world(la) == 2),
+        *(cases.Row(la) for la in SINGLES if world(la) > 2),
     ],
+    ids=str,
 )
-def test_dropout(ranks, layout):
-    check(ranks, layout, "sgd", tied=True, dropout=0.2, steps=FEWER)
+def test_singles(ranks, row):
+    cases.check(ranks, row)
+
+
+@pytest.mark.parametrize("row", [cases.Row(layout) for layout in PAIRS], ids=str)
+def test_pairs(ranks, row):
+    cases.check(ranks, row)
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("layout", TRIPLES)
-def test_triples(ranks, layout):
-    check(ranks, layout, "sgd", tied=True)
+@pytest.mark.parametrize(
+    "row", [cases.Row(layout, steps=STEPS) for layout in [*SINGLES, *PAIRS, *TRIPLES] if world(layout) > 2], ids=str
+)
+def test_over_all_steps(ranks, row):
+    cases.check(ranks, row)
+
+
+@pytest.mark.parametrize("row", [cases.Row(layout, optimizer="adamw") for layout in ADAM], ids=str)
+def test_adam_with_an_output_layer_of_its_own(ranks, row):
+    cases.check(ranks, row)
+
+
+@pytest.mark.parametrize("row", [cases.Row(layout, "borders") for layout in BORDERS], ids=str)
+def test_borders_within_a_ranks_rows(ranks, row):
+    cases.check(ranks, row)
+
+
+@pytest.mark.parametrize("row", [cases.Row(layout, dropout=0.2) for layout in DROPOUT], ids=str)
+def test_dropout(ranks, row):
+    cases.check(ranks, row)
 
 
 # Each with a layout in which it can happen.
@@ -130,10 +114,12 @@ PLANTED = {
     "times the tensor degree": "tensor=2",
     "norm weight not summed": "tensor=2",
     "key heads not summed": "tensor=4",
+    "keys taken for values": "tensor=2",
+    "rows of a fused gradient off by one": "fsdp=4",
     "key heads counted twice": "tensor=4",
     "tied gradient added twice": "pipeline=2,micro_batch=3",
     "tied gradient counted twice": "pipeline=2,micro_batch=3,schedule=zbv",
-    "ring off by one block": "context=2",
+    "ring off by one chunk": "context=3,micro_batch=6",
     "labels shifted on each rank": "context=2",
     "positions of a whole row": "context=2",
     "words not combined": "tensor=2",
@@ -146,11 +132,8 @@ PLANTED = {
 @functools.cache
 def times_the_bound(ranks, layout: str, bug: str, dropout: float) -> float:
     """The worst of the first gradient (bound 1e-10) and of two steps' losses and norms (1e-8)."""
-    expected = reference("sgd", True, 2, 0.0, dropout)
-    results = ranks.run(
-        "tests.equivalence.bugs:run", world(layout), bug=bug, layout=layout, steps=2, model="even", dropout=dropout
-    )
-    return cases.times_the_bound(results, expected)
+    row = cases.Row(layout, steps=2, dropout=dropout)
+    return cases.times_the_bound(bugs.results(ranks, bug, row), bugs.reference(row))
 
 
 @pytest.mark.parametrize("bug", PLANTED)

@@ -17,7 +17,6 @@ def test_parsing_what_was_printed_gives_the_same_layout(layout: Layout):
 
 def test_ranks_are_the_product_of_the_axes():
     assert Layout.parse("replicas=3, fsdp=4").world == 12
-    assert Layout.parse("").world == 1
 
 
 @pytest.mark.parametrize(
@@ -33,13 +32,23 @@ def test_ranks_are_the_product_of_the_axes():
         ("tensor=0", "tensor=0 is less than 1", ""),
         ("pipeline=2,schedule=gpip", "schedule='gpip' is unknown", "gpipe"),
         ("context=2,context_by=star", "context_by='star' is unknown", "ring or ulysses"),
+        ("tensor=2,tensor_by=star", "tensor_by='star' is unknown", "gather or ring"),
+        ("fsdp=2,tensor_by=ring", "no ranks to go around", "tensor=2"),
         ("pipeline=2,stages=3-1", "stages='3-1' is not a list of numbers", "3+5"),
         ("pipeline=2,stages=1+1+1", "names 3 stages for pipeline=2", "give 2 numbers"),
         ("pipeline=2,schedule=zbv,stages=1+1", "names 2 stages for pipeline=2", "give 4 numbers"),
         ("pipeline=2,stages=1+1+1+1", "names 4 stages for pipeline=2", "give 2 numbers"),
         ("stages=4", "names 1 stages for pipeline=1", "give no stages"),
+        ("stages=measured", "no pipeline to split", "pipeline=2"),
+        ("pipeline=2,stages=auto", "is not a list of numbers", "measured"),
         ("replicas=two", "replicas='two' is not a whole number", "replicas=2"),
-        ("replicas", "replicas='' is not a whole number", "replicas=2"),
+        ("replicas", "'replicas' has no value", "replicas=2"),
+        ("replicas=", "replicas='' is not a whole number", "replicas=2"),
+        ("tensor=2 context=2", "'tensor=2 context=2' is two options", "tensor=2,context=2"),
+        ("tensor=２", "tensor='２' is not a whole number", "tensor=2"),
+        ("tensor=1_0", "tensor='1_0' is not a whole number", "tensor=2"),
+        ("", "the layout is empty", "replicas=1"),
+        (" , ", "the layout is empty", "replicas=1"),
         ("replicas=0", "replicas=0 is less than 1", ""),
         ("fsdp=-1", "fsdp=-1 is less than 1", ""),
         ("replicas=2,replicas=3", "given twice", "once"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from shoal import device, mesh
+from shoal import device, mesh, operations
 from shoal.errors import JobError
 from shoal.job import Layout
 from shoal.mesh import Mesh, Seat
@@ -195,3 +195,33 @@ def killed_in_transfer(seat: Seat) -> bool:
         told = device.peer_gone(error)
     ranks.abandon()
     return told
+
+
+def stuck(seat: Seat, how: str, layout: str, axis: str, timeout: float = 60.0) -> None:
+    """All ranks go through operations along an axis, step after step; in the third, rank 1 fails in between them."""
+    ranks = mesh.build(Layout.parse(layout), seat, timeout=timeout)
+    group = ranks.group(axis)
+    for step in range(1, 4):
+        operations.step(step)
+        dist.broadcast(torch.ones(3), group=group, group_src=0)
+        if step == 3 and seat.member == 1:
+            _go_wrong(how, group)
+        if how == "differ":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        dist.all_reduce(torch.ones(5), group=group)
+        ranks.wait(dist.all_reduce(torch.ones(7), async_op=True))
+
+
+def _go_wrong(how: str, group: dist.ProcessGroup) -> None:
+    if how == "raise":
+        raise ValueError("boom")
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "hang":
+        time.sleep(100)
+    if how == "skip":
+        return dist.barrier()  # another group's, while the others are in this one's
+    if how == "shape":
+        return dist.all_reduce(torch.ones(50), group=group)
+    assert how == "differ"
+    dist.barrier(group=group)

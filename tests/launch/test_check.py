@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from shoal.cli.main import main
-from shoal.errors import JobError
 from shoal.job import Job, Layout
 from shoal.job.data import DataOptions
 from shoal.job.every import layouts, refusal, small
 from shoal.job.model import ModelOptions
+from shoal.job.optim import OptimOptions
 from shoal.job.train import TrainOptions
-from shoal.launch.check import check
-from shoal.training.equality import _differences
+from shoal.launch.check import Row, check
+from tests.launch.wrong import NORM
+
+DOCS = Path(__file__).parents[2] / "docs" / "check.md"
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,17 @@ def test_layouts_of_a_job_compute_the_same_and_impossible_ones_are_refused(job):
     assert not report.ok  # one was asked for by name and cannot be
     assert report.rows == rows
     told = [(row.layout, row.dtype, row.optimizer) for row in rows]
-    names = ["pipeline=2,tensor=2,schedule=1f1b", "replicas=2"]
+    names = ["pipeline=2,tensor=2", "replicas=2"]
     kinds = [("fp64", "sgd"), ("fp64", "adamw"), ("bf16", "adamw")]
     assert told == [(name, *kind) for kind in kinds for name in names]
+    for row, ran in zip(
+        rows, ["pipeline=2,tensor=2,micro_batch=1,schedule=1f1b", "replicas=2,micro_batch=1"] * 3, strict=True
+    ):
+        assert row.ran == ran
     for row in rows:
         assert row.ok, row
         assert row.same_samples
-        assert row.max_rel_diff_grad <= row.bound_grad
+        assert all(difference <= bound for difference, bound in row.pairs().values())
         assert row.bound_grad == 1e-10 if row.dtype == "fp64" else row.bound_grad >= 2**-8
     assert [(r.layout, "heads" in r.reason) for r in report.refused] == [("tensor=3", True)]
 
@@ -56,25 +61,6 @@ def test_what_the_job_can_have_the_small_one_can_too(job, only):
     report = check(job, only=only, steps=6)
     assert report.ok, report
     assert len(report.rows) == 2 * len(only)
-
-
-@pytest.mark.parametrize("bug", ["number", "missing", "unequal"])
-def test_pieces_that_are_no_numbers_missing_or_unequal_are_infinitely_wrong(tmp_path, bug):
-    whole = {"w": torch.arange(8.0).view(4, 2)}
-    for where, rows in (("one", [(0, 4)]), ("two", [(0, 2), (1, 4)])):
-        (tmp_path / where).mkdir()
-        for rank, (start, stop) in enumerate(rows):
-            piece = whole["w"][start:stop].clone()
-            if where == "two" and rank == 1:
-                if bug == "number":
-                    piece[2, 1] = torch.nan
-                elif bug == "unequal":
-                    piece[0, 0] += 1e-6
-                elif bug == "missing":
-                    piece = piece[:2].clone()
-            save_file({f"weight/0/w@{start},0": piece}, tmp_path / where / f"rank-{rank}.safetensors")
-    assert _differences(str(tmp_path / "one"), "weight", whole) == {"w": 0.0}
-    assert _differences(str(tmp_path / "two"), "weight", whole) == {"w": math.inf}
 
 
 @pytest.mark.parametrize("bug", ["label", "sample"])
@@ -91,24 +77,126 @@ def test_a_rank_that_fails_is_a_row_that_says_so(job):
     assert "planted" in report.rows[0].error
 
 
-def test_a_job_that_does_not_learn_proves_nothing(job):
-    with pytest.raises(JobError, match="does not learn with sgd"):
-        check(job, only=["replicas=2"], steps=2, entry="tests.launch.wrong:learns_nothing")
+def test_an_optimizer_that_does_not_learn_is_rows_that_say_so_beside_the_others(job):
+    only = ["replicas=2", "tensor=2"]
+    report = check(job, only=only, steps=4, entry="tests.launch.wrong:learns_nothing_with_sgd")
+    assert not report.ok
+    assert [(row.layout, row.optimizer, row.ok) for row in report.rows] == [
+        *[(text, "sgd", False) for text in only], *[(text, "adamw", True) for text in only]
+    ]  # fmt: skip
+    assert all("does not learn with sgd" in row.error and "--check-steps" in row.error for row in report.rows[:2])
+
+
+def test_what_is_no_difference_is_an_error(job):
+    (row, _) = check(job, only=["replicas=2"], steps=4, entry="tests.launch.wrong:ends_early").rows
+    assert not row.ok
+    assert row.max_rel_diff_loss == float("inf")
+    assert "of fewer steps" in row.error
+
+
+def test_ok_follows_from_the_differences_and_the_bound():
+    row = Row("tensor=2", 20, "fp64", 5e-9, 1e-12, 1e-12, bound_grad=1e-10, bound_loss=1e-8, bound_weights=1e-8)
+    assert (row.judged().ok, row.judged().bound) == (False, 1e-10)
+    row = replace(row, max_rel_diff_grad=1e-11, max_rel_diff_loss=9e-9)
+    assert (row.judged().ok, row.judged().bound) == (True, 1e-8)
+    row = replace(row, max_rel_diff_loss=2e-8)
+    assert (row.judged().ok, row.judged().bound) == (False, 1e-8)
+    row = replace(row, max_rel_diff_loss=float("nan"))
+    assert not row.judged().ok
+    assert not replace(row, max_rel_diff_loss=0.0, error="other samples").judged().ok
+
+
+LOW = ("bf16", "fp32")
+
+
+def test_layouts_that_share_one_sequence_reader_are_checked_in_low_precision_too(job):
+    only = ["tensor=2", "context=2", "pipeline=2", "fsdp=3"]
+    report = check(job, processes=2, only=only, dtypes=LOW, steps=4)
+    assert [(row.dtype, row.layout) for row in report.rows] == [(dtype, layout) for dtype in LOW for layout in only]
+    assert report.ok, [row for row in report.rows if not row.ok]
+
+
+@pytest.mark.parametrize("bug", ["label", "norm_not_summed", "norm_averaged", "norm_turned_later"])
+def test_low_precision_sees_what_is_wrong_with_one_label_or_one_small_parameter(job, bug):
+    report = check(job, processes=2, only=["tensor=2"], dtypes=LOW, steps=4, entry=f"tests.launch.wrong:{bug}")
+    assert len(report.rows) == 2
+    for row in report.rows:
+        assert not row.ok
+        found, bound = row.pairs()["weights" if bug == "norm_turned_later" else "gradient"]
+        assert found > (1.5 if bug == "norm_turned_later" else 3) * bound, row
+        if bug == "norm_not_summed":
+            assert "norm.weight: two ranks hold different copies" in row.error
+        elif bug == "norm_averaged":
+            assert (row.worst_grad, round(found, 1)) == (NORM, 0.5)
+        elif bug == "norm_turned_later":
+            assert row.worst_weights == NORM
+
+
+EXPERTS = {
+    "family": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "qkv_bias": True, "router_aux_loss_coef": 0.1,
+}  # fmt: skip
+
+
+def test_experts_are_checked_in_low_precision_too(job):
+    report = check(
+        replace(job, model=ModelOptions(num_hidden_layers=4, hidden_size=64, **EXPERTS)),
+        processes=2,
+        only=["fsdp=2,expert=2"],
+        dtypes=("fp64", "bf16"),
+        steps=6,
+    )
+    assert report.ok, report
+    assert [(row.dtype, row.optimizer) for row in report.rows] == [
+        ("fp64", "sgd"), ("fp64", "adamw"), ("bf16", "adamw")
+    ]  # fmt: skip
+
+
+@pytest.mark.nightly
+def test_every_layout_of_two_processes_without_being_named(job):
+    report = check(job, processes=2, steps=4)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    assert len(report.rows) == 2 * (len(layouts(2)) - len(report.refused)) > 40
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(("more", "least"), [({}, 120), (EXPERTS, 50)], ids=["dense", "experts"])
+def test_every_layout_of_eight_processes(job, more, least):
+    """Dense, all of 5 ranks or more; with experts, all of 8 that share them. At sizes that most layouts divide."""
+    model = ModelOptions(num_hidden_layers=8, hidden_size=64, num_attention_heads=8, num_key_value_heads=4, **more)
+    job = replace(
+        job,
+        model=model,
+        data=replace(job.data, sequence_length=48),
+        optim=OptimOptions(name="sgd"),
+        train=replace(job.train, global_batch=8),
+    )
+    given = [each for each in layouts(8, model.num_experts) if each.world > 4 and not refusal(job, each)]
+    only = [str(each) for each in given if not more or (each.world == 8 and each.expert > 1)]
+    report = check(job, processes=8, only=only, steps=4)
+    assert len(report.rows) == len(only) > least
+    assert report.ok, [row for row in report.rows if not row.ok]
 
 
 @pytest.mark.parametrize("processes", [2, 4, 6, 8])
 def test_every_layout_of_some_processes_is_named_once(processes):
     found = layouts(processes)
     assert len({str(layout) for layout in found}) == len(found)
-    assert all(processes % layout.world == 0 and layout.world > 1 for layout in found)
+    assert all(1 < layout.world <= processes for layout in found)
     axes = ("replicas", "pipeline", "fsdp", "context", "tensor")
-    for world in (n for n in range(2, processes + 1) if processes % n == 0):
+    for world in range(2, processes + 1):
         here = {tuple(getattr(layout, axis) for axis in axes) for layout in found if layout.world == world}
         assert len(here) == _products(world, len(axes))
     schedules = {layout.schedule for layout in found if layout.pipeline > 1}
     assert len(schedules) == 7
     assert {layout.context_by for layout in found if layout.context > 1} == {"ring", "ulysses"}
-    assert {layout.zero for layout in found if layout.fsdp > 1} == {1, 2, 3}
+    alone, pair = ["fsdp"], ["replicas", "fsdp"]
+    for shared in (alone, ["context"], *([pair, ["context", "tensor"]] if processes >= 4 else [])):
+        these = [each for each in found if [axis for axis in axes if getattr(each, axis) > 1] == shared]
+        assert {layout.zero for layout in these} == {1, 2, 3}
+    assert {layout.tensor_by for layout in found if layout.tensor > 1} == {"gather", "ring"}
+    for axis in axes:
+        assert any(getattr(layout, axis) > 1 and layout.recompute == "block" for layout in found)
 
 
 def _products(total: int, count: int) -> int:
@@ -124,7 +212,8 @@ def test_the_small_job_keeps_the_structure_and_fits_every_layout_that_the_job_fi
     )  # fmt: skip
     job = Job(model=model, data=DataOptions(sequence_length=4096), train=TrainOptions(steps=10, global_batch=64))
     wanted = [layout for layout in layouts(8) if not refusal(job, layout)]
-    assert len(wanted) == len(layouts(8))
+    assert {layout.world for layout in wanted} == {2, 3, 4, 5, 6, 7, 8}
+    assert all(layout in wanted for layout in layouts(8) if layout.world in (2, 4, 8))
     reduced = small(job, 8, wanted)
     for name in ("num_attention_heads", "num_key_value_heads", "attention_bias", "tie_word_embeddings", "vocab_size"):
         assert getattr(reduced.model, name) == getattr(model, name)
@@ -141,14 +230,39 @@ def test_the_command_line_prints_a_table_or_json_and_exits_with_1(job, capsys, m
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert found["ok"]
-    assert [row["layout"] for row in found["rows"]] == ["fsdp=2,zero=3", "replicas=2"] * 2
-    keys = {"layout", "steps", "dtype", "max_rel_diff_grad", "max_rel_diff_loss", "max_rel_diff_weights", "bound", "ok"}
-    assert all(keys <= row.keys() for row in found["rows"])
+    assert found.keys() == {"ok", "rows", "refused"}
+    assert [row["layout"] for row in found["rows"]] == ["fsdp=2", "replicas=2"] * 2
+    assert found["rows"][0]["ran"].startswith("fsdp=2,zero=3")
+    promised = [
+        "layout",
+        "steps",
+        "dtype",
+        "max_rel_diff_grad",
+        "max_rel_diff_loss",
+        "max_rel_diff_weights",
+        "bound",
+        "ok",
+    ]
+    more = [
+        "optimizer",
+        "ran",
+        "bound_grad",
+        "bound_loss",
+        "bound_weights",
+        "worst_grad",
+        "worst_weights",
+        "same_samples",
+        "error",
+    ]
+    for row in found["rows"]:
+        assert list(row) == promised + more
+        assert max(row[name] for name in promised if name.startswith("max")) <= row["bound"]
+        assert set(re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)) == {*promised, *more}
     assert "4 of 4 rows compute the same as one process" in captured.err
     wrong = {**(check.__kwdefaults__ or {}), "entry": "tests.launch.wrong:label"}
     monkeypatch.setattr(check, "__kwdefaults__", wrong)
     assert main([*words, "--layout", "fsdp=2"]) == 1
-    assert "DIFFERS" in capsys.readouterr().out
+    assert "DIFFERS: gradient of " in capsys.readouterr().out
     assert main(["check", "--layout"]) == 2
     assert main([*words, "--dtype", "fp8"]) == 2
     assert Path(source).is_dir()

@@ -29,11 +29,18 @@ def test_a_death_goes_before_the_broken_connections_that_follow_from_it():
 def test_a_backend_that_aborts_when_a_peer_is_gone_is_not_the_cause():
     abort = failure.ended(0, -signal.SIGABRT, at=1.0, out_of_memory=False)
     death = failure.ended(1, -signal.SIGSEGV, at=2.0, out_of_memory=False)
-    assert str(failure.root_cause([abort, death]).error) == "rank 1: killed by SIGSEGV"
+    assert failure.root_cause([abort, death]) is death
+    assert str(death.error).splitlines()[0] == "rank 1: killed by SIGSEGV"
+
+
+def test_a_death_goes_before_those_who_only_waited_for_it():
+    abort = failure.ended(1, -signal.SIGABRT, at=2.0, out_of_memory=False)
+    assert failure.root_cause([failure.raised(0, told(follows=True, at=1.0, kind="RankError")), abort]) is abort
 
 
 def test_memory_is_named_only_if_the_kernel_ran_out_of_it():
-    assert str(failure.ended(1, -signal.SIGKILL, 0.0, False).error) == "rank 1: killed by SIGKILL"
+    assert failure.ended(1, -signal.SIGKILL, 0.0, False).error.what == "killed by SIGKILL"
+    assert "memory" not in str(failure.ended(1, -signal.SIGKILL, 0.0, False).error)
     assert "out of memory" in str(failure.ended(1, -signal.SIGKILL, 0.0, True).error)
     assert "out of memory" not in str(failure.ended(1, -signal.SIGSEGV, 0.0, True).error)
 

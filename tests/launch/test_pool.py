@@ -59,8 +59,8 @@ def test_forked_ranks_compile(ranks):
     ("how", "where", "first", "last"),
     [
         ("raise", "collective", "rank 1: failed", "ValueError: boom"),
-        ("kill", "collective", "rank 1: killed by SIGKILL", "rank 1: killed by SIGKILL"),
-        ("exit", "collective", "rank 1: ended with exit code 3", "before it was done"),
+        ("kill", "collective", "rank 1: killed by SIGKILL\n  ranks 0 and 2 waited for it in all_reduce", "limit"),
+        ("exit", "collective", "rank 1: ended with exit code 3", "waited for it in all_reduce along replicas"),
         ("hang", "sleep", "ranks 0, 1, 2: no answer within 1 s", "no answer within 1 s"),
     ],
 )

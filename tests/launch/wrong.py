@@ -8,6 +8,9 @@ from typing import Any
 from shoal.job import parse
 from shoal.mesh import Seat
 from shoal.training import equality
+from tests.equivalence import bugs
+
+NORM = "model.layers.1.input_layernorm.weight"
 
 
 def label(seat: Seat, **args: Any) -> dict[str, Any]:
@@ -37,6 +40,52 @@ def _changed(seat: Seat, change, **args: Any) -> dict[str, Any]:
         equality._batches = batches
 
 
+def norm_not_summed(seat: Seat, **args: Any) -> dict[str, Any]:
+    """Each tensor rank has the gradient of a norm's weight that comes of its own positions."""
+    return _planted(seat, lambda parts: bugs.plant(parts, "norm weight not summed"), **args)
+
+
+def norm_averaged(seat: Seat, **args: Any) -> dict[str, Any]:
+    """The gradient of a norm's weight is the mean over two tensor ranks, not their sum."""
+    return _planted(seat, lambda parts: _scale(parts, NORM, 0, 0.5), **args)
+
+
+def norm_turned_later(seat: Seat, **args: Any) -> dict[str, Any]:
+    """From the second step on, the gradient of one norm's weight has the other sign: no gradient norm shows it."""
+    return _planted(seat, lambda parts: _scale(parts, NORM, 1, -1.0), **args)
+
+
+def _scale(parts, name: str, first: int, factor: float) -> None:
+    collect = parts.replica.collect
+
+    def wrong():
+        shards = collect()
+        if parts.update.done >= first:
+            for shard in shards:
+                if shard.name == name and shard.grad is not None:
+                    shard.grad.mul_(factor)
+        return shards
+
+    parts.replica.collect = wrong
+
+
+def _planted(seat: Seat, plant, **args: Any) -> dict[str, Any]:
+    if seat.world == 1:
+        return equality.record(seat, **args)
+    assemble = equality.assemble
+
+    def wrong(*a):
+        parts = assemble(*a)
+        plant(parts)
+        return parts
+
+    equality.assemble = wrong
+    try:
+        return equality.record(seat, **args)
+    finally:
+        equality.assemble = assemble
+
+
 def raises_in_fsdp(seat: Seat, **args: Any) -> dict[str, Any]:
     layout = parse(args["job"]).layout
     assert layout is not None
@@ -48,3 +97,12 @@ def raises_in_fsdp(seat: Seat, **args: Any) -> dict[str, Any]:
 def learns_nothing(seat: Seat, **args: Any) -> dict[str, Any]:
     result = equality.record(seat, **args)
     return {**result, "losses": [1.0] * len(result["losses"])}
+
+
+def learns_nothing_with_sgd(seat: Seat, **args: Any) -> dict[str, Any]:
+    return (learns_nothing if parse(args["job"]).optim.name == "sgd" else equality.record)(seat, **args)
+
+
+def ends_early(seat: Seat, **args: Any) -> dict[str, Any]:
+    result = equality.record(seat, **args)
+    return result if seat.world == 1 else {**result, "losses": result["losses"][:-1]}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from shoal.models import build
 from shoal.models.decoder import Decoder
 from shoal.models.spec import parameters
+from shoal.models.storage import FusedLinear
 from shoal.ops.fill import Fill
 from shoal.ops.initialise import initialise_
 from tests.models import tiny
@@ -29,13 +30,24 @@ DEEPSEEK = replace(
     qk_nope_head_dim=10, qk_rope_head_dim=6, v_head_dim=14,
 )  # fmt: skip
 
+DEEPSEEK2 = replace(DEEPSEEK, family="deepseek_v2", norm_topk_prob=False)
+# As in what DeepSeek publishes, but that there both mscales are 1 and cancel each other where features are rotated.
+YARN = (
+    '{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16, "beta_fast": 2.0, "beta_slow": 1.0, '
+    '"mscale": 0.7, "mscale_all_dim": 1.2}'
+)
+
 CASES = {
     "mixtral": MIXTRAL,
     "qwen2_moe": QWEN2,
     "qwen2_moe, normalised": replace(QWEN2, norm_topk_prob=True, first_k_dense_replace=0, qkv_bias=False),
     "qwen3_moe": QWEN3,
     "qwen3_moe, plain weights": replace(QWEN3, norm_topk_prob=False, attention_bias=True, tie_word_embeddings=True),
+    "deepseek_v2": DEEPSEEK2,
+    "deepseek_v2, as Lite": replace(DEEPSEEK2, n_group=1, topk_group=1, q_lora_rank=0, rope_scaling=YARN),
     "deepseek_v3": DEEPSEEK,
+    "qwen3_moe, yarn": replace(QWEN3, rope_scaling=tiny.YARN, rope_theta=500.0),
+    "deepseek_v3, yarn": replace(DEEPSEEK, rope_scaling=YARN, rope_theta=100.0),
     "deepseek_v3, one group": replace(
         DEEPSEEK, n_group=1, topk_group=1, q_lora_rank=0, norm_topk_prob=False, attention_bias=True
     ),
@@ -45,16 +57,19 @@ CASES = {
 def canonical(model: nn.Module, gradients: bool = False) -> Iterator[tuple[str, Tensor]]:
     """Every canonical tensor of a model: a view of what it stores, or of its gradient."""
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        stored = getattr(module, "stored", {})
+        prefix, stored = f"{path}." if path else "", getattr(module, "stored", {})
+        if isinstance(module, FusedLinear):  # what is in it has its names beside it
+            prefix = prefix.removesuffix(f"{path.rpartition('.')[2]}.")
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if gradients:
                 tensor = tensor.grad
             if name not in stored:
                 yield prefix + name, tensor
-            for index, (piece, rows) in enumerate(stored.get(name, ())):
-                assert rows is None
-                yield prefix + piece, None if tensor is None else tensor[index]
+            first = 0
+            for piece, rows in stored.get(name, ()):
+                at = first if rows is None else slice(first, first + rows)
+                yield prefix + piece, None if tensor is None else tensor[at]
+                first += rows or 1
 
 
 def decoder(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **options: object) -> Decoder:

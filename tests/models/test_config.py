@@ -108,7 +108,9 @@ def test_round_trips_through_transformers(case: str) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_interleaved": True}, "rope_interleaved=True"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type='longrope'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor=None"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "mscale_all_dim": 1.0}}, "mscale_all_dim"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {"type": "linear"}}, "factor=None"),
         ({"num_key_value_heads": 5}, "num_key_value_heads=5"),
@@ -122,6 +124,30 @@ def test_refuses_by_name(change: dict[str, Any], named: str) -> None:
         config.from_hf(SMOLLM2_135M | change, where="there/config.json")
     assert named in str(raised.value)
     assert "there/config.json" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        ({"bits": 4, "quant_method": "gptq"}, "quant_method='gptq'"),
+        ({"quant_method": "awq"}, "quant_method='awq'"),
+        ({"load_in_4bit": True, "quant_method": "bitsandbytes"}, "quant_method='bitsandbytes'"),
+        ({"quant_method": "fp8"}, "weight_block_size=None"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 0]}, "weight_block_size=[128, 0]"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e5m2"}, "fmt='e5m2'"),
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "static"},
+            "activation_scheme='static'",
+        ),
+        ("fp8", "quantization_config"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_quantisations_are_refused_with_what_works(said: Any, named: str) -> None:
+    with pytest.raises(ModelError) as raised:
+        config.from_hf(SMOLLM2_135M | {"quantization_config": said}, where="there/config.json")
+    assert named in str(raised.value)
+    assert "fp8 in blocks" in raised.value.fix
 
 
 def test_missing_keys_are_named() -> None:
@@ -151,6 +177,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         ('{"rope_type": "linear", "factor": true}', "factor=True"),
         ('{"rope_type": "linear", "factor": 0}', "factor=0"),
         (tiny.LLAMA3.replace("4.0", "0.5"), "low_freq_factor"),
+        (tiny.YARN.replace("beta_fast", "beta_fastest"), "did you mean 'beta_fast'"),
+        (tiny.YARN.replace('fast": 4.0', 'fast": 0.5'), "beta_slow is not less than beta_fast"),
+        (tiny.YARN.replace('fast": 4.0', 'fast": null'), "beta_fast=None is not a number"),
+        (tiny.YARN_IN_FULL.replace("1.3", "-1.3"), "attention_factor=-1.3 is not positive"),
+        (tiny.YARN_IN_FULL.replace("false", "0"), "truncate=0"),
     ],
 )
 def test_bad_rope_scaling_is_refused(scaling: str, named: str) -> None:

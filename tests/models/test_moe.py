@@ -77,7 +77,8 @@ def _choice(moe: MoE, scores_E: Tensor) -> list[int]:
     o, size = moe.options, moe.options.num_experts // moe.options.n_group
     bias_E = moe.gate.e_score_correction_bias
     wanted = (scores_E if bias_E is None else scores_E + bias_E).tolist()
-    best = {g: sum(sorted(wanted[g * size : (g + 1) * size])[-2:]) for g in range(o.n_group)}
+    judges = 1 if o.family == "deepseek_v2" else 2
+    best = {g: sum(sorted(wanted[g * size : (g + 1) * size])[-judges:]) for g in range(o.n_group)}
     kept = sorted(best, key=lambda g: -best[g])[: o.topk_group]
     return sorted((e for e in range(o.num_experts) if e // size in kept), key=lambda e: -wanted[e])[
         : o.num_experts_per_tok

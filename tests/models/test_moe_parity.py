@@ -17,7 +17,7 @@ from shoal.checkpoint import huggingface
 from shoal.models import build, config, decoder
 from shoal.models.decoder import Decoder
 from shoal.models.moe import Router
-from shoal.ops import route
+from shoal.ops import rope, route
 from shoal.shard import Shard
 from tests.models import experts, tiny
 
@@ -105,25 +105,41 @@ BUGS: dict[str, tuple[str, Any, str, Any]] = {
     "weights not scaled": ("deepseek_v3", route, "weights", lambda s, i, n, scale: _weights(s, i, n, 1.0)),
     "bias in the weights too": ("deepseek_v3", Router, "select", _scores_with_bias(Router.select)),
     "bias left out": ("deepseek_v3", route, "select", lambda s, k, b, g, kept: _select(s, k, None, g, kept)),
+    "groups judged by two": (
+        "deepseek_v2",
+        route,
+        "select",
+        lambda s, k, b, g, kept: _select(s, k, torch.zeros(s.shape[-1]), g, kept),
+    ),
     "groups left out": ("deepseek_v3", route, "select", lambda s, k, b, g, kept: _select(s, k, b, 1, 1)),
     "neighbours not rotated together": ("deepseek_v3", decoder, "_pairs_apart", lambda x: x),
     "scores by softmax": ("deepseek_v3", torch.Tensor, "sigmoid", lambda s: s.softmax(-1)),
+    "mscale left out": ("deepseek_v3, yarn", decoder, "latent_factor", lambda scaling: 1.0),
+    "mscale not of features with position": ("deepseek_v3, yarn", decoder, "attention_factor", lambda scaling: 1.0),
+    "temperature left out": ("qwen3_moe, yarn", decoder, "attention_factor", lambda scaling: 1.0),
+    "ramp left out": ("qwen3_moe, yarn", rope, "_kept_by_yarn", lambda size, theta, scaling: torch.zeros(size // 2)),
     "shared expert not gated": ("qwen2_moe", F, "sigmoid", torch.ones_like),
 }
 _weights, _select = route.weights, route.select
 
 
 @pytest.mark.parametrize("bug", BUGS)
-def test_parity_sees_planted_bug(bug: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_parity_sees_planted_bug(
+    bug: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     name, where, part, wrong = BUGS[bug]
     published(name, tmp_path)
     tokens_BL = tiny.tokens(3, 40)
     right = loaded(tmp_path)(tokens_BL)
     monkeypatch.setattr(where, part, wrong)
+    rope.frequencies.cache_clear()
+    request.addfinalizer(rope.frequencies.cache_clear)
     assert distance(loaded(tmp_path)(tokens_BL), right) > 100 * BOUND
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "deepseek_v3, yarn"]
+)
 def test_transformers_reads_what_is_written(name: str, tmp_path: Path) -> None:
     model = experts.decoder(name).eval()
     huggingface.export(model.options, ((n, t.detach()) for n, t in experts.canonical(model)), tmp_path)

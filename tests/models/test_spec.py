@@ -14,16 +14,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shoal.models import build
 from shoal.models.config import to_hf
 from shoal.models.spec import count, flops_per_token, parameters
+from shoal.models.storage import canonical
 from tests.models import experts, tiny
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_names_shapes_and_order_are_the_models(case: str) -> None:
+    """Where several matrices are stored as one, their biases follow all of them."""
     options = tiny.CASES[case]
     with torch.device("meta"):
         model = build(options)
-    built = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    assert list(built.items()) == [(name, spec.shape) for name, spec in parameters(options).items()]
+    built, specs = {name: tuple(t.shape) for name, t in canonical(model)}, parameters(options)
+    assert built == {name: spec.shape for name, spec in specs.items()}
+    for kind in (".weight", ".bias"):
+        assert [n for n in built if n.endswith(kind)] == [n for n in specs if n.endswith(kind)]
     assert count(options) == sum(p.numel() for p in model.parameters())
 
 

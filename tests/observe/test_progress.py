@@ -165,3 +165,9 @@ def test_a_reader_that_left_ends_nothing():
     progress.step(row(1))
     console.print("still here")
     progress.close()
+
+
+def test_the_busiest_expert_is_shown_where_there_are_experts():
+    (line,) = plain(4, [row(1, busiest_load=1.834)])
+    assert "grad norm 2  busiest expert 1.83×  lr" in line
+    assert "expert" not in plain(4, [row(1)])[0]

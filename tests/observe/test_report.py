@@ -292,3 +292,21 @@ def test_outline_of_noise_has_the_highest_of_every_tenth():
     for start in range(0, 10_000, 1000):
         tenth = range(start, start + 1000)
         assert max(tenth, key=lambda i: xs[i]) in kept
+
+
+def test_experts_have_charts_where_there_are_any(tmp_path):
+    for name, dropped in (("all", [0.0, 0.0]), ("some", [0.0, 0.125])):
+        (tmp_path / name).mkdir()
+        loads = zip((1, 2), dropped, strict=True)
+        rows = [row(s, balance_loss=1.5 / s, busiest_load=2.5 / s, dropped_share=share) for s, share in loads]
+        run_folder(tmp_path / name, rows)
+    shown = page(tmp_path / "some").charts
+    busiest, balance = shown["Balance of experts"]["data"]
+    assert (busiest["y"], balance["y"]) == ([2.5, 1.25], [1.5, 0.75])
+    assert shown["Dropped choices of experts"]["data"][0]["y"] == [0.0, 12.5]
+    assert "Balance of experts" in page(tmp_path / "all").charts
+    assert "Dropped choices of experts" not in page(tmp_path / "all").charts
+
+
+def test_models_without_experts_have_no_charts_of_them(tmp_path):
+    assert not any("expert" in title for title in page(run_folder(tmp_path, [row(1), row(2)])).charts)

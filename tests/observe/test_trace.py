@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from shoal.job import Layout
 from shoal.mesh import Seat, build
-from shoal.observe import trace
+from shoal.observe import perfetto, timeline
 from shoal.observe.charts_trace import KINDS, shares_text, trace_chart
-from shoal.observe.trace import Kind, Recording, Share, Span, Tracer, aligned, decode, encode, own, read, summary, write
+from shoal.observe.perfetto import read, write
+from shoal.observe.timeline import Share, aligned, merged, own, summary
+from shoal.observe.trace import Kind, Recording, Span, Tracer, decode, encode
 
 COMPUTE = ("compute", "forward", "backward", "optimizer")
 MS = 1_000_000
@@ -325,6 +327,64 @@ def test_nothing_recorded_is_no_time() -> None:
     assert summary([]) == []
 
 
+def message(start: int, end: int, name: str, link: str) -> Span:
+    return Span(name, "communication", start * MS, end * MS, in_flight=True, link=link)
+
+
+def slow_link(computed: int, arrived: int, asked: int) -> list[Recording]:
+    """Rank 0 computes until `computed` ms. Its message, for which rank 1 asks at `asked`, arrives there at `arrived`,
+    and is computed with for 10 ms."""
+    end = arrived + 10
+    sender = [Span("forward", "forward", 0, computed * MS), message(computed, arrived, "send", "0 to 1, 1")]
+    receiver = [
+        Span("data", "data", 0, asked * MS),
+        message(asked, arrived, "recv", "0 to 1, 1"),
+        Span("wait", "wait", asked * MS, arrived * MS),
+        Span("forward", "forward", arrived * MS, end * MS),
+    ]
+    return [recording(0, sender), recording(1, receiver)]
+
+
+@pytest.mark.parametrize(
+    ("computed", "arrived", "asked", "bubble", "exposed"),
+    [
+        (40, 100, 10, 30, 60),  # until the sender begins to send it is its computing that is waited for
+        (40, 41, 10, 30, 1),
+        (5, 100, 10, 0, 90),  # it was ready before anybody asked
+    ],
+)
+def test_a_slow_link_is_no_bubble(computed: int, arrived: int, asked: int, bubble: int, exposed: int) -> None:
+    share = summary(merged(slow_link(computed, arrived, asked)))[1]
+    assert (share.bubble, share.exposed, share.compute) == pytest.approx((bubble / 1e3, exposed / 1e3, 0.01))
+    assert share.hidden == 0
+
+
+def test_a_send_that_nobody_takes_yet_does_not_travel() -> None:
+    """The receiver computes until 50; the sender, which has begun at 10, waits until 60."""
+    sender = [message(10, 60, "send", "a"), Span("wait", "wait", 10 * MS, 60 * MS), Span("x", "data", 0, 10 * MS)]
+    receiver = [Span("backward", "backward", 0, 50 * MS), message(50, 60, "recv", "a")]
+    share = summary(merged([recording(0, sender), recording(1, receiver)]))[0]
+    assert (share.bubble, share.exposed, share.data) == pytest.approx((0.04, 0.01, 0.01))
+
+
+@settings(deadline=None, max_examples=50)
+@given(worlds())
+def test_without_messages_merging_moves_no_time(world) -> None:
+    """It cuts waits, in which nothing is nested."""
+
+    def outer(wait: Span, spans: list[Span]) -> bool:
+        return any(s.depth > wait.depth and wait.start <= s.start <= wait.end for s in spans)
+
+    world = [
+        msgspec.structs.replace(r, spans=[s for s in r.spans if s.kind != "wait" or not outer(s, r.spans)])
+        for r in world
+    ]
+    found = merged(world)
+    assert merged(found) == found
+    for now, before in zip(summary(found), summary(world), strict=True):
+        assert astuple(now) == pytest.approx(astuple(before))
+
+
 intervals = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=8)
 
 
@@ -333,9 +393,9 @@ def test_intervals_are_sets_of_moments(a, b) -> None:
     def moments(some: Iterable[tuple[int, int]]) -> set[int]:
         return {now for start, end in some for now in range(start, end)}
 
-    these, those = trace.union(a), trace.union(b)
+    these, those = timeline.union(a), timeline.union(b)
     assert moments(these) == moments(a)
-    rest = trace.minus(these, those)
+    rest = timeline.minus(these, those)
     assert moments(rest) == moments(a) - moments(b)
     for found in (these, rest):
         assert all(start < end for start, end in found)
@@ -413,14 +473,16 @@ def test_the_chart_has_a_lane_for_each_rank_and_its_shares() -> None:
     assert (bars["forward"]["base"][8], bars["forward"]["x"][8]) == (10, 10)
     assert bars["backward"]["text"][0] == "backward, stage 0, micro-batch 0"
     texts = chart["data"][-1]
-    assert texts["text"] == ["compute 73 % · exposed communication 0 % · data 0 % · bubble 27 %"] * 4
+    shares = "compute 73 % · exposed communication 0 % · data 0 % · bubble 27 %; hidden communication 0 %"
+    assert texts["text"] == [shares] * 4
     assert chart["layout"]["yaxis"]["ticktext"] == [f"rank {r}" for r in range(4)]
     assert chart["layout"]["xaxis"]["range"] == [0, 330]
 
 
 def test_shares_in_words() -> None:
     share = Share(0, compute=0.7, exposed=0.12, data=0.02, bubble=0.16, communication=0.5)
-    assert shares_text(share) == "compute 70 % · exposed communication 12 % · data 2 % · bubble 16 %"
+    words = "compute 70 % · exposed communication 12 % · data 2 % · bubble 16 %; hidden communication 38 %"
+    assert shares_text(share) == words
 
 
 @settings(deadline=None)
@@ -450,13 +512,13 @@ def test_bars_cover_what_the_spans_own(spans) -> None:
         wanted = sorted(
             (r.rank, start, end)
             for r in aligned(world)
-            for start, end in trace.union(i for span, mine in own(r.spans) if span.kind == kind for i in mine)
+            for start, end in timeline.union(i for span, mine in own(r.spans) if span.kind == kind for i in mine)
         )
         drawn: dict[int, list[tuple[int, int]]] = {}
         for bar in (t for t in (chart or {"data": []})["data"] if t["name"] == kind):
             for y, base, x in zip(bar["y"], bar["base"], bar["x"], strict=True):
                 drawn.setdefault(int(y), []).append((round(1e6 * base), round(1e6 * (base + x))))
-        assert sorted((lane, *i) for lane, some in drawn.items() for i in trace.union(some)) == wanted
+        assert sorted((lane, *i) for lane, some in drawn.items() for i in timeline.union(some)) == wanted
 
 
 def test_many_short_spans_and_many_ranks_stay_small() -> None:
@@ -474,19 +536,25 @@ def test_many_short_spans_and_many_ranks_stay_small() -> None:
 
 def test_sees_computing_that_counts_while_it_waits_for_a_gather(monkeypatch: pytest.MonkeyPatch) -> None:
     """A forward that owns also what is nested in it."""
-    monkeypatch.setattr(trace, "own", lambda spans: [(s, [(s.start, s.end)]) for s in spans if not s.in_flight])
+    monkeypatch.setattr(timeline, "own", lambda spans: [(s, [(s.start, s.end)]) for s in spans if not s.in_flight])
     with pytest.raises(AssertionError):
         test_communication_inside_a_forward_is_exposed()
 
 
 def test_sees_hidden_communication_counted_as_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "minus", lambda these, those: these)
+    monkeypatch.setattr(timeline, "minus", lambda these, those: these)
     with pytest.raises(AssertionError):
         test_communication_is_exposed_where_nothing_is_computed()
 
 
+def test_sees_a_receive_that_travels_from_when_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "merged", aligned)
+    with pytest.raises(AssertionError):
+        test_a_slow_link_is_no_bubble(40, 100, 10, 30, 60)
+
+
 def test_sees_flights_that_overlap_on_one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setattr(trace, "_lanes", lambda flights: [list(flights)])
+    monkeypatch.setattr(perfetto, "_lanes", lambda flights: [list(flights)])
     write(tmp_path / "trace.json", [recording(0, [flight(0, 20), flight(10, 30)])])
     with pytest.raises(AssertionError):
         assert_nested(json.loads((tmp_path / "trace.json").read_text())["traceEvents"])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +16,7 @@ from shoal.job import Layout
 from shoal.models.moe import Experts
 from shoal.parallel.context import Context
 from shoal.parallel.expert import ExpertAxis, Rows
+from shoal.training.flights import replaced
 from shoal.training.parts import assemble
 from tests.equivalence import cases
 
@@ -61,6 +65,52 @@ def dispatch(seat: meshes.Seat, seed: int) -> dict[str, Any]:
             "weight": weight_NK.grad.tolist(),
             "experts": gradients,
         }
+    finally:
+        mesh.close()
+
+
+# What makes the host wait for a device: values read out of a tensor, or sizes that its values decide.
+_ASKING = (
+    "tolist", "item", "cpu", "numpy", "nonzero", "unique", "bincount", "repeat_interleave",
+    "__bool__", "__int__", "__index__", "__float__",
+)  # fmt: skip
+
+
+@contextmanager
+def counted() -> Iterator[list[str]]:
+    """Which of them are called. (A TorchFunctionMode would not see a backward of ours.)"""
+    calls: list[str] = []
+
+    def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            if name != "repeat_interleave" or kwargs.get("output_size") is None:
+                calls.append(name)
+            return method(*args, **kwargs)
+
+        return noted
+
+    with ExitStack() as stack:
+        for name in _ASKING:
+            stack.enter_context(replaced(torch.Tensor, name, partial(noting, name)))
+        yield calls
+
+
+def asked(seat: meshes.Seat, seed: int, told: bool = True) -> tuple[list[str], list[str]]:
+    """What asks the device for values in a layer's (forward, backward). told: the products are told their sizes."""
+    mesh = meshes.build(Layout(fsdp=seat.world, expert=seat.world), seat, timeout=60)
+    try:
+        model = torch.nn.Module()
+        model.experts = whole_layer()
+        ExpertAxis(mesh).split(model)
+        if not told:
+            compute = model.experts.compute
+            model.experts.__dict__["compute"] = lambda rows_MD, counts_E, _: compute(rows_MD, counts_E)
+        x_ND, index_NK, weight_NK = tokens(mesh.rank, seed)
+        with counted() as forward:
+            y_ND = model.experts(x_ND.requires_grad_(), index_NK, weight_NK)
+        with counted() as backward:
+            y_ND.sum().backward()
+        return forward, backward
     finally:
         mesh.close()
 
@@ -120,5 +170,27 @@ def held_out(seat: meshes.Seat, layout: str, model: str) -> dict[str, Any]:
             "training": all(module.training for module in modules),
             "noted": [usage for usage in noted if usage is not None],
         }
+    finally:
+        mesh.close()
+
+
+def used(seat: meshes.Seat, layout: str, model: str, steps: int, alone: bool = False) -> list[dict[str, float]]:
+    """How experts were used in each step, as this rank tells it. alone: planted bug, nothing is summed over ranks."""
+    torch.set_num_threads(1)
+    what = cases.job(layout, steps, "sgd", model=model)
+    assert what.layout is not None
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        parts = assemble(what, mesh)
+        if alone:
+            move = parts.replica._balance.move
+            parts.replica._balance.move = lambda mesh: move(SimpleNamespace(world=1, device=mesh.device))
+        found = []
+        for step in range(steps):
+            parts.sync.begin(step)
+            parts.sync.end(parts.replica.gradients(cases.rank_batches(parts, step, 0), parts.objective))
+            assert parts.replica.used is not None
+            found.append(asdict(parts.replica.used))
+        return found
     finally:
         mesh.close()

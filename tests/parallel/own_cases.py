@@ -239,7 +239,8 @@ def refused(seat: Seat, what: str) -> str:
     if what == "seed":
         layout = "replicas=2"
     elif what == "heads":
-        module, plan, example, layout = hf_module.model(), None, None, f"tensor={seat.world}"
+        module, plan, layout = hf_module.model(), None, f"tensor={seat.world}"
+        example = hf_module.batch(0, MICRO_BATCH)[0]
     elif what == "no plan":
         plan = None
     elif what == "no sum":

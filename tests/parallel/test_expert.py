@@ -3,11 +3,14 @@ tensor once; nothing is dropped in evaluation."""
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from shoal.models import build
+from shoal.models.moe import MoE
 from shoal.models.spec import parameters
 from shoal.ops.attention import document_attend
 from shoal.ops.initialise import initialise_
@@ -91,6 +94,16 @@ def test_a_checkpoint_has_every_element_once(ranks, layout):
     assert all((count == 1).all() for count in times.values())
 
 
+def test_the_host_waits_once_a_layer(ranks):
+    """For the sizes of messages, in forward; the products know theirs from the same numbers."""
+    assert ranks.run("tests.parallel.expert_cases:asked", 2, seed=3) == [[["tolist"], []]] * 2
+
+
+def test_sees_products_that_ask_for_their_sizes(ranks):
+    results = ranks.run("tests.parallel.expert_cases:asked", 2, seed=3, told=False)
+    assert results == [[["tolist"] * 3, []]] * 2
+
+
 @pytest.mark.parametrize("layout", ["replicas=1", "fsdp=2,expert=2", "tensor=2"])
 def test_evaluation_drops_and_notes_nothing(ranks, layout):
     results = ranks.run(
@@ -116,3 +129,76 @@ def test_evaluation_drops_and_notes_nothing(ranks, layout):
     assert abs(dropping / right - 1) > 1e-4, "the limit bites, so that it could be seen"
     assert sum(result["loss"] for result in results) == pytest.approx(right, rel=1e-10)
     assert sum(result["weight"] for result in results) == batch.weight_BL.sum().item()
+
+
+def by_hand(model: str) -> dict[str, float]:
+    """How the first step's batch uses the experts of the first weights, token by token."""
+    options, batch = cases.MODELS[model], cases.global_batch(0)
+    twin = build(options).double()
+    fills = parameters(options)
+    for name, tensor in experts.canonical(twin):
+        initialise_(tensor.detach(), name, tuple(tensor.shape), (0,) * tensor.ndim, fills[name].fill, 5)
+    layers = [module for module in twin.modules() if isinstance(module, MoE)]
+    scores = []
+    for layer in layers:
+        layer.gate.register_forward_hook(lambda module, args, scores_BLE: scores.append(scores_BLE.detach()))
+    valid_BL = batch.weight_BL > 0
+    twin(batch.tokens_BL, batch.position_BL, document_attend(batch.document_BL), None, valid_BL)
+    balance, dropped, chosen, busiest = 0.0, 0, 0, 0.0
+    for layer, scores_BLE in zip(layers, scores, strict=True):
+        index_BLK, load_E = layer.gate.select(scores_BLE)[0].tolist(), [0] * options.num_experts
+        for row, valid_L in enumerate(valid_BL.tolist()):
+            places = [place for place, valid in enumerate(valid_L) if valid]
+            share_LE = scores_BLE[row] / scores_BLE[row].sum(-1, keepdim=True)
+            row_E = [0] * options.num_experts
+            for place in places:
+                for expert in index_BLK[row][place]:
+                    row_E[expert] += 1
+                    even = options.num_experts_per_tok * cases.LENGTH / options.num_experts
+                    dropped += bool(options.capacity_factor) and row_E[expert] > math.ceil(
+                        options.capacity_factor * even
+                    )
+            # DeepSeek-V3, equations 17 to 20, weighed by the row's tokens.
+            fraction_E = [n * options.num_experts / (options.num_experts_per_tok * len(places)) for n in row_E]
+            mean_E = share_LE[places].mean(0).tolist()
+            balance += len(places) * sum(f * p for f, p in zip(fraction_E, mean_E, strict=True))
+            load_E = [a + b for a, b in zip(load_E, row_E, strict=True)]
+        chosen += sum(load_E)
+        busiest = max(busiest, max(load_E) / (sum(load_E) / len(load_E)))
+    tokens = int(valid_BL.sum()) * len(layers)
+    return {"balance_loss": balance / tokens, "dropped_share": dropped / chosen, "busiest_load": busiest}
+
+
+# The first stage of the second pipeline has no layer with experts.
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("deepseek", "replicas=1"),
+        ("deepseek", "fsdp=2,expert=2,micro_batch=3"),
+        ("qwen", "pipeline=2,micro_batch=3,schedule=zbv"),
+        ("deepseek", "pipeline=2,micro_batch=3,stages=1+3"),
+        ("deepseek", "tensor=2,recompute=block"),
+        ("qwen", "fsdp=2"),
+        ("qwen", "context=2,expert=2"),
+        ("deepseek", "replicas=2,tensor=2,expert=2"),
+    ],
+)
+def test_the_use_of_experts_is_counted_alike_in_every_layout(ranks, model, layout):
+    """Within 1e-10 of a count by hand, and in the second step of one process; on every rank."""
+    case = "tests.parallel.expert_cases:used"
+    results = ranks.run(case, cases.Layout.parse(layout).world, layout=layout, model=model, steps=2)
+    (alone,) = ranks.run(case, 1, layout="replicas=1", model=model, steps=2)
+    for result in results:
+        assert result[0] == pytest.approx(by_hand(model), rel=1e-10)
+        assert result[1] == pytest.approx(alone[1], rel=1e-10)
+    assert alone[0]["busiest_load"] > 1.1
+    assert (alone[0]["dropped_share"] > 0.01) == (model == "deepseek")
+    assert alone[0] != alone[1]
+
+
+def test_sees_a_count_of_one_rank(ranks):
+    (first, *_) = ranks.run(
+        "tests.parallel.expert_cases:used", 2, layout="fsdp=2", model="deepseek", steps=1, alone=True
+    )
+    right = by_hand("deepseek")
+    assert all(abs(value / right[name] - 1) > 1e-8 for name, value in first[0].items())

@@ -552,6 +552,59 @@ def test_a_tensor_whose_values_are_lost_on_meta_is_refused():
         trace(module, (torch.zeros(1, 2),))
 
 
+class Cast(nn.Module):
+    """All but its head in bfloat16, with a write in place and a result of several tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(8, 8) for _ in range(3)), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in self.layers:
+                x = layer(x).relu_().softmax(-1)
+            largest, _ = x.topk(8, -1)
+        return self.head(largest.float())
+
+
+@pytest.mark.parametrize("number", [2, 4])
+def test_autocast_is_cut_inside(number: int):
+    torch.manual_seed(0)
+    module, x = Cast(), torch.randn(4, 8)
+    stages = cut(trace(module, (x,)), number)
+    values: Any = (x,)
+    for stage in stages:
+        values = stage(*(values if isinstance(values, tuple) else (values,)))
+    expected = module(x)
+    assert torch.equal(values, expected)
+    assert any(dtype == torch.bfloat16 for stage in stages for _, dtype in stage.outputs)
+    mine = torch.autograd.grad(values.sum(), list(module.parameters()))
+    assert all(map(torch.equal, mine, torch.autograd.grad(expected.sum(), list(module.parameters()))))
+
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x, 2)  # this line fails
+
+
+def test_a_module_that_fails_by_itself_is_told_so():
+    with pytest.raises(LayoutError, match="Failing fails on the example, also without a graph: TypeError: ") as error:
+        trace(Failing(), (torch.randn(3, 2),))
+    line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "# this line fails" in text)
+    assert error.value.where == f"{__file__}:{line}"
+    assert error.value.fix == "module(*example) has to run by itself"
+
+
+def test_where_nothing_can_be_cut_only_fsdp_is_offered():
+    with pytest.raises(LayoutError, match="it has 0 places to cut") as error:
+        cut(trace(nn.Linear(2, 2), (torch.randn(3, 2),)), 2)
+    assert error.value.fix == "fsdp"
+
+
 def test_too_many_stages_are_refused():
     graph: Graph = trace(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), (torch.zeros(1, 2),))
     with pytest.raises(LayoutError, match="1 places to cut"):

@@ -15,6 +15,7 @@ from shoal.checkpoint import huggingface
 from shoal.cli.main import main
 from shoal.errors import DataError, JobError, ModelError
 from shoal.models.decoder import Decoder
+from shoal.models.storage import canonical
 from shoal.serving import cache
 from shoal.serving.cache import Cache
 from shoal.serving.generate import generate, tokens
@@ -101,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.add_special_tokens(["<end>"])
     tokenizer.save(str(path / "words.json"))
     model = tiny.decoder(tiny.BASE)
-    huggingface.export(model.options, model.named_parameters(), path, tokenizer=path / "words.json", end_token=END)
+    huggingface.export(model.options, canonical(model), path, tokenizer=path / "words.json", end_token=END)
     return path
 
 

@@ -14,6 +14,7 @@ from shoal import Job, job
 from shoal.checkpoint import Saver, huggingface
 from shoal.errors import ModelError
 from shoal.models.decoder import Decoder
+from shoal.models.storage import canonical
 from shoal.serving.generate import generate
 from shoal.serving.load import load
 from shoal.shard import Shard, State
@@ -21,7 +22,7 @@ from tests.models import tiny
 
 
 def state(model: Decoder) -> State:
-    shards = [Shard(n, tuple(p.shape), (0,) * p.ndim, p.detach()) for n, p in model.named_parameters()]
+    shards = [Shard(n, tuple(p.shape), (0,) * p.ndim, p) for n, p in canonical(model)]
     moments = [replace(s, name=f"exp_avg.{s.name}", local=torch.zeros_like(s.local)) for s in shards]
     return State([*shards, *moments], {})
 
@@ -83,5 +84,5 @@ def test_export_where_checkpoints_are_gone(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no checkpoint"):
         load(copy)
     model = tiny.decoder(tiny.CASES["tied"], seed=3)
-    huggingface.export(model.options, model.named_parameters(), copy / "model")
+    huggingface.export(model.options, canonical(model), copy / "model")
     assert same(load(copy), 3)

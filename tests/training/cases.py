@@ -73,7 +73,8 @@ class _Broken(torch.autograd.Function):
 
 
 def nonfinite(seat: Seat, what: str, at: list[int], victim: int, **args: Any) -> dict[str, Any]:
-    """Steps `at` (from 1) have a NaN loss with finite gradients, or a finite loss with infinite ones, in one rank.
+    """Steps `at` (from 1) have a NaN loss with finite gradients, or a finite loss with infinite ones, in one rank;
+    or one of its weights is NaN.
 
     Returns the digests of weights and optimizer before the first and after every step, and why the run ended.
     """
@@ -83,7 +84,7 @@ def nonfinite(seat: Seat, what: str, at: list[int], victim: int, **args: Any) ->
 
     def broken(self: Objective, module: Any, batch: Any, hidden: Any = None) -> tuple[Tensor, Tensor]:
         loss_sum, weight = real(self, module, batch, hidden)
-        if now[0]:
+        if now[0] and what != "weights":
             loss_sum = loss_sum + torch.nan if what == "loss" else _Broken.apply(loss_sum)
         return loss_sum, weight
 
@@ -91,6 +92,8 @@ def nonfinite(seat: Seat, what: str, at: list[int], victim: int, **args: Any) ->
         if not digests:
             digests.append(digest(run.parts))
         now[0] = seat.member == victim and run.step + 1 in at
+        if now[0] and what == "weights":
+            run.parts.replica.held()[0].local.view(-1)[0] = torch.nan
 
     def after(run: Loop) -> None:
         now[0] = False
@@ -103,6 +106,22 @@ def nonfinite(seat: Seat, what: str, at: list[int], victim: int, **args: Any) ->
         except DivergedError as caught:
             error = caught
     return {"digests": digests, "error": error and {"what": error.what, "where": error.where, "fix": error.fix}}
+
+
+def flips_a_bit(seat: Seat, at: int, victim: int, **args: Any) -> dict[str, Any]:
+    """After step `at`, one bit of the first norm is another on one rank. Returns why the run ended."""
+
+    def after(run: Loop) -> None:
+        if seat.member == victim and run.step == at:
+            (norm,) = [s for s in run.parts.replica.shards() if s.name == "model.layers.0.input_layernorm.weight"]
+            norm.local.view(-1).view(torch.int32)[0] ^= 1
+
+    try:
+        with around_steps(lambda run: None, after):
+            worker.main(seat, **args)
+    except DivergedError as error:
+        return {"what": error.what, "where": error.where, "fix": error.fix}
+    return {}
 
 
 def validated(seat: Seat, folder: str, prepared: str, rows: int, bug: bool = False) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -14,6 +15,7 @@ from shoal import checkpoint
 from shoal.cli.main import main
 from shoal.errors import RankError
 from shoal.job import write
+from shoal.models.storage import canonical
 from shoal.observe import metrics, result
 from shoal.serving.load import load
 from tests.training.test_resume import losses, weights
@@ -54,7 +56,7 @@ def test_full_disk_at_the_end(train, tiny, tmp_path):
     assert not checkpoint.verify(run / "checkpoints/step-00000004")
     assert [folder.name for folder in sorted((run / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
     saved = weights(run, 4)
-    for name, tensor in load(run / "model").named_parameters():
+    for name, tensor in canonical(load(run / "model")):
         assert torch.equal(tensor, saved[name])
     log = (run / "log.txt").read_text()
     assert "step 8 was not saved" in log
@@ -131,7 +133,8 @@ def test_a_rank_that_raises_is_named_last_and_the_run_can_be_resumed(train, tiny
     out, err = capfd.readouterr()
     assert "warning: 3 workers share 2 cores; 2 would be faster" in out
     lines = err.strip().splitlines()
-    assert "error: rank 1: failed" in lines
+    assert "error: rank 1: failed at step 6" in lines
+    assert "  ranks 0 and 2 waited for it in all_reduce along replicas" in lines
     assert f"shoal train --resume {run} goes on from step-00000004" in lines
     assert lines[-1] == "ValueError: the cat has sat on the keyboard"
     newest = checkpoint.newest(run / "checkpoints", pytest.fail)
@@ -153,3 +156,7 @@ def test_a_rank_lost_in_the_middle_of_a_replica_ends_the_others_soon(train, tiny
     assert time.monotonic() - start < 60
     assert caught.value.where == "rank 1"
     assert cause in str(caught.value)
+    axis = layout.partition("=")[0]
+    first, second = str(caught.value).splitlines()[:2]
+    assert re.search(r"rank 1: (failed|killed by SIGKILL) at step \d+$", first)
+    assert re.search(rf"^  rank 0 waited for it in (all_\w+|send|recv) along {axis}$", second)

@@ -25,10 +25,19 @@ def test_stop_leaves_every_rank_as_it_was_and_names_the_step(train, tiny, tmp_pa
         assert digests[4] == digests[3]
         assert result["error"]["where"] == "step 4"
         assert "the update was not applied" in result["error"]["what"]
+        assert ("; loss of rank 1)" in result["error"]["what"]) == (what == "loss")
         assert "optim.lr (now " in result["error"]["fix"]
     newest = checkpoint.newest(tmp_path / "run/checkpoints", pytest.fail)
     assert newest is not None
     assert newest.name == "step-00000002"
+
+
+@pytest.mark.parametrize("layout", ["replicas=3", "tensor=2", "pipeline=2,micro_batch=3"])
+def test_a_rank_with_ruined_weights_is_named(train, tiny, tmp_path, layout):
+    job = tiny(tmp_path / "run", layout, train={"steps": 4})
+    for result in train(job, entry=CASE, what="weights", at=[3], victim=1):
+        assert result["error"]["where"] == "step 3"
+        assert "; weights of rank 1)" in result["error"]["what"]
 
 
 @pytest.mark.parametrize(("layout", "what"), [("replicas=3", "gradient"), ("fsdp=2,zero=2,micro_batch=3", "loss")])

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import shoal
 from shoal import checkpoint
 from shoal.cli.main import main
+from shoal.models.storage import canonical
 from shoal.observe import metrics
 
 LINE = {
@@ -83,7 +84,7 @@ def test_load_gives_a_module_with_the_trained_weights(trained):
     model = shoal.load(trained)
     assert isinstance(model, torch.nn.Module)
     saved = dict(checkpoint.tensors(trained / "checkpoints/step-00000006"))
-    named = dict(model.named_parameters())
+    named = dict(canonical(model))
     assert set(named) == set(saved)
     assert all(torch.equal(named[name], tensor) for name, tensor in saved.items())
     input_ids = torch.arange(40).view(2, 20)

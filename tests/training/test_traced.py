@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
 
-from shoal.observe import trace
+from shoal.job import read, write
+from shoal.observe import perfetto, timeline
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,7 @@ def test_a_traced_step_has_every_forward_and_backward_of_every_rank(tiny, train,
     model = {"num_hidden_layers": 4}
     job = tiny(run, layout, train={"steps": 3}, model=model)
     train(replace(job, run=replace(job.run, trace=2)), finish=True)
-    recordings = trace.read(run / trace.FILE)
+    recordings = perfetto.read(run / perfetto.FILE)
     assert [r.rank for r in recordings] == [0, 1]
     batches = 2 if stages == {None} else 6
     for recording in recordings:
@@ -31,19 +33,72 @@ def test_a_traced_step_has_every_forward_and_backward_of_every_rank(tiny, train,
         kinds = {s.kind for s in recording.spans}
         assert {"forward", "backward", "optimizer", "data", "communication"} <= kinds
         assert ("wait" in kinds) == (None not in stages)
-    shares = trace.summary(recordings)
+    shares = timeline.summary(recordings)
     wholes = [s.compute + s.exposed + s.data + s.bubble for s in shares]
     assert wholes[0] == pytest.approx(wholes[1])
     assert all(share.compute > 0 for share in shares)
     assert "One step" in (run / "report.html").read_text()
-    assert f"trace of step 2: {run / trace.FILE}" in (run / "log.txt").read_text()
+    assert f"trace of step 2: {run / perfetto.FILE}" in (run / "log.txt").read_text()
 
 
 def test_nothing_is_traced_where_nobody_asked(tiny, train, tmp_path):
     run = tmp_path / "run"
     train(tiny(run, "replicas=2", train={"steps": 2}))
-    assert not (run / trace.FILE).exists()
+    assert not (run / perfetto.FILE).exists()
 
 
 def test_functions_are_as_they_were_after_the_step(ranks):
     assert ranks.run("tests.training.tracing:before_and_after", 2) == [[True, True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "operations"),
+    [
+        ("replicas=2,micro_batch=3", {"all_reduce, replicas"}),
+        ("fsdp=2", {"all_gather, fsdp", "reduce_scatter, fsdp"}),
+        ("context=2", {"send, context", "recv, context"}),
+    ],
+)
+def test_what_travels_during_backward_is_seen(tiny, train, tmp_path, layout, operations):
+    """And is told apart: hidden behind what is computed meanwhile, or not. (On CPU, fully_shard waits at once.)"""
+    run = tmp_path / "run"
+    job = tiny(run, layout, train={"steps": 2})
+    train(replace(job, run=replace(job.run, trace=2)))
+    recordings = perfetto.read(run / perfetto.FILE)
+    for recording in recordings:
+        backward = [(s.start, s.end) for s in recording.spans if s.kind == "backward"]
+        flights = [s for s in recording.spans if s.in_flight]
+        assert operations <= {s.name for s in flights if timeline.common([(s.start, s.end)], backward)}
+    hidden = [share.hidden for share in timeline.summary(recordings)]
+    assert all(seconds > 0 for seconds in hidden) or layout == "fsdp=2"
+
+
+def test_both_ends_of_a_message_are_known_to_be_one(tiny, train, tmp_path):
+    run = tmp_path / "run"
+    job = tiny(run, "pipeline=2,micro_batch=3", train={"steps": 2})
+    train(replace(job, run=replace(job.run, trace=2)))
+    ends = defaultdict(list)
+    for recording in perfetto.read(run / perfetto.FILE):
+        for span in recording.spans:
+            if span.link is not None:
+                ends[span.link].append(span)
+    # Of each micro-batch one message forward and one back, and two of the tied matrix's gradient.
+    assert len(ends) >= 4
+    for first, second in ends.values():
+        assert {first.name, second.name} == {"send, pipeline", "recv, pipeline"}
+        assert first.start == second.start  # merged: both travel from when the later one began
+
+
+@pytest.mark.parametrize("late", [7, 2])
+def test_a_step_that_never_comes_is_told(tiny, train, tmp_path, late):
+    """Beyond the last one, or over when the run was taken up again."""
+    run = tmp_path / "run"
+    job = tiny(run, "replicas=2", train={"steps": 3})
+    traced = replace(job, run=replace(job.run, trace=late))
+    train(job if late == 2 else traced)
+    if late == 2:
+        (run / "job.toml").write_text(write(replace(read(run / "job.toml"), run=traced.run)))
+        train(traced, resume=True)
+    said = {7: "step 7 is never reached, the last one is 3", 2: "step 2 was over before this start"}[late]
+    assert f"warning: {said}: no trace is written" in (run / "log.txt").read_text()
+    assert not (run / perfetto.FILE).exists()

@@ -15,6 +15,7 @@ from shoal.job import read
 from shoal.launch.train import ready
 from shoal.models import build
 from shoal.models.spec import parameters
+from shoal.models.storage import canonical
 from shoal.ops.initialise import initialise_
 
 # All rows, or some; neither is a multiple of what the ranks read in a round.
@@ -31,8 +32,8 @@ def plain(folder: str, prepared: str) -> tuple[float, int]:
     job, corpus = read(Path(folder) / "job.toml"), Prepared.load(prepared)
     model = build(job.model).double()
     fills = parameters(job.model)
-    for name, p in model.named_parameters():
-        initialise_(p.data, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, job.train.seed)
+    for name, p in canonical(model):
+        initialise_(p, name, tuple(p.shape), (0,) * p.ndim, fills[name].fill, job.train.seed)
     store, length = corpus.store("validation"), job.data.sequence_length
     total, count = 0.0, 0
     with torch.no_grad():

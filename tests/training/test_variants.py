@@ -23,6 +23,21 @@ def test_recompute(train, tiny, tmp_path, layout):
     assert trained(train, tiny, tmp_path / "recomputed", f"{layout},recompute=block") == plain
 
 
+def test_the_use_of_experts_is_recorded(train, tiny, tmp_path):
+    """One row a step has it; models without experts have none of it."""
+    figures = {"balance_loss", "dropped_share", "busiest_load"}
+    routed = {"family": "mixtral", "num_experts": 4, "capacity_factor": 1.0}
+    train(tiny(tmp_path / "routed", "fsdp=2,expert=2", model=routed, train={"steps": 3}))
+    train(tiny(tmp_path / "dense", "fsdp=2", train={"steps": 1}))
+    rows = metrics.read(tmp_path / "routed")
+    assert len(rows) == 3
+    for row in rows:
+        assert 0.9 < row["balance_loss"] < 2
+        assert 0 < row["dropped_share"] < 1
+        assert 1 < row["busiest_load"] <= 2
+    assert not figures & metrics.read(tmp_path / "dense")[0].keys()
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def before_and_after(seat: meshes.Seat) -> list[bool]:
 
     def functions():
         stage = (PipelineStage.forward_one_chunk, PipelineStage.backward_one_chunk)
-        return dist.Work.wait, Objective.__call__, torch.Tensor.backward, *stage, Update.apply
+        operations = (vars(dist.ProcessGroup)[name] for name in ("allreduce", "send", "recv", "_start_coalescing"))
+        return vars(dist.Work)["wait"], *operations, Objective.__call__, torch.Tensor.backward, *stage, Update.apply
 
     mesh = meshes.build(Layout(replicas=2), seat, timeout=60)
     try:

@@ -32,6 +32,11 @@ class Box(NamedTuple):
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
 
+    def within(self, other: Box | None = None) -> tuple[slice, ...]:
+        """As slices of a box that it lies in; None = of the whole."""
+        origin = other.offsets if other else (0,) * len(self.offsets)
+        return tuple(slice(o - at, o - at + n) for o, n, at in zip(*self, origin, strict=True))
+
 
 def whole(tensor: Tensor) -> Box:
     return Box((0,) * len(tensor.shape), tensor.shape)
@@ -60,8 +65,9 @@ def split(box: Box, limit: int) -> Iterator[Box]:
                 yield Box((offsets[0] + start, *inner.offsets), (1, *inner.shape))
 
 
-def stream(folder: Path, tensor: Tensor, box: Box, buffer: memoryview) -> Iterator[memoryview]:
-    """The bytes of a box of a tensor, row by row, in blocks that lie in `buffer` (BLOCK bytes) until the next one.
+def stream(folder: Path, tensor: Tensor, box: Box, buffer: memoryview) -> Iterator[tuple[Box, memoryview]]:
+    """The bytes of a box of a tensor, row by row, block by block: each with its place in the tensor. They lie in
+    `buffer` (BLOCK bytes) until the next one.
 
     Raises CheckpointError for a file that is gone, or shorter than the manifest says.
     """
@@ -79,7 +85,7 @@ def stream(folder: Path, tensor: Tensor, box: Box, buffer: memoryview) -> Iterat
             common = intersect(piece.offsets, piece.shape, *block)
             if common:
                 read(folder, piece, Box(*common), item, view, block)
-        yield view
+        yield block, view
 
 
 def read(folder: Path, piece: Piece, box: Box, item: int, into: memoryview, block: Box) -> None:

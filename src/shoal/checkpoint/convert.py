@@ -11,15 +11,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from shoal import job
-from shoal.checkpoint import contents, folders, hf_folder, manifest, safetensors
-from shoal.checkpoint.blocks import ITEM_BYTES, Box, size, whole
+from shoal.checkpoint import contents, folders, fp8, hf_folder, manifest, safetensors
+from shoal.checkpoint.blocks import ITEM_BYTES, Box, whole
+from shoal.checkpoint.fp8 import Scales
 from shoal.checkpoint.manifest import File, Manifest, Tensor
-from shoal.checkpoint.safetensors import Part
+from shoal.checkpoint.safetensors import Cast, Part
 from shoal.checkpoint.stage import staged
 from shoal.data import tokenizer as tokenizers
 from shoal.errors import CheckpointError, ModelError
@@ -59,50 +61,61 @@ def reshard(
     Raises CheckpointError if `out` exists or cannot be written.
     """
     with staged(out) as draft:
-        _write(draft, checkpoint, manifest.read(checkpoint), pieces, file_bytes, say)
+        what = manifest.read(checkpoint)
+        parts = [Part(name, tensor, whole(tensor), tensor.dtype) for name, tensor in what.tensors.items()]
+        _write(draft, checkpoint, what, parts, pieces or _count(parts, file_bytes), say)
+
+
+def _count(parts: list[Part], file_bytes: int) -> int:
+    return max(1, -(-sum(part.size for part in parts) // file_bytes))
 
 
 def _write(
-    folder: Path, source: Path, what: Manifest, pieces: int, file_bytes: int, say: Callable[[str], None]
+    folder: Path,
+    source: Path,
+    what: Manifest,
+    parts: list[Part],
+    count: int,
+    say: Callable[[str], None],
+    cast: Cast | None = None,
 ) -> None:
-    """A checkpoint of what is in the files of `source`."""
-    total = sum(map(size, what.tensors.values()))
+    """A checkpoint of the parts, which are whole tensors in the files of `source`. what: step and values."""
     files: dict[str, File] = {}
-    tensors = {name: Tensor(tensor.dtype, tensor.shape, []) for name, tensor in what.tensors.items()}
-    progress = _Progress(total, say)
-    for parts in spread(what.tensors, pieces or max(1, -(-total // file_bytes))):
+    tensors = {part.name: Tensor(part.dtype, part.tensor.shape, []) for part in parts}
+    progress = _Progress(sum(part.size for part in parts), say)
+    for held in spread(parts, count):
         name = f"file-{len(files):05d}.safetensors"
-        files[name], places = safetensors.write(folder / name, parts, source, advance=progress.add)
-        for part, place in zip(parts, places, strict=True):
+        files[name], places = safetensors.write(folder / name, held, source, cast=cast, advance=progress.add)
+        for part, place in zip(held, places, strict=True):
             tensors[part.name].pieces.append(place)
     written = Manifest(step=what.step, values=what.values, files=files, tensors=manifest.join([tensors]))
     (folder / manifest.FILE).write_bytes(manifest.seal(msgspec.json.encode(written)))
 
 
-def spread(tensors: dict[str, Tensor], count: int) -> Iterator[list[Part]]:
+def spread(wholes: list[Part], count: int) -> Iterator[list[Part]]:
     """What goes into each of `count` files of equal size; cuts are between rows. Files without a row are left out.
 
     All tensors stand in a line, the widest numbers first, and each row is in the file in whose part of the line it
     begins.
     """
-    line = sorted(tensors.items(), key=lambda entry: -ITEM_BYTES[entry[1].dtype])
-    total = sum(map(size, tensors.values()))
+    line = sorted(wholes, key=lambda part: -ITEM_BYTES[part.dtype])
+    total = sum(part.size for part in wholes)
     for index in range(count):
         parts, at = [], 0
-        for name, tensor in line:
-            if size(tensor):
-                begin, end = (_row(tensor, at, total * edge, count) for edge in (index, index + 1))
+        for one in line:
+            if one.size:
+                begin, end = (_row(one, at, total * edge, count) for edge in (index, index + 1))
                 if begin < end:
-                    parts.append(Part(name, tensor, _rows(tensor, begin, end), tensor.dtype))
-            at += size(tensor)
+                    parts.append(one._replace(box=_rows(one.tensor, begin, end)))
+            at += one.size
         if parts:
             yield parts
 
 
-def _row(tensor: Tensor, at: int, edge: int, count: int) -> int:
+def _row(part: Part, at: int, edge: int, count: int) -> int:
     """The first row that begins at or behind byte `edge / count` of the line, in which the tensor begins at `at`."""
-    rows = tensor.shape[0] if tensor.shape else 1
-    return min(max(-(-(edge - at * count) * rows // (size(tensor) * count)), 0), rows)
+    rows = part.box.shape[0] if part.box.shape else 1
+    return min(max(-(-(edge - at * count) * rows // (part.size * count)), 0), rows)
 
 
 def _rows(tensor: Tensor, begin: int, end: int) -> Box:
@@ -121,7 +134,8 @@ def export_hf(
 ) -> None:
     """Writes the model of a checkpoint as a folder that `transformers` reads; the same bytes as a run's `model`.
 
-    dtype: of the weights, `F32` or `BF16`; None = as saved. file_bytes: of a file at most, if not of one tensor.
+    dtype: of the weights, `F32` or `BF16`; None = as saved. What no gradient reaches keeps its own. file_bytes: of a
+    file at most, if not of one tensor.
     Raises CheckpointError if the checkpoint is in no run's folder, or has other tensors than the run's model; or if
     `out` exists or cannot be written.
     """
@@ -142,7 +156,7 @@ def export_hf(
             )
         hf_folder.write_index(draft, [[part.name for part in parts] for parts in files], total)
         hf_folder.write_words(
-            draft, options, _WORDS[files[-1][-1].dtype],
+            draft, options, _WORDS[files[0][0].dtype],
             tokenizer=run if (run / "tokenizer.json").is_file() else None,
             start_token=start, end_token=end, source=_source(run, options),
         )  # fmt: skip
@@ -164,7 +178,8 @@ def _weights(checkpoint: Path, options: ModelOptions, dtype: str | None) -> list
         if tensor.shape != spec.shape or tensor.dtype not in _WORDS:
             shapes = f"is {tensor.dtype} {list(tensor.shape)}, the job makes it {list(spec.shape)}"
             raise CheckpointError(f"tensor '{name}' {shapes}", where=str(checkpoint), fix=fix)
-        parts.append(Part(name, tensor, whole(tensor), dtype or tensor.dtype))
+        # A router's bias moves by less than a step of bf16.
+        parts.append(Part(name, tensor, whole(tensor), dtype if dtype and spec.learned else tensor.dtype))
     return parts
 
 
@@ -179,13 +194,13 @@ def _files(parts: list[Part], file_bytes: int) -> Iterator[list[Part]]:
     yield held
 
 
-def _cast(block: memoryview, dtype: str, wanted: str) -> memoryview:
+def _cast(block: memoryview, part: Part, box: Box) -> memoryview:
     """Rounds to the nearest, as torch does."""
     import torch
 
     from shoal.checkpoint.pack import DTYPES
 
-    numbers = torch.frombuffer(block, dtype=DTYPES[dtype]).to(DTYPES[wanted])
+    numbers = torch.frombuffer(block, dtype=DTYPES[part.tensor.dtype]).to(DTYPES[part.dtype])
     return numbers.view(torch.uint8).numpy().data
 
 
@@ -214,13 +229,17 @@ def import_hf(
 ) -> None:
     """Makes a run folder `out` of a Hugging Face folder: job.toml, tokenizer, and a checkpoint of step 0.
 
-    The weights keep their dtype and every bit. There is no optimizer state: it begins at zero. begin: makes the run
-    folder that it is given, with the job to be trained; without it, the job has the folder's model and defaults.
+    The weights keep their dtype and every bit, but for those in fp8, which become the float32 numbers that are meant:
+    as a run that starts from the folder computes with. There is no optimizer state: it begins at zero. begin: makes the
+    run folder that it is given, with the job to be trained; without it, the job has the folder's model and defaults.
     Raises ModelError if the folder cannot be used, CheckpointError if `out` exists or cannot be written.
     """
     options = replace(config.read(folder), weights=os.path.abspath(folder))
     values = {"step": 0, "position": 0, "update": {"updates": 0}, "sync": {}}
-    what = Manifest(step=0, values=values, files={}, tensors=_found(folder, options))
+    what = Manifest(step=0, values=values, files={}, tensors={})
+    weights = hf_folder.weights(folder, say)
+    scales = Scales(folder, weights.files, weights.storage.block) if weights.storage.block else None
+    parts = _found(folder, weights, scales)
     with staged(out) as draft:
         if begin is not None:
             begin(draft)
@@ -231,16 +250,15 @@ def import_hf(
         _copy_words(folder, draft)
         saved = draft / "checkpoints" / folders.name_of(0)
         saved.mkdir(parents=True)
-        _write(saved, folder, what, 0, file_bytes, say)
+        _write(saved, folder, what, parts, _count(parts, file_bytes), say, partial(_dequantised, scales))
 
 
-def _found(folder: Path, options: ModelOptions) -> dict[str, Tensor]:
+def _found(folder: Path, weights: hf_folder.Weights, scales: Scales | None) -> list[Part]:
     """The parameters of the model, each in its place in the files of the folder."""
-    files, expected = hf_folder.files(folder), parameters(options)
-    hf_folder.refuse_strangers(folder, files, expected, options.tie_word_embeddings)
+    files = weights.files
     headers: dict[str, dict[str, Tensor]] = {}
-    found = {}
-    for name, spec in expected.items():
+    parts = []
+    for name, spec in weights.specs.items():
         if name not in files:
             raise hf_folder.missing(folder, name)
         path = folder / files[name]
@@ -248,9 +266,20 @@ def _found(folder: Path, options: ModelOptions) -> dict[str, Tensor]:
             headers[files[name]] = safetensors.read_header(path)
         if name not in headers[files[name]]:
             raise ModelError(f"tensor '{name}' is missing", where=str(path), fix="fetch the folder again")
-        found[name] = headers[files[name]][name]
-        hf_folder.check(path, name, found[name].dtype, found[name].shape, spec.shape)
-    return found
+        found = headers[files[name]][name]
+        fp8.check(path, name, found.dtype, found.shape, spec.shape, scales)
+        quantised = found.dtype == fp8.DTYPE
+        parts.append(Part(name, found, whole(found), "F32" if quantised else found.dtype))
+    return parts
+
+
+def _dequantised(scales: Scales | None, block: memoryview, part: Part, box: Box) -> memoryview:
+    import torch
+
+    assert scales is not None
+    found = scales.find(part.name, part.tensor.shape)
+    stored = torch.frombuffer(block, dtype=torch.float8_e4m3fn).view(box.shape)
+    return scales.dequantise(found, box, stored).flatten().view(torch.uint8).numpy().data
 
 
 def _copy_words(folder: Path, run: Path) -> None:

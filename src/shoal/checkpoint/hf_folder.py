@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -18,6 +18,7 @@ from shoal.checkpoint.safetensors import read_header
 from shoal.errors import ModelError
 from shoal.job.model import ModelOptions
 from shoal.models import config
+from shoal.models.spec import ParameterSpec, parameters
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,9 +49,35 @@ def files(folder: Path) -> dict[str, str]:
     )
 
 
-def refuse_strangers(folder: Path, names: Iterable[str], expected: Iterable[str], tied: bool) -> None:
-    """Weights that would be left out in silence make another model than the one in the folder."""
-    known = {*expected, "lm_head.weight"} if tied else set(expected)
+class Weights(NamedTuple):
+    """The weights of a folder: what each is, which file holds it, and how they are stored."""
+
+    specs: dict[str, ParameterSpec]
+    files: dict[str, str]
+    storage: config.Storage
+
+
+def weights(folder: Path, say: Callable[[str], None] = lambda line: None) -> Weights:
+    """What the folder holds. say: is told what of it is left out.
+
+    Raises ModelError for a config.json or an index that cannot be used, and for tensors that config.json does not
+    account for: weights that would be left out in silence make another model than the one in the folder.
+    """
+    options = config.read(folder)
+    storage = config.storage(config.read_json(folder / "config.json"), str(folder / "config.json"))
+    found = Weights(parameters(options), files(folder), storage)
+    further = tuple(f"model.layers.{layer}." for layer in storage.further)
+    left = [name for name in found.files if name.startswith(further)]
+    if left:
+        say(f"left out: {len(left)} tensors of the multi-token-prediction layer{'s' * (len(further) > 1)}")
+    _refuse_strangers(folder, set(found.files) - set(left), found, options.tie_word_embeddings)
+    return found
+
+
+def _refuse_strangers(folder: Path, names: Iterable[str], of: Weights, tied: bool) -> None:
+    known = {*of.specs, "lm_head.weight"} if tied else set(of.specs)
+    if of.storage.block:
+        known |= {f"{name}_scale_inv" for name in of.specs if name.endswith(".weight")}
     strangers = sorted(name for name in names if name not in known and not name.endswith(_DERIVED))
     if strangers:
         raise ModelError(
@@ -64,16 +91,23 @@ def missing(folder: Path, name: str) -> ModelError:
     return ModelError(f"tensor '{name}' is in none of its files", where=str(folder), fix="fetch the folder again")
 
 
-def check(path: Path, name: str, dtype: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises ModelError unless the tensor has the expected shape, and numbers that weights may be."""
+def check(
+    path: Path,
+    name: str,
+    dtype: str,
+    shape: tuple[int, ...],
+    expected: tuple[int, ...],
+    known: tuple[str, ...] = DTYPES,
+) -> None:
+    """Raises ModelError unless the tensor has the expected shape, and numbers of a type that is known."""
     if shape != expected:
         raise ModelError(
             f"tensor '{name}' has shape {shape}, not {expected}",
             where=str(path),
             fix="is config.json of the same model?",
         )
-    if dtype not in DTYPES:
-        raise ModelError(f"tensor '{name}' has type {dtype}", where=str(path), fix=f"known: {', '.join(DTYPES)}")
+    if dtype not in known:
+        raise ModelError(f"tensor '{name}' has type {dtype}", where=str(path), fix=f"known: {', '.join(known)}")
 
 
 def file_name(index: int, count: int) -> str:

@@ -82,12 +82,7 @@ def _copy(piece: Piece, common: Box, dtype: str, shard: Shard, folder: Path, buf
         view = buffer[: prod(block.shape) * item]
         read(folder, piece, block, item, view, block)
         numbers = torch.frombuffer(view, dtype=DTYPES[dtype]).view(block.shape)
-        shard.local[_inside(block, shard.offsets)] = numbers
-
-
-def _inside(box: Box, origin: tuple[int, ...]) -> tuple[slice, ...]:
-    """A box (offsets, shape) of the whole tensor, as slices of the piece that starts at `origin`."""
-    return tuple(slice(o - at, o - at + n) for o, n, at in zip(*box, origin, strict=True))
+        shard.local[block.within(Box(tuple(shard.offsets), tuple(shard.local.shape)))] = numbers
 
 
 def _fitting(shard: Shard, known: Tensor | None, folder: Path) -> Tensor:

@@ -41,8 +41,8 @@ class Part(NamedTuple):
         return prod(self.box.shape) * ITEM_BYTES[self.dtype]
 
 
-Cast = Callable[[memoryview, str, str], memoryview]
-"""The numbers of a block as others: (bytes, their dtype, the dtype wanted) -> bytes."""
+Cast = Callable[[memoryview, Part, Box], memoryview]
+"""The numbers of a block as others: (bytes, the part that they are of, their place in its tensor) -> bytes."""
 
 
 def write(
@@ -59,10 +59,10 @@ def write(
     with open(path, "xb", buffering=0) as file:
         _write_all(file, memoryview(header))
         for part in parts:
-            for block in stream(source, part.tensor, part.box, buffer):
+            for box, block in stream(source, part.tensor, part.box, buffer):
                 if part.dtype != part.tensor.dtype:
                     assert cast is not None
-                    block = cast(block, part.tensor.dtype, part.dtype)
+                    block = cast(block, part, box)
                 digest.update(block)
                 _write_all(file, block)
                 advance(len(block))

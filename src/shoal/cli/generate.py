@@ -11,6 +11,7 @@ import tyro
 from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
+from shoal.job import Layout
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Generate:
 
     $ shoal generate runs/quickstart-... --prompt "def "
     $ shoal generate SmolLM2-135M/ --prompt "Once upon a time" --max-tokens 100 --temperature 0
+    $ shoal generate runs/quickstart-... --layout pipeline=2,schedule=zbv
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
@@ -36,7 +38,8 @@ class Generate:
     seed: int = 0
     """Seed of the draw: the same seed gives the same text on the same machine."""
     layout: str = ""
-    """`pipeline=N`: the blocks on N local ranks, of which none holds the whole model; empty = in this process."""
+    """`pipeline=N` (blocks), `tensor=N` (a part of every matrix) or both, as in training: so many local ranks have the
+    model between them, and none the whole; empty = in this process."""
     format: str = "text"
     """`json` prints one JSON object as the last line on standard output: `model`, `prompt`, `text`."""
 
@@ -62,6 +65,6 @@ def run(args: list[str]) -> Answer:
         on_text=lambda piece: print(next(begun, "") + piece, end="", flush=True),
         say=lambda line: print(f"\n{line}", end="", file=sys.stderr, flush=True),
     )
-    if not options.layout:
+    if not options.layout or Layout.parse(options.layout).world == 1:  # else the ranks have printed it
         print(next(begun, ""), flush=True)
     return Answer({"model": options.model, "prompt": options.prompt, "text": text})

@@ -66,6 +66,11 @@ def one_of(name: str, value: Any, known: Iterable[Any]) -> None:
     require(value in known, f"{name}={value!r} is unknown", nearest(str(value), map(str, known)))
 
 
+def count(number: int, noun: str) -> str:
+    """`1 block`, `2 blocks`, `2 micro-batches`."""
+    return f"{number} {noun}" + ("" if number == 1 else "es" if noun.endswith("ch") else "s")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """`did you mean 'optim.lr'?`, or the list of what is known."""
     known = list(known)

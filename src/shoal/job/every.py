@@ -15,14 +15,14 @@ from shoal.job.model import ModelOptions
 
 
 def layouts(processes: int, experts: int = 0) -> list[Layout]:
-    """Every product of axes that makes `processes` ranks, or a number that divides it (but 1).
+    """Every product of axes that makes 2 to `processes` ranks.
 
-    Each axis alone also with all its kinds: schedules, ring and Ulysses, stages of ZeRO. With other axes it has the
-    first kind; a V schedule also, which has both ends of the pipeline on one rank. experts: of the model; each product
-    also with every number of ranks that can share them.
+    Alone and in pairs each axis has its kinds (`_kinds`), among three and more the first one, and a V schedule, which
+    has both ends of the pipeline on one rank. experts: of the model; each product also with every number of ranks that
+    can share them.
     """
     found = []
-    for world in (n for n in range(2, processes + 1) if processes % n == 0):
+    for world in range(2, processes + 1):
         for degrees in _products(world, len(AXES)):
             axes: dict[str, Any] = {axis: n for axis, n in zip(AXES, degrees, strict=True) if n > 1}
             found += [replace(Layout(), **axes, **kind) for kind in _kinds(axes)]
@@ -42,31 +42,38 @@ def _products(total: int, count: int) -> Iterator[tuple[int, ...]]:
 
 
 def _kinds(axes: dict[str, int]) -> list[dict[str, Any]]:
+    """How these axes can be had: alone all schedules, all ways of context and tensor ranks to talk, and
+    recomputation; up to two, all stages of ZeRO where there is something to share. The first kind is the usual one."""
     alone = len(axes) == 1
+    kinds: list[dict[str, Any]] = [{}]
     if "pipeline" in axes:
-        return [{"schedule": schedule} for schedule in (SCHEDULES if alone else ("1f1b", "zbv"))]
-    if "context" in axes and alone:
-        return [{"context_by": kind} for kind in ("ring", "ulysses")]
-    if "fsdp" in axes and alone:
-        return [{"zero": zero} for zero in (3, 2, 1)]
-    return [{}]
+        kinds = [{"schedule": schedule} for schedule in (SCHEDULES if alone else ("1f1b", "zbv"))]
+    elif "context" in axes and alone:
+        kinds = [{"context_by": kind} for kind in ("ring", "ulysses")]
+    elif "tensor" in axes and alone:
+        kinds = [{"tensor_by": kind} for kind in ("gather", "ring")]
+    usual = kinds[0]
+    if len(axes) <= 2 and ("fsdp" in axes or "context" in axes):
+        kinds += [{**usual, "zero": zero} for zero in (2, 1)]
+    return [*kinds, {**usual, "recompute": "block"}] if alone else kinds
 
 
 def small(job: Job, processes: int, given: list[Layout]) -> Job:
     """The job, shrunk in depth, width, sequence and batch but not in structure: heads and how they share keys, experts
-    and how tokens choose them, biases, norms, tying and vocabulary stay. For layouts `given` and all of `processes`
+    and how tokens choose them, biases, norms, tying and vocabulary stay. For layouts `given`, of up to `processes`
     ranks."""
     deepest = max([2 * processes, *(layout.stage_count for layout in given)])
     blocks = job.model.num_hidden_layers
-    if not any(layout.stages for layout in given):  # which count all blocks
+    if not any(layout.blocks_per_stage for layout in given):  # which count all blocks
         blocks = min(blocks, deepest)
     options = _narrow(replace(job.model, weights="", num_hidden_layers=blocks))
-    unit = lcm(*(lcm(2 * layout.context, layout.context * layout.tensor) for layout in given), processes)
+    unit = lcm(*(lcm(2 * layout.context, layout.context * layout.tensor) for layout in given))
     length = min(job.data.sequence_length, max(unit, 96 // unit * unit))
     job = replace(job, model=options, data=replace(job.data, sequence_length=length))
-    # Each reader gets equally many sequences, in two micro-batches at least, and every schedule enough of them.
+    # Each reader gets equally many sequences, in two micro-batches at least, and every schedule enough of them; four
+    # in all can be computed in several ways on one process, which is what the noise of low precision is measured by.
     readers = lcm(*(layout.readers * max(1, layout.micro_batch) for layout in given))
-    batches = [_of_batch(job, n * readers) for n in range(2, 2 * deepest + 1)]
+    batches = [_of_batch(job, n * readers) for n in range(2, 2 * deepest + 1) if n * readers >= 4]
     return next((each for each in batches if not any(refusal(each, layout) for layout in given)), batches[-1])
 
 

@@ -11,7 +11,8 @@ from math import lcm
 from typing import TYPE_CHECKING
 
 from shoal.errors import JobError, LayoutError
-from shoal.job.layout import SCHEDULES, Layout
+from shoal.job.check import count
+from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ EXCLUDED = (
         "schedule=interleaved, or recompute=none",
         lambda job, layout: layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD and layout.recompute == "block",
     ),
+    Excluded(
+        "context",
+        "train.attention_dropout",
+        "this dropout needs the probabilities of a query for all keys of its row, which ring and Ulysses never make",
+        "tensor or fsdp instead of context, or train.attention_dropout=0",
+        lambda job, layout: layout.context > 1 and job.train.attention_dropout > 0,
+    ),
 )
 """All pairs that are refused; docs/layouts.md lists them, and a test counts them there."""
 
@@ -59,7 +67,8 @@ def check_layout(job: Job) -> Layout:
     layout = job.layout
     assert layout is not None
     if pair := excluded(job):
-        raise LayoutError(f"{pair.one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
+        one = f"schedule={layout.schedule}" if pair.one.startswith("schedule=") else pair.one
+        raise LayoutError(f"{one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
     check_batch(job.train.global_batch, layout)
     if layout.pipeline > 1:
         layout = _with_micro_batch(job.train.global_batch, layout)
@@ -74,7 +83,7 @@ def excluded(job: Job) -> Excluded | None:
 
 def check_model(model: ModelOptions, sequence_length: int, layout: Layout) -> None:
     """Heads, blocks and positions can be shared as the layout says. Raises LayoutError that says what would do."""
-    _check_tensor(model, layout)
+    check_tensor(model, layout)
     _check_sequence(model, sequence_length, layout)
     check_stages(model, layout)
     _check_experts(model, layout)
@@ -94,7 +103,7 @@ def check_batch(global_batch: int, layout: Layout) -> None:
     part = global_batch // readers
     if layout.micro_batch and part % layout.micro_batch:
         raise JobError(
-            f"layout micro_batch={layout.micro_batch} does not divide the {part} sequences of a rank "
+            f"layout micro_batch={layout.micro_batch} does not divide the {count(part, 'sequence')} of a rank "
             f"(train.global_batch={global_batch} over {readers} {who})",
             fix=f"take {_list(_divisors(part))}",
         )
@@ -103,7 +112,7 @@ def check_batch(global_batch: int, layout: Layout) -> None:
 def _with_micro_batch(global_batch: int, layout: Layout) -> Layout:
     """Enough micro-batches for the schedule. Without a size given, the largest that makes twice as many as stages."""
     part = global_batch // layout.readers
-    good = [size for size in _divisors(part) if _enough(part // size, layout)]
+    good = [size for size in _divisors(part) if enough(part // size, layout)]
     if not layout.micro_batch and good:
         wanted = [size for size in good if part // size >= 2 * layout.stage_count]
         return replace(layout, micro_batch=max(wanted) if wanted else min(good))
@@ -111,17 +120,17 @@ def _with_micro_batch(global_batch: int, layout: Layout) -> Layout:
         return layout
     number = part // layout.micro_batch if layout.micro_batch else part
     what = f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages"
-    least = next(n for n in range(1, 64 * layout.stage_count) if _enough(n, layout))
+    least = next(n for n in range(1, 64 * layout.stage_count) if enough(n, layout))
     raise LayoutError(
-        f"{what} cannot run {number} micro-batches ({part} sequences a pipeline)",
+        f"{what} cannot run {count(number, 'micro-batch')} ({count(part, 'sequence')} a pipeline)",
         fix=f"take micro_batch={_list(good)}"
         if good
-        else f"take schedule=gpipe, or train.global_batch={least * layout.readers * max(1, layout.micro_batch)}",
+        else f"train.global_batch={least * layout.readers * max(1, layout.micro_batch)}",
     )
 
 
-def _enough(micro_batches: int, layout: Layout) -> bool:
-    """What each schedule needs (torch.distributed.pipelining)."""
+def enough(micro_batches: int, layout: Layout) -> bool:
+    """Whether the schedule can run so many. What each schedule needs (torch.distributed.pipelining)."""
     if layout.schedule == "dualpipev":
         return micro_batches >= layout.stage_count
     if layout.schedule in ("interleaved", "interleaved_zero_bubble"):
@@ -132,7 +141,7 @@ def _enough(micro_batches: int, layout: Layout) -> bool:
     return True
 
 
-def _check_tensor(model: ModelOptions, layout: Layout) -> None:
+def check_tensor(model: ModelOptions, layout: Layout) -> None:
     """Each rank gets whole heads; a key head may be on several ranks, but then on equally many."""
     ranks, heads, keys = layout.tensor, model.num_attention_heads, model.num_key_value_heads
     fits = [n for n in _divisors(heads) if keys % n == 0 or n % keys == 0]
@@ -143,7 +152,7 @@ def _check_tensor(model: ModelOptions, layout: Layout) -> None:
         )
     for name in ("vocab_size", "intermediate_size", "shared_expert_intermediate_size"):
         if 0 < getattr(model, name) < ranks:
-            raise LayoutError(f"layout tensor={ranks} is more than model.{name}={getattr(model, name)}", fix="fewer")
+            raise LayoutError(f"layout tensor={ranks} is more than model.{name}={getattr(model, name)}")
 
 
 def _check_sequence(model: ModelOptions, length: int, layout: Layout) -> None:
@@ -171,7 +180,8 @@ def _check_sequence(model: ModelOptions, length: int, layout: Layout) -> None:
     if context not in fits:
         raise LayoutError(
             f"context_by=ulysses gives each of context={context} ranks some heads, "
-            f"but there are {heads} query and {keys} key heads",
+            f"but there are {count(heads, 'query head')} and {count(keys, 'key head')}"
+            f"{' on each tensor rank' if tensor > 1 else ''}",
             fix=f"context={_list(fits)}, or context_by=ring",
         )
 
@@ -180,26 +190,22 @@ def check_stages(model: ModelOptions, layout: Layout) -> None:
     """There are blocks for all stages. Raises LayoutError that says what would do."""
     blocks, stages = model.num_hidden_layers, layout.stage_count
     if blocks < stages:
-        ranks = blocks // layout.stages_per_rank
-        looped = SCHEDULES[layout.schedule] > 1 and blocks >= layout.pipeline
-        fix = f"pipeline={ranks}" if ranks > 1 else "schedule=1f1b" if looped else "fewer pipeline ranks"
         raise LayoutError(
             f"layout pipeline={layout.pipeline},schedule={layout.schedule} has {stages} stages, "
-            f"the model only {blocks} blocks",
-            fix=fix + (", or schedule=1f1b" if looped and "schedule" not in fix else ""),
+            f"the model only {count(blocks, 'block')}"
         )
     given = layout.blocks_per_stage
     if given and sum(given) != blocks:
         raise LayoutError(
-            f"layout stages={layout.stages} has {sum(given)} blocks, the model {blocks}",
-            fix="give one number for each stage; together they are the model's blocks",
+            f"layout stages={layout.stages} has {count(sum(given), 'block')}, the model {blocks}",
+            fix="one number for each stage, together the model's blocks",
         )
 
 
 def _check_experts(model: ModelOptions, layout: Layout) -> None:
     """Each rank gets equally many experts."""
     if layout.expert > 1 and not model.num_experts:
-        raise LayoutError(f"layout expert={layout.expert} shares experts, and the model has none", fix="leave it out")
+        raise LayoutError(f"layout expert={layout.expert} shares experts, and the model has none")
     if layout.expert > 1 and model.num_experts % layout.expert:
         sharing = layout.expert * layout.rest
         fits = [n for n in _divisors(sharing) if model.num_experts % n == 0]

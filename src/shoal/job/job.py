@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
@@ -13,6 +13,7 @@ from shoal.job.data import DataOptions
 from shoal.job.fits import check_layout, check_model
 from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
+from shoal.job.nearby import or_nearest
 from shoal.job.optim import OptimOptions
 from shoal.job.run import RunOptions
 from shoal.job.sync import SyncOptions
@@ -26,8 +27,8 @@ class Job:
     layout: Layout | None = None
     """How the model is laid over ranks, e.g. `replicas=2,pipeline=2,tensor=2`: axes `replicas`, `pipeline`, `fsdp`,
     `context`, `tensor`, and `expert` within the last three; further keys: `zero` (1, 2 or 3), `micro_batch`,
-    `schedule`, `stages`, `context_by`, `recompute` (docs/layouts.md). `auto` = one replica per GPU, or on CPU per core
-    (as many, up to 8, as divide the global batch)."""
+    `schedule`, `stages`, `context_by`, `tensor_by`, `recompute` (docs/layouts.md). `auto` = one replica per GPU, or on
+    CPU per core (as many, up to 8, as divide the global batch)."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
@@ -47,9 +48,11 @@ class Job:
             part.validate()
         if job.layout is not None:
             job.layout.validate()
-            job = replace(job, layout=check_layout(job))
         if not job.model.weights:  # with weights, once their folder has been read: models.config.architecture
             check_context(job)
+        if job.layout is not None:
+            checks = _checks(job)[: 1 if job.model.weights else 2]
+            job = replace(job, layout=or_nearest(job.layout, *checks))
         return job
 
 
@@ -88,4 +91,12 @@ def check_context(job: Job) -> None:
         f"take {shorter}" if job.model.weights else f"give --model.max-position-embeddings {length}, or take {shorter}",
     )
     if job.layout is not None:
-        check_model(job.model, length, job.layout)
+        or_nearest(job.layout, *reversed(_checks(job)))
+
+
+def _checks(job: Job) -> tuple[Callable[[Layout], Any], Callable[[Layout], Any]]:
+    """What a layout must pass: for the job's options and its batch, and for its model."""
+    return (
+        lambda layout: check_layout(replace(job, layout=layout)),
+        lambda layout: check_model(job.model, job.data.sequence_length, layout),
+    )

@@ -24,6 +24,9 @@ SCHEDULES = {
 
 _V_SHAPED = ("zbv", "dualpipev")
 
+MEASURED = "measured"
+"""What `stages` says until a run has measured what its layers cost."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -51,9 +54,13 @@ class Layout:
     """Order of a pipeline's forwards and backwards: gpipe, 1f1b, interleaved, looped_bfs, interleaved_zero_bubble,
     zbv or dualpipev."""
     stages: str = ""
-    """Blocks of each pipeline stage, e.g. `3+5`; empty = balanced by what layers cost."""
+    """Blocks of each pipeline stage, e.g. `3+5`; empty = balanced by what layers cost as estimated; `measured` = as
+    measured when a run begins."""
     context_by: str = "ring"
     """How context ranks attend to each other: `ring` (keys and values go around) or `ulysses` (heads are exchanged)."""
+    tensor_by: str = "gather"
+    """How tensor ranks share the sequence around matrix products: `gather` (by collectives) or `ring` (parts go
+    around while others are multiplied)."""
     recompute: str = "none"
     """Activation checkpointing: `none` keeps all activations, `block` keeps each block's input only."""
 
@@ -83,7 +90,7 @@ class Layout:
 
     @property
     def stages_per_rank(self) -> int:
-        if self.stages and self.pipeline > 1:
+        if self.blocks_per_stage and self.pipeline > 1:
             return len(self.blocks_per_stage) // self.pipeline
         return SCHEDULES[self.schedule]
 
@@ -95,7 +102,7 @@ class Layout:
     @property
     def blocks_per_stage(self) -> tuple[int, ...]:
         """As given in `stages`; empty = to be balanced."""
-        return tuple(int(part) for part in self.stages.split("+")) if self.stages else ()
+        return tuple(int(part) for part in self.stages.split("+")) if self.stages not in ("", MEASURED) else ()
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages that this rank of the pipeline holds, in their order: dealt out in turns, or down and up a V."""
@@ -110,12 +117,19 @@ class Layout:
         """`replicas=2,fsdp=4` -> Layout. Raises LayoutError naming the part that is wrong."""
         known = {f.name: f.type for f in fields(cls)}
         values: dict[str, Any] = {}
+        if not text.strip(", "):
+            raise LayoutError("the layout is empty", fix="layout=replicas=2, or replicas=1 for one process")
         for part in filter(None, (p.strip() for p in text.split(","))):
-            key, _, value = (s.strip() for s in part.partition("="))
+            key, equals, value = (s.strip() for s in part.partition("="))
             if key not in known:
                 raise LayoutError(f"unknown layout key '{key}'", fix=nearest(key, known))
             if key in values:
                 raise LayoutError(f"layout key '{key}' is given twice in '{text}'", fix="give it once")
+            if not equals:
+                raise LayoutError(f"layout key '{key}' has no value", fix=f"e.g. {key}=2")
+            if " " in value and "=" in value:
+                fix = f"put a comma between them: {','.join(part.split())}"
+                raise LayoutError(f"layout '{part}' is two options", fix=fix)
             values[key] = _whole(key, value) if known[key] == "int" else value
         layout = cls(**values)
         layout.validate()
@@ -133,13 +147,19 @@ class Layout:
             raise LayoutError(f"layout recompute='{self.recompute}' is unknown", fix="none or block")
         if self.context_by not in ("ring", "ulysses"):
             raise LayoutError(f"layout context_by='{self.context_by}' is unknown", fix="ring or ulysses")
+        if self.tensor_by not in ("gather", "ring"):
+            raise LayoutError(f"layout tensor_by='{self.tensor_by}' is unknown", fix="gather or ring")
+        if self.tensor_by == "ring" and self.tensor == 1:
+            raise LayoutError("layout tensor_by=ring has no ranks to go around", fix="give tensor=2, or leave it out")
         if self.schedule not in SCHEDULES:
             raise LayoutError(f"layout schedule='{self.schedule}' is unknown", fix=nearest(self.schedule, SCHEDULES))
-        if self.stages:
+        if self.stages == MEASURED and self.pipeline == 1:
+            raise LayoutError("layout stages=measured has no pipeline to split", fix="leave it out, or give pipeline=2")
+        if self.stages not in ("", MEASURED):
             self._validate_stages()
         sharing = self.fsdp * self.context * self.tensor
         if sharing % self.expert:
-            fits = [str(n) for n in range(1, sharing + 1) if sharing % n == 0]
+            fits = [str(n) for n in range(1, min(sharing, 64) + 1) if sharing % n == 0]
             raise LayoutError(
                 f"layout expert={self.expert} does not divide the fsdp × context × tensor = {sharing} ranks",
                 fix=f"expert={' or '.join(fits)}",
@@ -148,7 +168,8 @@ class Layout:
     def _validate_stages(self) -> None:
         parts = self.stages.split("+")
         if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-            raise LayoutError(f"layout stages='{self.stages}' is not a list of numbers", fix="e.g. stages=3+5")
+            what = f"layout stages='{self.stages}' is not a list of numbers"
+            raise LayoutError(what, fix="e.g. stages=3+5, or stages=measured")
         per_rank, rest = divmod(len(parts), self.pipeline)
         usual = SCHEDULES[self.schedule]
         wrong = rest or per_rank < usual or (per_rank > usual and (usual == 1 or self.schedule in _V_SHAPED))
@@ -173,13 +194,15 @@ class Layout:
             parts.append(f"stages={self.stages}")
         if self.context > 1 or self.context_by != Layout.context_by:
             parts.append(f"context_by={self.context_by}")
+        if self.tensor_by != Layout.tensor_by:
+            parts.append(f"tensor_by={self.tensor_by}")
         if self.recompute != Layout.recompute:
             parts.append(f"recompute={self.recompute}")
         return ",".join(parts)
 
 
 def _whole(key: str, value: str) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise LayoutError(f"layout {key}='{value}' is not a whole number", fix=f"e.g. {key}=2") from None
+    digits = value.removeprefix("-")
+    if not (digits.isascii() and digits.isdecimal()):
+        raise LayoutError(f"layout {key}='{value}' is not a whole number", fix=f"e.g. {key}=2")
+    return int(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
@@ -12,19 +13,26 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
 }
 """Kinds of rotary scaling that are known, and the numbers that each needs."""
 
-FAMILIES = ("llama", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3")
+ROPE_MORE: dict[str, tuple[str, ...]] = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
+"""What may be said besides; a number each, but for `truncate`."""
+
+FAMILIES = ("llama", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")
 
 TRAINING = ("router_aux_loss_coef", "bias_update_rate", "capacity_factor")
 """Options that say how experts are trained, not what the model is: a folder's config.json does not decide them."""
 
 # Options that only some families have, in the words of their config.json. Elsewhere they keep their defaults.
 _ROUTED = FAMILIES[1:]
-_SIZED = ("qwen2_moe", "qwen3_moe", "deepseek_v3")
+_DEEPSEEK = ("deepseek_v2", "deepseek_v3")
+_SIZED = ("qwen2_moe", "qwen3_moe", *_DEEPSEEK)
 _ONLY = {
-    "attention_bias": ("llama", "qwen3_moe", "deepseek_v3"),
+    "attention_bias": ("llama", "qwen3_moe", *_DEEPSEEK),
     "mlp_bias": ("llama",),
     "qkv_bias": ("qwen2_moe",),
     "num_experts": _ROUTED,
@@ -32,11 +40,12 @@ _ONLY = {
     "moe_intermediate_size": _SIZED,
     "norm_topk_prob": _SIZED,
     "first_k_dense_replace": _SIZED,
-    "shared_expert_intermediate_size": ("qwen2_moe", "deepseek_v3"),
+    "shared_expert_intermediate_size": ("qwen2_moe", *_DEEPSEEK),
+    "bias_update_rate": ("deepseek_v3",),
     **dict.fromkeys(
-        ("n_group", "topk_group", "routed_scaling_factor", "bias_update_rate", "q_lora_rank", "kv_lora_rank",
-         "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
-        ("deepseek_v3",),
+        ("n_group", "topk_group", "routed_scaling_factor", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim",
+         "qk_rope_head_dim", "v_head_dim"),
+        _DEEPSEEK,
     ),
 }  # fmt: skip
 # Options without which a family is none.
@@ -44,8 +53,11 @@ _NEEDED = {
     "mixtral": ("num_experts",),
     "qwen2_moe": ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size"),
     "qwen3_moe": ("num_experts", "moe_intermediate_size"),
-    "deepseek_v3": ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank",
-                    "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    **dict.fromkeys(
+        _DEEPSEEK,
+        ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "kv_lora_rank",
+         "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"),
+    ),
 }  # fmt: skip
 
 
@@ -54,7 +66,8 @@ class ModelOptions:
     """A decoder-only transformer. The defaults make a Llama of 5 M parameters, with a vocabulary of 4096."""
 
     family: str = "llama"
-    """Model family: `llama` (Llama 2/3, SmolLM2); with experts `mixtral`, `qwen2_moe`, `qwen3_moe` or `deepseek_v3`."""
+    """Model family: `llama` (Llama 2/3, SmolLM2); with experts `mixtral`, `qwen2_moe`, `qwen3_moe`,
+    `deepseek_v2` or `deepseek_v3`."""
     weights: str = ""
     """Hugging Face folder to start from (config.json and safetensors); empty = random initialisation.
     With a folder, the options below are read from it, and refused where they say otherwise."""
@@ -77,9 +90,10 @@ class ModelOptions:
     rope_theta: float = 10000.0
     """Base of the rotary position frequencies."""
     rope_scaling: str = ""
-    """Rotary scaling as JSON in Hugging Face's words: `linear` with factor, or `llama3` with factor,
-    low_freq_factor, high_freq_factor and original_max_position_embeddings; e.g.
-    '{"rope_type":"linear","factor":2.0}'; empty = none."""
+    """Rotary scaling as JSON in Hugging Face's words: `linear` with factor; `llama3` with factor,
+    low_freq_factor, high_freq_factor and original_max_position_embeddings; or `yarn` with factor and
+    original_max_position_embeddings, and if need be attention_factor, beta_fast, beta_slow, mscale,
+    mscale_all_dim, truncate; e.g. '{"rope_type":"linear","factor":2.0}'; empty = none."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
     tie_word_embeddings: bool = True
@@ -210,12 +224,14 @@ class ModelOptions:
             f"model.num_experts_per_tok={self.num_experts_per_tok} is more than the {within} experts to choose from",
             f"take {within} or fewer",
         )
-        if self.family == "deepseek_v3":
+        if self.family == "deepseek_v2":
+            require(not self.norm_topk_prob, "deepseek_v2 takes scores as they are", "take model.norm_topk_prob=false")
+        if self.family in _DEEPSEEK:
             require(
                 self.shared_expert_intermediate_size % self.expert_size == 0,
                 f"model.shared_expert_intermediate_size={self.shared_expert_intermediate_size} is not a multiple of "
                 f"model.moe_intermediate_size={self.moe_intermediate_size}",
-                "deepseek_v3 counts shared experts, each as wide as the others",
+                "it counts shared experts, each as wide as the others",
             )
 
     def _validate_heads(self) -> None:
@@ -247,19 +263,24 @@ class ModelOptions:
                 f"model.rope_scaling is not JSON: {error}", fix='e.g. {"rope_type":"linear","factor":2.0}'
             ) from None
         require(isinstance(rope, dict), f"model.rope_scaling={rope!r} is not a JSON object", "write {...}")
-        one_of("model.rope_scaling: rope_type", rope.get("rope_type"), ROPE_KEYS)
-        for key in ROPE_KEYS[rope["rope_type"]]:
+        one_of("model.rope_scaling: rope_type", kind := rope.get("rope_type"), ROPE_KEYS)
+        needed, more = ROPE_KEYS[kind], ROPE_MORE.get(kind, ())
+        for key in rope:
+            one_of("model.rope_scaling: key", key, ("rope_type", *needed, *more))
+        for key in (*needed, *(key for key in more if key in rope and key != "truncate")):
             value = rope.get(key)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            require(
-                number,
-                f"model.rope_scaling: {key}={value!r} is not a number",
-                f"{rope['rope_type']} needs it",
-            )
-            positive(f"model.rope_scaling: {key}", rope[key])
-        if rope["rope_type"] == "llama3":
-            require(
-                rope["low_freq_factor"] < rope["high_freq_factor"],
-                "model.rope_scaling: low_freq_factor is not less than high_freq_factor",
-                "Llama 3.1 has 1.0 and 4.0",
-            )
+            require(number, f"model.rope_scaling: {key}={value!r} is not a number", f"{kind} needs one")
+            if key.startswith("mscale"):
+                at_least(f"model.rope_scaling: {key}", rope[key], 0)
+            else:
+                positive(f"model.rope_scaling: {key}", rope[key])
+        truncate = rope.get("truncate", True)
+        require(isinstance(truncate, bool), f"model.rope_scaling: truncate={truncate!r}", "take true or false")
+        _increase(rope, "low_freq_factor", "high_freq_factor", "Llama 3.1 has 1.0 and 4.0")
+        _increase({"beta_slow": 1, "beta_fast": 32} | rope, "beta_slow", "beta_fast", "the paper has 1 and 32")
+
+
+def _increase(rope: dict[str, Any], low: str, high: str, usual: str) -> None:
+    if low in rope and high in rope:
+        require(rope[low] < rope[high], f"model.rope_scaling: {low} is not less than {high}", usual)

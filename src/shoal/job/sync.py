@@ -18,6 +18,9 @@ class SyncOptions:
     timeout: float = 600.0
     """Seconds after which a collective that does not end is an error."""
 
+    compare: bool = True
+    """Before every checkpoint, whether what several ranks hold is still equal to the last bit; if not, the run ends."""
+
     def validate(self) -> None:
         one_of("sync.name", self.name, ("allreduce",))
         positive("sync.bucket_mib", self.bucket_mib)

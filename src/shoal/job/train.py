@@ -29,6 +29,10 @@ class TrainOptions:
     dropout: float = 0.0
     """Share of the features dropped from the embedding and from what attention and feed-forward add to the residual
     stream, in training. Which ones depends on seed, step, sample and place only, not on the layout."""
+    attention_dropout: float = 0.0
+    """Share of attention's probabilities dropped in training; which ones, as for `dropout`. No fused attention kernel
+    is used then: the probabilities of a layer exist, sequences × heads × sequence_length² of them. Not with
+    `context`."""
     loss_chunk: int = 0
     """Tokens whose logits exist at a time; 0 = by size, in tiles of about 16 MiB."""
     validate_every: int = 0
@@ -41,7 +45,9 @@ class TrainOptions:
     def validate(self) -> None:
         for name in ("steps", "minutes", "seed", "loss_chunk", "validate_every", "validate_tokens"):
             at_least(f"train.{name}", getattr(self, name), 0)
-        require(0 <= self.dropout < 1, f"train.dropout={self.dropout} is not in [0, 1)", "e.g. 0.1")
+        for name in ("dropout", "attention_dropout"):
+            rate = getattr(self, name)
+            require(0 <= rate < 1, f"train.{name}={rate} is not in [0, 1)", "e.g. 0.1")
         at_least("train.global_batch", self.global_batch, 1)
         one_of("train.precision", self.precision, ("auto", "fp32", "bf16", "fp64"))
         one_of("train.compile", self.compile, ("auto", "on", "off"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import socket
+import threading
 from collections import deque
 from typing import Any
 
@@ -23,6 +24,7 @@ class Channel:
     def __init__(self, sock: socket.socket, kind: Any):
         self.socket = sock
         self.files: deque[int] = deque()
+        self._sending = threading.Lock()
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._buffer = bytearray()
         self._ready: deque[Any] = deque()
@@ -31,13 +33,14 @@ class Channel:
         return self.socket.fileno()
 
     def send(self, message: msgspec.Struct, file: int | None = None) -> None:
-        """Blocks until the message is with the kernel. OSError if the other end is gone."""
+        """Blocks until the message is with the kernel; from any thread. OSError if the other end is gone."""
         body = msgspec.msgpack.encode(message)
         frame = len(body).to_bytes(_PREFIX, "little") + body
-        if file is not None:
-            sent = socket.send_fds(self.socket, [frame], [file])
-            frame = frame[sent:]
-        self.socket.sendall(frame)
+        with self._sending:
+            if file is not None:
+                sent = socket.send_fds(self.socket, [frame], [file])
+                frame = frame[sent:]
+            self.socket.sendall(frame)
 
     def read(self, flags: int = 0) -> list[Any]:
         """Messages that are complete after one read; blocks only if nothing has come. EOFError at the end."""

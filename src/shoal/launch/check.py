@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -21,11 +21,14 @@ from shoal.launch.train import absolute_paths, architecture, vocabulary
 ENTRY = "shoal.training.equality:record"
 _COMPARE = "shoal.training.equality:compare"
 
-# Bounds in float64, where rounding hides nothing; and what cannot be told apart in the other precisions.
-_FLOAT64 = {"gradient": 1e-10, "weight": 1e-8, "loss": 1e-8}
-_EPSILON = {"fp32": 2**-23, "bf16": 2**-8}
-# What makes the noise floor: orders of one process's sequences, sizes of its micro-batches, products in two halves.
-_REORDERED = ((1, 0, False), (2, 4, False), (3, 1, False), (0, 0, True))
+# In float64, where rounding hides nothing, bounds; in the others what cannot be told apart: weights are kept in fp32,
+# and in that a loss, which is a sum over all tokens, is right to a few units of its last place.
+# trained: of what training has changed in a tensor, the share that chance may change.
+_BOUNDS = {
+    "fp64": {"gradient": 1e-10, "weight": 1e-8, "loss": 1e-8, "trained": 0.0},
+    "fp32": {"gradient": 2**-23, "weight": 2**-23, "loss": 2**-20, "trained": 0.01},
+    "bf16": {"gradient": 2**-8, "weight": 2**-23, "loss": 2**-8, "trained": 0.1},
+}
 # What the learning rate is tried as: times the job's own, and for SGD as it is.
 _FACTORS, _RATES = (1, 3, 10, 30, 100, 0.3), (0.3, 1.0, 3.0, 10.0, 0.1, 0.03)
 _LEARNS = 0.95
@@ -33,25 +36,44 @@ _LEARNS = 0.95
 
 @dataclass(frozen=True)
 class Row:
-    """One layout against one process. Differences are relative; each beside its bound is the one nearest to it.
+    """One layout against one process. `ok` is: no error, and none of the three differences exceeds `bound`.
 
-    max_rel_diff_loss: of losses and gradient norms. error: what ended the run, where it did not reach its end.
+    layout: as it was asked for; ran: with all that was decided for it. Differences are relative, of the tensor that
+    comes nearest to its own bound (worst_…, bound_…); loss: of losses and gradient norms. bound: the least of those
+    that were exceeded; if none was, the largest. error: what ended the run or makes a difference infinite.
     """
 
     layout: str
     steps: int
     dtype: str
-    optimizer: str
     max_rel_diff_grad: float = math.nan
     max_rel_diff_loss: float = math.nan
     max_rel_diff_weights: float = math.nan
     bound: float = math.nan
+    ok: bool = False
+    optimizer: str = ""
+    ran: str = ""
     bound_grad: float = math.nan
     bound_loss: float = math.nan
-    worst_gradient: str = ""
+    bound_weights: float = math.nan
+    worst_grad: str = ""
+    worst_weights: str = ""
     same_samples: bool = False
-    ok: bool = False
     error: str = ""
+
+    def pairs(self) -> dict[str, tuple[float, float]]:
+        """Each difference with its own bound: of gradient, loss, weights."""
+        return {
+            "gradient": (self.max_rel_diff_grad, self.bound_grad),
+            "loss": (self.max_rel_diff_loss, self.bound_loss),
+            "weights": (self.max_rel_diff_weights, self.bound_weights),
+        }
+
+    def judged(self) -> Row:
+        """With `bound` and `ok`."""
+        exceeded = [bound for difference, bound in self.pairs().values() if not difference <= bound]
+        bound = min(exceeded) if exceeded else max(bound for _, bound in self.pairs().values())
+        return replace(self, bound=bound, ok=not exceeded and not self.error)
 
 
 @dataclass(frozen=True)
@@ -78,40 +100,43 @@ def check(
     on_row: Callable[[Row], None] = lambda row: None,
     entry: str = ENTRY,
 ) -> Report:
-    """Trains the job, shrunk, in every layout of `processes` ranks (or those in `only`) and on one process.
+    """Trains the job, shrunk, in every layout of up to `processes` ranks (or those in `only`) and on one process.
 
     In float64 with SGD and with the job's own optimizer, in other precisions with its own. say: gets a sentence now and
-    then. on_row: gets each row as soon as it is known. Raises ShoalError for the user's mistakes, and where
-    the shrunk job learns nothing, so that nothing could be said.
+    then. on_row: gets each row as soon as it is known. Where one process learns nothing, or does not reach its end,
+    nothing can be said of the layouts: their rows have that as `error`. Raises ShoalError for the user's mistakes.
     """
     at_least("processes", processes, 2)
     at_least("steps", steps, 2)
-    named = [Layout.parse(text) for text in only]
     for dtype in dtypes:
-        if dtype not in ("fp64", *_EPSILON):
+        if dtype not in _BOUNDS:
             raise JobError(f"dtype '{dtype}' is unknown", fix="fp64, fp32 or bf16")
+    named = {text: Layout.parse(text) for text in only}
     job = architecture(absolute_paths(job))
     prepared = prepare(job.data, say=say)
     job = replace(vocabulary(job, prepared), layout=None)
-    given = named or layouts(processes, job.model.num_experts)
-    refused = [Refused(str(layout), reason) for layout in given if (reason := refusal(job, layout))]
-    kept = [layout for layout in given if not refusal(job, layout)]
+    given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
+    refused = [Refused(text, reason) for text, layout in given.items() if (reason := refusal(job, layout))]
+    kept = {text: layout for text, layout in given.items() if not refusal(job, layout)}
     if not kept:
         return Report(False, [], refused)
-    most = max(layout.world for layout in kept)
+    most = max(layout.world for layout in kept.values())
+    runs = [(dtype, name) for dtype in dtypes for name in _optimizers(job, dtype)]
+    say(f"{len(kept)} layouts, {len(runs) * len(kept)} rows; {len(refused)} layouts are not for this job")
+    rows = []
     with tempfile.TemporaryDirectory() as scratch, Pool(most, [ENTRY.partition(":")[0]]) as pool:
-        bench = _Bench(pool, small(job, processes, kept), str(prepared.folder), steps, Path(scratch), entry)
-        rows = []
-        for dtype in dtypes:
-            for optimizer in dict.fromkeys(("sgd", job.optim.name) if dtype == "fp64" else (job.optim.name,)):
-                reference = bench.reference(dtype, optimizer)
-                told = f"one process goes from a loss of {reference.told(0)} to {reference.told(-1)}"
-                say(f"{dtype} with {optimizer}: {told}")
-                for layout in kept:
-                    rows.append(bench.row(layout, dtype, optimizer, reference))
-                    on_row(rows[-1])
+        reduced = small(job, processes, list(kept.values()))
+        bench = _Bench(pool, reduced, str(prepared.folder), steps, Path(scratch), entry)
+        for dtype, optimizer in runs:
+            for row in bench.rows(kept, dtype, optimizer, say):
+                rows.append(row)
+                on_row(row)
     # A layout that was asked for by name and cannot be is no success.
     return Report(all(row.ok for row in rows) and not (only and refused), rows, refused)
+
+
+def _optimizers(job: Job, dtype: str) -> list[str]:
+    return list(dict.fromkeys(("sgd", job.optim.name) if dtype == "fp64" else (job.optim.name,)))
 
 
 @dataclass(frozen=True)
@@ -136,8 +161,24 @@ class _Bench:
         self.job = replace(job, train=replace(job.train, steps=steps))
         self._count = 0
 
+    def rows(self, given: dict[str, Layout], dtype: str, optimizer: str, say: Callable[[str], None]) -> Iterator[Row]:
+        blank = Row("", self.job.train.steps, dtype, optimizer=optimizer)
+        try:
+            reference = self.reference(dtype, optimizer)
+        except (RankError, JobError) as error:
+            say(f"{dtype} with {optimizer}: {error}")
+            yield from (replace(blank, layout=text, error=_sentence(error)) for text in given)
+            return
+        told = f"one process goes from a loss of {reference.told(0)} to {reference.told(-1)}"
+        say(f"{dtype} with {optimizer}: {told}")
+        for text, layout in given.items():
+            yield self.row(replace(blank, layout=text), layout, reference)
+
     def reference(self, dtype: str, optimizer: str) -> _Reference:
-        """One process, at the first learning rate at which it learns, clipped to half its first gradient norm."""
+        """One process, at the first learning rate at which it learns, clipped to half its first gradient norm.
+
+        Raises JobError where it learns at none.
+        """
         usual = self.job.optim.lr
         own = optimizer == self.job.optim.name
         for lr in [usual * factor for factor in _FACTORS] if own else _RATES:
@@ -153,53 +194,78 @@ class _Bench:
             raise JobError(
                 f"the job, made small, does not learn with {optimizer}: in {self.job.train.steps} steps the loss of "
                 f"one process does not fall by 5 % at any of {len(_FACTORS)} learning rates",
-                fix="give more text, or more --steps",
+                fix="give more text, or more --check-steps",
             )
         if dtype == "fp64":
             return _Reference(job, folder, result, [], 0.0)
-        others = [self._run(job, Layout(micro_batch=micro), order, halves) for order, micro, halves in _REORDERED]
+        others = [self._run(job, Layout(micro_batch=m), order, sums) for order, m, sums in _reorderings(job)]
         floor = max(_apart(other, result) for (other,), _ in others)
+        if not math.isfinite(floor):
+            raise JobError(
+                f"one process does not reach the end with {optimizer} in {dtype} when its sequences are in another "
+                "order: loss or gradient is no number",
+                fix="check it in fp32 or fp64",
+            )
         return _Reference(job, folder, result, [where for _, where in others], floor)
 
-    def row(self, layout: Layout, dtype: str, optimizer: str, reference: _Reference) -> Row:
-        job = reference.job
-        row = Row(str(layout), job.train.steps, dtype, optimizer)
+    def row(self, row: Row, layout: Layout, reference: _Reference) -> Row:
         try:
-            results, folder = self._run(job, accumulated(job, layout))
-            bounds = _FLOAT64 if dtype == "fp64" else dict.fromkeys(("gradient", "weight", "loss"), _EPSILON[dtype])
+            job = replace(reference.job, layout=accumulated(reference.job, layout)).validate()
+            row = replace(row, ran=str(job.layout))
+            results, folder = self._run(job, job.layout)
+            bounds = _BOUNDS[row.dtype]
             (worst,) = self.pool.run(
                 _COMPARE, 1, folder=folder, reference=reference.folder, reordered=reference.reordered, bounds=bounds
             )
         except (RankError, JobError) as error:
-            return replace(row, error=str(error))
-        loss = max(_apart(result, reference.result) for result in results)
-        bound_loss = max(bounds["loss"], 4 * reference.floor)
+            return replace(row, error=_sentence(error))
+        gradient, weight = worst["gradient"], worst["weight"]
         samples = _same_samples(results, reference.result)
-        good = [found["difference"] <= found["bound"] for found in worst.values()]
+        loss = max(_apart(result, reference.result) for result in results)
+        flaws = [
+            gradient["flaw"],
+            weight["flaw"],
+            "" if math.isfinite(loss) else "losses or gradient norms are not finite, or of fewer steps",
+            "" if samples else "the ranks read other samples than one process",
+        ]
         return replace(
             row,
-            max_rel_diff_grad=worst["gradient"]["difference"],
+            max_rel_diff_grad=gradient["difference"],
             max_rel_diff_loss=loss,
-            max_rel_diff_weights=worst["weight"]["difference"],
-            bound=worst["weight"]["bound"],
-            bound_grad=worst["gradient"]["bound"],
-            bound_loss=bound_loss,
-            worst_gradient=worst["gradient"]["name"],
+            max_rel_diff_weights=weight["difference"],
+            bound_grad=gradient["bound"],
+            bound_loss=max(bounds["loss"], 4 * reference.floor),
+            bound_weights=weight["bound"],
+            worst_grad=gradient["name"],
+            worst_weights=weight["name"],
             same_samples=samples,
-            ok=all(good) and loss <= bound_loss and samples,
-        )
+            error="; ".join(filter(None, flaws)),
+        ).judged()
 
-    def _run(self, job: Job, layout: Layout, order: int = 0, halves: bool = False) -> tuple[list[dict[str, Any]], str]:
+    def _run(self, job: Job, layout: Layout | None, order: int = 0, sums: int = 1) -> tuple[list[dict[str, Any]], str]:
         """What each rank returned, and the folder of what they wrote."""
         self._count += 1
         folder = self.scratch / str(self._count)
         folder.mkdir()
         job = replace(job, layout=layout).validate()
+        assert job.layout is not None
         results = self.pool.run(
-            self.entry, layout.world, job=write(job), prepared=self.prepared, folder=str(folder), order=order,
-            halves=halves, timeout=600.0,
+            self.entry, job.layout.world, job=write(job), prepared=self.prepared, folder=str(folder), order=order,
+            sums=sums, timeout=600.0,
         )  # fmt: skip
         return results, str(folder)
+
+
+def _reorderings(job: Job) -> list[tuple[int, int, int]]:
+    """What makes the noise floor: orders of one process's sequences, sizes of its micro-batches (0: all in one), and
+    in how many parts its products are summed."""
+    batch = job.train.global_batch
+    half = max(size for size in range(1, batch) if batch % size == 0)
+    return [(1, 0, 1), (2, half, 1), (3, 1, 1), (0, 0, 2), (4, half, 3), (5, 1, 4)]
+
+
+def _sentence(error: RankError | JobError) -> str:
+    return str(error) if isinstance(error, RankError) else f"{error.what} ({error.fix})"
 
 
 def _apart(result: dict[str, Any], reference: dict[str, Any]) -> float:

@@ -9,9 +9,19 @@ from pathlib import Path
 from shoal import errors
 from shoal.errors import RankError, ShoalError
 from shoal.launch.messages import Failed
+from shoal.operations import Doing
 
 # What a user can do about it.
 LESS_MEMORY = "a smaller micro_batch, recompute=block or fsdp in the layout, or a smaller model"
+
+_OUTSIDE, _NATIVE = "someone else sent it: a user, or a batch system at its limit", "its stack is printed above"
+_FIXES = {
+    signal.SIGKILL: _OUTSIDE,
+    signal.SIGABRT: "what its libraries said of it is above; where a size did not match, ranks are in other operations",
+    signal.SIGSEGV: _NATIVE,
+    signal.SIGBUS: _NATIVE,
+    signal.SIGFPE: _NATIVE,
+}
 
 
 class Terminated(RankError):
@@ -20,12 +30,24 @@ class Terminated(RankError):
 
 @dataclass(frozen=True)
 class Failure:
-    """What one rank failed of. at: monotonic seconds. follows: probably only from another rank's failure."""
+    """What one rank failed of. at: monotonic seconds. follows: probably only from another rank's failure.
+
+    doing: what the rank was in, as far as it could say. said: the error says all, e.g. of a user's mistake.
+    late: it has only not answered yet.
+    """
 
     rank: int
     error: ShoalError
     at: float
     follows: bool
+    doing: Doing | None = None
+    said: bool = False
+    late: bool = False
+
+    @property
+    def died(self) -> bool:
+        """Whether its process was killed, or ended by itself, without a word."""
+        return self.doing is None and not self.said
 
 
 def raised(rank: int, failed: Failed) -> Failure:
@@ -37,7 +59,7 @@ def raised(rank: int, failed: Failed) -> Failure:
         error = kind(failed.what, where=f"{where}, {failed.where}" if failed.where else where, fix=failed.fix)
     else:
         error = RankError(f"failed\n{failed.what}", where=where)
-    return Failure(rank, error, failed.at, failed.follows)
+    return Failure(rank, error, failed.at, failed.follows, failed.doing, said=bool(failed.kind))
 
 
 def ended(rank: int, code: int, at: float, out_of_memory: bool) -> Failure:
@@ -47,8 +69,8 @@ def ended(rank: int, code: int, at: float, out_of_memory: bool) -> Failure:
         error = RankError(f"ended with exit code {code} before it was done", where=where)
         return Failure(rank, error, at, False)
     if code == -signal.SIGTERM:
-        return Failure(rank, Terminated("ended by SIGTERM", where=where), at, False)
-    fix = ""
+        return Failure(rank, Terminated("ended by SIGTERM", where=where), at, False, said=True)
+    fix = _FIXES.get(signal.Signals(-code), "")
     if out_of_memory and code == -signal.SIGKILL:
         fix = f"the kernel ran out of memory: {LESS_MEMORY}"
     error = RankError(f"killed by {signal.Signals(-code).name}", where=where, fix=fix)
@@ -60,12 +82,12 @@ def late(ranks: list[int], seconds: float, at: float) -> Failure:
     """The ranks did not answer in time."""
     names = ", ".join(str(rank) for rank in ranks)
     error = RankError(f"no answer within {seconds:g} s", where=f"rank{'s' * (len(ranks) > 1)} {names}")
-    return Failure(ranks[0], error, at, False)
+    return Failure(ranks[0], error, at, False, late=True)
 
 
 def root_cause(failures: list[Failure]) -> Failure:
-    """The first failure that is not another's consequence; where all seem to be, the first."""
-    return min(failures, key=lambda failure: (failure.follows, failure.at))
+    """The first failure that is not another's consequence; where all seem to be, the first death, or the first."""
+    return min(failures, key=lambda failure: (failure.follows, not failure.died, failure.at))
 
 
 def memory_kills() -> int:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from shoal.launch.channel import Channel
-from shoal.launch.messages import Ended, Fork, Refused, Signal
+from shoal.launch.messages import ASK, Ended, Fork, Refused, Signal
 
 # prctl(2)
 _SET_PDEATHSIG, _SET_NAME, _SET_CHILD_SUBREAPER = 1, 15, 36
@@ -68,6 +68,8 @@ class Server:
         # Only the end of the connection ends us; a signal that the terminal sends to all is the launcher's.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGTTOU):
             signal.signal(number, signal.SIG_IGN)
+        # A question to ranks, which answer in a thread; it may come before they can.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [ASK])
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._waker.fileno(), warn_on_full_buffer=False)
         # Whatever a dead rank leaves behind becomes our child, so that we can end it.

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 from msgspec import Struct
+
+from shoal.operations import Doing
+
+# To a rank: say what you are in with others (`Doing`). Not a message, since its main thread may read none.
+ASK = signal.SIGUSR2
 
 
 class Fork(Struct, tag=True):
@@ -57,7 +63,7 @@ class Failed(Struct, tag=True):
 
     kind: class of a ShoalError (then what, where and fix are its own), empty for any other exception (then
     what is the traceback). at: when, by the machine's monotonic clock. follows: it only tells that another
-    rank is gone.
+    rank is gone. doing: what it was in.
     """
 
     kind: str
@@ -66,3 +72,4 @@ class Failed(Struct, tag=True):
     fix: str
     at: float
     follows: bool
+    doing: Doing | None = None

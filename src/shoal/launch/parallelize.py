@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 import zlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -17,23 +16,19 @@ from shoal import device
 from shoal.errors import JobError, LayoutError, ModelError
 from shoal.job import Layout
 from shoal.job.check import nearest
-from shoal.job.fits import SPLIT_BACKWARD
 from shoal.job.optim import OptimOptions
+from shoal.launch.excluded import refuse_excluded
 from shoal.launch.torchrun import seat_from_environment
 from shoal.mesh import Mesh, Seat, build
 from shoal.parallel.foreign import divide
-from shoal.parallel.statistics import momenta, norms
-from shoal.training.own import Loss, Trained
+from shoal.parallel.statistics import loose, momenta, norms
+from shoal.training.micro_batch import Loss
+from shoal.training.own import Outline, Trained
 
 # Nothing that was not asked for, where the defaults of shoal's recipes do something.
 _PLAIN: dict[str, Any] = {
     "betas": (0.9, 0.999), "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant", "warmup": 0.0, "clip": 0.0,
 }  # fmt: skip
-
-_UNKNOWN = {
-    "context": "context shares positions, and nobody knows which dimensions of a module's tensors are positions",
-    "expert": "expert shares experts, and nobody knows which parts of a module are experts",
-}
 
 
 def parallelize(
@@ -41,7 +36,7 @@ def parallelize(
     layout: Layout | str,
     plan: Mapping[str, str] | None = None,
     *,
-    loss: Loss,
+    loss: Loss | None = None,
     example: Tensor | tuple[Tensor, ...] | None = None,
     optimizer: str = "adamw",
     lr: float = 1e-3,
@@ -54,10 +49,10 @@ def parallelize(
     module: with its weights in memory, equal on all ranks (same seed, or loaded); it is used up. layout: e.g.
     `pipeline=2,fsdp=2`; its ranks are those that torchrun started, one where there is no launcher. plan: for tensor,
     pattern of module names -> `columns` or `rows`; None = the module's own, as Hugging Face's have. loss: (output,
-    target) -> SUM over the samples. example: inputs of one micro-batch (values do not matter), for a pipeline or a plan
-    of your own. optimizer: `adamw` or `sgd`; options: all others of `shoal.job.optim.OptimOptions`, without
-    schedule, decay and clipping unless given. steps: length of the run, for schedules that depend on it. seat: for
-    launchers of your own.
+    target) -> SUM over the samples; None = the module is only to compute. example: inputs of one micro-batch (values do
+    not matter), for pipeline and tensor. optimizer: `adamw` or `sgd`; options: all others of
+    `shoal.job.optim.OptimOptions`, without schedule, decay and clipping unless given. steps: length of the run, for
+    schedules that depend on it. seat: for launchers of your own.
 
     Raises LayoutError where the layout does not fit module or ranks, ModelError for weights that cannot be trained,
     JobError for options. docs/own-models.md says what is computed and what is not.
@@ -66,7 +61,7 @@ def parallelize(
     layout.validate()
     update = _update(optimizer, lr, steps, options)
     inputs = (example,) if isinstance(example, Tensor) else example
-    layout = _fitting(module, layout, plan, inputs)
+    layout = _fitting(module, layout, inputs)
     moved = momenta(module) if layout.readers > 1 else {}
     seat = seat or seat_from_environment() or _alone()
     if seat.world != layout.world:
@@ -77,17 +72,15 @@ def parallelize(
     if dist.is_initialized():
         what = "this process has a process group already: init_process_group, or another parallelize, was called"
         raise LayoutError(what, fix="leave it to shoal; close() what parallelize returned before the next")
-    _settle(module)
+    frozen = _settle(module)
     mesh = build(layout, seat)
     try:
         _refuse_different(module, mesh)
         module.to(mesh.device)
         inputs = None if inputs is None else tuple(x.to(mesh.device) for x in inputs)
-        _seed(module, mesh)
         like = {n: t.detach().to("meta") for n, t in (*module.named_parameters(), *module.named_buffers())}
-        names, mode = _state_names(module), bool(norms(module) or _dropouts(module))
-        division = divide(module, mesh, plan, inputs)
-        return Trained(division, mesh, loss, update, steps, like, names, moved, inputs, mode)
+        outline = Outline(like, _state_names(module), moved, frozen)
+        return Trained(divide(module, mesh, plan, inputs), mesh, loss, update, steps, outline, inputs)
     except BaseException:
         mesh.close()
         raise
@@ -107,13 +100,11 @@ def _update(optimizer: str, lr: float, steps: int, options: dict[str, Any]) -> O
     return update
 
 
-def _fitting(
-    module: nn.Module, layout: Layout, plan: Mapping[str, str] | None, example: tuple[Tensor, ...] | None
-) -> Layout:
+def _fitting(module: nn.Module, layout: Layout, example: tuple[Tensor, ...] | None) -> Layout:
     """The layout, with its micro-batch where the example says it. LayoutError where it does not fit such a module."""
     where = f"layout {layout}"
-    _refuse_options(layout)
-    if example is None and (layout.pipeline > 1 or (layout.tensor > 1 and plan is not None)):
+    refuse_excluded(layout)
+    if example is None and (layout.pipeline > 1 or layout.tensor > 1):
         why = "to trace the module" if layout.pipeline > 1 else "to see that the plan changes nothing"
         raise LayoutError(f"an example is needed {why}", where=where, fix="example=(inputs of one micro-batch,)")
     if layout.pipeline > 1 and example is not None:
@@ -126,38 +117,11 @@ def _fitting(
     return layout
 
 
-def _refuse_options(layout: Layout) -> None:
-    """What no module that shoal does not know can have."""
-    where = f"layout {layout}"
-    for axis, why in _UNKNOWN.items():
-        if getattr(layout, axis) > 1:
-            raise LayoutError(why, where=where, fix="fsdp, replicas, pipeline or tensor; or a model of shoal's own")
-    if layout.pipeline > 1 and layout.tensor > 1:
-        what = "pipeline traces a module and tensor rewrites its layers: for your own model they exclude each other"
-        raise LayoutError(what, where=where, fix="pipeline with fsdp, or tensor with fsdp")
-    if layout.pipeline > 1 and layout.schedule in SPLIT_BACKWARD:
-        # Torch walks from a stage's inputs to its weights, and so loses those that no input reaches with a gradient.
-        what = f"schedule={layout.schedule} computes gradients of inputs and of weights apart, which torch gets wrong"
-        raise LayoutError(f"{what} in some graphs", where=where, fix="schedule=1f1b, interleaved, looped_bfs or gpipe")
-    if layout.recompute != "none" or layout.stages:
-        key = "stages" if layout.stages else "recompute"
-        raise LayoutError(
-            f"{key} counts blocks of shoal's own models",
-            where=where,
-            fix="leave it out: the graph is cut by cost; torch.utils.checkpoint goes into the module's own forward",
-        )
-
-
 def _refuse_loose_statistics(module: nn.Module, layout: Layout) -> None:
     found = norms(module)
     if found and layout.world > 1 and not layout.micro_batch:
         name, norm = found[0]
-        raise LayoutError(
-            f"'{name}' ({type(norm).__name__}) computes with the statistics of a micro-batch, "
-            "so layouts agree only where that has the same size",
-            where=f"layout {layout}",
-            fix="give micro_batch=8, say, in every layout that is to agree; or take GroupNorm or LayerNorm",
-        )
+        raise loose(f"'{name}' ({type(norm).__name__})", layout)
 
 
 def _alone() -> Seat:
@@ -165,8 +129,12 @@ def _alone() -> Seat:
     return Seat(0, 1, 0, 1, dist.HashStore())
 
 
-def _settle(module: nn.Module) -> None:
-    """What is not trained becomes a buffer, and a Hugging Face module makes no cache. ModelError without weights."""
+def _settle(module: nn.Module) -> set[str]:
+    """What is not trained becomes a buffer, and a Hugging Face module makes no cache. ModelError without weights.
+
+    Returns the names of what is not trained.
+    """
+    names = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if tensor.is_meta:
             fix = "build the module with its weights in memory, and load them"
@@ -185,6 +153,7 @@ def _settle(module: nn.Module) -> None:
     if getattr(config, "use_cache", False):
         # What it would keep is for generating, and goes through the graph as outputs of every block.
         config.use_cache = False
+    return names
 
 
 def _refuse_different(module: nn.Module, mesh: Mesh) -> None:
@@ -212,25 +181,6 @@ def _agree(numbers: list[int], mesh: Mesh) -> list[bool]:
     ends = torch.stack([mine, -mine])
     mesh.wait(dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=mesh.everyone, async_op=True))
     return (ends[0] == -ends[1]).tolist()
-
-
-def _dropouts(module: nn.Module) -> list[str]:
-    parts = [(n, p) for n, p in module.named_modules() if isinstance(p, nn.modules.dropout._DropoutNd)]
-    return [name for name, part in parts if part.training and part.p > 0]
-
-
-def _seed(module: nn.Module, mesh: Mesh) -> None:
-    """Ranks that compute other samples or other layers draw other random numbers."""
-    found = _dropouts(module)
-    if mesh.world == 1 or not found:
-        return
-    place = mesh.reader * mesh.layout.pipeline + mesh.stage
-    torch.manual_seed(torch.initial_seed() + 1_000_003 * place)
-    if mesh.rank == 0:
-        warnings.warn(
-            f"'{found[0]}' draws from each rank's own generator: with dropout, layouts agree on average only",
-            stacklevel=3,
-        )
 
 
 def _state_names(module: nn.Module) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 
@@ -14,12 +16,12 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from shoal import device, errors
+from shoal import device, errors, operations
 from shoal.errors import ShoalError
 from shoal.launch.channel import Channel
 from shoal.launch.failure import LESS_MEMORY
 from shoal.launch.forkserver import resolve, set_name
-from shoal.launch.messages import Call, Failed, Returned
+from shoal.launch.messages import ASK, Call, Failed, Returned
 from shoal.launch.store import HOST
 from shoal.mesh import Seat
 
@@ -30,6 +32,7 @@ def main(sock: socket.socket, member: int, port: int) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     channel = Channel(sock, Call)
+    threading.Thread(target=_tell, args=[channel], daemon=True).start()
     store = dist.TCPStore(HOST, port, is_master=False)
     while True:
         try:
@@ -39,6 +42,14 @@ def main(sock: socket.socket, member: int, port: int) -> int:
         channel.send(_answer(call, member, store))
         # A call may have asked for signals (SIGTERM = save and stop); the next one starts without.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _tell(channel: Channel) -> None:
+    """Says what this rank is in whenever it is asked, whatever the main thread is stuck in."""
+    with contextlib.suppress(OSError):
+        while True:
+            signal.sigwait([ASK])
+            channel.send(operations.doing())
 
 
 def _answer(call: Call, member: int, store: dist.Store) -> Returned | Failed:
@@ -65,7 +76,9 @@ def _failed(error: BaseException) -> Failed:
         return Failed(known, error.what, error.where, error.fix, at, follows)
     if asked := device.out_of_memory(error):
         return Failed("RankError", f"out of memory: {asked} more could not be had", "", LESS_MEMORY, at, follows)
+    doing = operations.doing(error)
+    doing.waits &= follows
     # The first frame is ours and says nothing.
     frames = error.__traceback__.tb_next if error.__traceback__ else None
     text = "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-    return Failed("", text, "", "", at, follows)
+    return Failed("", text, "", "", at, follows, doing)

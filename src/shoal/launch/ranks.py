@@ -17,13 +17,14 @@ from shoal.launch.channel import Channel
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.messages import Call, Ended, Failed, Returned
 from shoal.launch.processes import ForkServer
+from shoal.operations import Doing
 
 # What runs in every rank and store; ranks find it imported.
 _PRELOAD = ("shoal.launch.store", "shoal.launch.rank", "torch.distributed.fsdp", "torch._dynamo")
 # Seconds that killed processes may take to be gone, and that ranks may take to end by themselves.
 _KILLED, _ENDING = 2.0, 5.0
 
-Event = tuple[int, Returned | Failed | Ended]
+Event = tuple[int, Returned | Failed | Ended | Doing]
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Ranks:
                 ours, theirs = socket.socketpair()
                 with theirs:
                     id = self.server.fork("shoal.launch.rank:main", {"member": rank, "port": self._port}, theirs)
-                self.alive[rank] = _Rank(id, Channel(ours, Returned | Failed))
+                self.alive[rank] = _Rank(id, Channel(ours, Returned | Failed | Doing))
                 self.selector.register(self.alive[rank].channel, selectors.EVENT_READ, rank)
 
     def forget(self, sock: socket.socket) -> None:

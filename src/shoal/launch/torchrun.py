@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from shoal import errors
+from shoal import errors, operations
 from shoal.errors import RankError, ShoalError
+from shoal.launch import waits
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.elastic import is_mistake, is_worker
 from shoal.launch.forkserver import resolve
@@ -47,6 +48,8 @@ def run(entry: str, args: dict[str, Any], threads: int = 0) -> Any:
     import torch
     from torch.distributed.elastic.multiprocessing.errors import record
 
+    from shoal import device
+
     seat = seat_from_environment()
     assert seat is not None, "not started by torchrun"
     torch.set_num_threads(threads_per_rank(threads, seat.neighbours))
@@ -58,6 +61,12 @@ def run(entry: str, args: dict[str, Any], threads: int = 0) -> Any:
         except ShoalError as error:
             if is_mistake(error):
                 return error
+            raise
+        except Exception as error:
+            doing = operations.doing(error)
+            if device.peer_gone(error) and (what := waits.alone(doing, seat.member)):
+                fix = "see what it says; if it was only slow, a longer sync.timeout"
+                raise RankError(f"{what}, gone or late", where=f"rank {seat.member}", fix=fix) from error
             raise
 
     value = value_or_mistake()

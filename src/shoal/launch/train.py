@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shoal.checkpoint import hf_folder
 from shoal.data.prepare import Prepared, prepare
 from shoal.errors import JobError, ShoalError
 from shoal.job import Job, Layout, write
@@ -130,6 +131,8 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
     if resume is None:
         folder = _new_folder(job)
         job = architecture(job)
+        if job.model.weights:
+            hf_folder.weights(Path(job.model.weights), say)
         prepared = prepare(job.data, say=say)
     else:
         folder = Path(resume)

@@ -6,13 +6,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shoal.errors import JobError, ModelError
 from shoal.job import Job
 from shoal.job.check import fit, kinds
 from shoal.job.job import check_context
-from shoal.job.model import ROPE_KEYS, TRAINING, ModelOptions
+from shoal.job.model import ROPE_KEYS, ROPE_MORE, TRAINING, ModelOptions
 from shoal.models.families import DEFAULTS, FAMILIES, NEUTRAL, REQUIRED, odd_keys, odd_options
 
 
@@ -81,6 +81,7 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelOptions:
         known = "'llama' (Llama 2 and 3, SmolLM2), " + ", ".join(repr(other) for other in FAMILIES if other != "llama")
         raise ModelError(f"model_type={name!r} is not supported", where=where, fix=f"known: {known}")
     family = FAMILIES[name]
+    storage(config, where)
     _refuse_what_is_not_computed(config, NEUTRAL | family.neutral, where)
     missing = [key for key in REQUIRED if key not in config]
     if missing:
@@ -102,6 +103,47 @@ def from_hf(config: dict[str, Any], where: str = "config.json") -> ModelOptions:
     return options
 
 
+class Storage(NamedTuple):
+    """How a folder stores its weights.
+
+    block: rows and columns of an fp8 weight that share a scale; None where no weight is in fp8. further: numbers of the
+    layers that predict further tokens (Gloeckle et al. 2024, arXiv:2404.19737; DeepSeek-V3, section 2.2), behind the
+    model's own; they are not computed.
+    """
+
+    block: tuple[int, int] | None
+    further: range
+
+
+def storage(config: dict[str, Any], where: str = "config.json") -> Storage:
+    """What a config says of how its weights are stored. Raises ModelError; `where` is for it."""
+    layers = config.get("num_hidden_layers", 0)
+    count = config.get("num_nextn_predict_layers", config.get("num_mtp_layers")) or 0
+    if not isinstance(layers, int) or not isinstance(count, int) or count < 0:
+        what = f"num_hidden_layers={layers!r}, num_nextn_predict_layers={count!r} are no numbers of layers"
+        raise ModelError(what, where=where, fix="fetch the file again")
+    return Storage(_block(config.get("quantization_config"), where), range(layers, layers + count))
+
+
+def _block(said: Any, where: str) -> tuple[int, int] | None:
+    if said is None:
+        return None
+    said = said if isinstance(said, dict) else {}
+    kept = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
+    found = [f"{key}={said.get(key)!r}" for key, value in kept.items() if said.get(key, value) != value]
+    match said.get("weight_block_size"):
+        case [int(rows), int(columns)] if not found and "quant_method" in said and rows > 0 and columns > 0:
+            return rows, columns
+        case other:
+            odd = found[0] if found else f"weight_block_size={other!r}"
+    raise ModelError(
+        f"quantization_config with {odd} is not supported",
+        where=where,
+        fix="what works: no quantisation, or fp8 in blocks as DeepSeek publishes it (quant_method fp8, fmt e4m3, "
+        "weight_block_size [128, 128]); save another model dequantised, with transformers",
+    )
+
+
 def _refuse_what_is_not_computed(config: dict[str, Any], neutral: dict[str, tuple[Any, ...]], where: str) -> None:
     for key, values in neutral.items():
         if key in config and config[key] not in values:
@@ -120,11 +162,14 @@ def _rope(config: dict[str, Any], usual: float, where: str) -> tuple[float, str]
         raise ModelError(f"rope_type={kind!r} is not supported", where=where, fix=f"known: {', '.join(ROPE_KEYS)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ModelError("partial_rotary_factor is not supported", where=where, fix="known: 1.0")
+    if kind != "yarn" and rope.get("mscale_all_dim"):
+        raise ModelError(f"mscale_all_dim with rope_type={kind!r} is not supported", where=where, fix="known: yarn")
     if kind == "default":
         return theta, ""
-    if kind == "llama3":
+    if kind in ("llama3", "yarn"):
         rope.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-    return theta, json.dumps({"rope_type": kind} | {key: rope.get(key) for key in ROPE_KEYS[kind]})
+    more = {key: rope[key] for key in ROPE_MORE.get(kind, ()) if rope.get(key) is not None}
+    return theta, json.dumps({"rope_type": kind} | {key: rope.get(key) for key in ROPE_KEYS[kind]} | more)
 
 
 def to_hf(

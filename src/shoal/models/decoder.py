@@ -1,6 +1,6 @@
 """The decoder-only transformer: one configurable block as in Llama 2 and 3 (Touvron et al. 2023,
 arXiv:2307.09288; Grattafiori et al. 2024, arXiv:2407.21783) and SmolLM2. Modules are named so that parameters
-have Hugging Face's names.
+have Hugging Face's names, but where several are stored as one (see storage.py).
 
 Precision. Without autocast everything has the dtype of the weights. With autocast the residual stream and the
 norms' statistics are in float32, and all weights are seen in autocast's dtype, the embedding and the norms
@@ -21,10 +21,11 @@ from shoal.job.model import ModelOptions
 from shoal.models.feedforward import FeedForward
 from shoal.models.moe import MoE
 from shoal.models.spec import EXPERT_NAMES
+from shoal.models.storage import FusedLinear
 from shoal.ops.attention import Attend, Attention, causal_attend
 from shoal.ops.dropout import Dropout, LayerDropout, keep_all
 from shoal.ops.norm import rms_norm
-from shoal.ops.rope import frequencies, rotate, rotation
+from shoal.ops.rope import attention_factor, frequencies, latent_factor, rotate, rotation
 
 # Sites of dropout in a layer; that of the embedding is in layer 0.
 _ATTENTION, _FEED_FORWARD, _EMBEDDING = range(3)
@@ -52,9 +53,8 @@ class SelfAttention(nn.Module):
         queries = options.num_attention_heads * options.head_size
         keys = options.num_key_value_heads * options.head_size
         bias = options.attention_bias or options.qkv_bias
-        self.q_proj = nn.Linear(options.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(options.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(options.hidden_size, keys, bias=bias)
+        outputs = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
+        self.qkv_proj = FusedLinear(options.hidden_size, outputs, bias)
         self.o_proj = nn.Linear(queries, options.hidden_size, bias=options.attention_bias)
         # Of queries and keys, each head by itself (Qwen3).
         normed = options.family == "qwen3_moe"
@@ -62,15 +62,11 @@ class SelfAttention(nn.Module):
         self.k_norm = Norm(options, options.head_size) if normed else None
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attention: Attention) -> Tensor:
-        q_BLHD, k_BLKD = self._heads(self.q_proj(x_BLD)), self._heads(self.k_proj(x_BLD))
-        v_BLKD = self._heads(self.v_proj(x_BLD))
+        q_BLHD, k_BLKD, v_BLKD = (x_BLF.unflatten(-1, (-1, self.head_size)) for x_BLF in self.qkv_proj(x_BLD))
         if self.q_norm is not None and self.k_norm is not None:
             q_BLHD, k_BLKD = self.q_norm(q_BLHD), self.k_norm(k_BLKD)
         q_BLHD, k_BLKD = rotate(q_BLHD, cos, sin), rotate(k_BLKD, cos, sin)
         return self.o_proj(attention(q_BLHD, k_BLKD, v_BLKD).flatten(2))
-
-    def _heads(self, x_BLF: Tensor) -> Tensor:
-        return x_BLF.unflatten(-1, (-1, self.head_size))
 
 
 class LatentAttention(nn.Module):
@@ -81,7 +77,7 @@ class LatentAttention(nn.Module):
     def __init__(self, options: ModelOptions):
         super().__init__()
         o, heads, bias = options, options.num_attention_heads, options.attention_bias
-        self.options = options
+        self.options, self.factor = options, latent_factor(options.rope_scaling)
         # Theirs have this eps whatever config.json says.
         norm = partial(Norm, options, eps=1e-6)
         if o.q_lora_rank:
@@ -103,7 +99,7 @@ class LatentAttention(nn.Module):
         kv_BLHF = self.kv_b_proj(self.kv_a_layernorm(latent_BLC)).unflatten(-1, (o.num_attention_heads, -1))
         k_BLHN, v_BLHV = kv_BLHF.split([o.qk_nope_head_dim, o.v_head_dim], -1)
         k_BLHR = rotate(_pairs_apart(k_BLR[:, :, None]), cos, sin).expand(*k_BLHN.shape[:3], -1)
-        q_BLHD = torch.cat((q_BLHN, rotate(_pairs_apart(q_BLHR), cos, sin)), -1)
+        q_BLHD = torch.cat((q_BLHN, rotate(_pairs_apart(q_BLHR), cos, sin)), -1) * self.factor
         return self.o_proj(attention(q_BLHD, torch.cat((k_BLHN, k_BLHR), -1), v_BLHV).flatten(2))
 
 
@@ -172,7 +168,7 @@ class Trunk(nn.Module):
         o = self.options
         x_BLD = self._embed(input_, drop) if self.first else input_
         frequency = frequencies(o.rotary_size, o.rope_theta, o.rope_scaling, x_BLD.device)
-        cos, sin = rotation(positions_BL, frequency, x_BLD.dtype)
+        cos, sin = rotation(positions_BL, frequency, x_BLD.dtype, attention_factor(o.rope_scaling))
         for layer, block in self.layers.items():
             of_layer = drop.at(int(layer)) if drop else keep_all
             x_BLD = block(x_BLD, cos, sin, attend(int(layer)), valid_BL, of_layer)

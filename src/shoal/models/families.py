@@ -41,7 +41,6 @@ DEFAULTS: dict[str, Any] = {
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_dropout": (0, 0.0),
-    "quantization_config": (None,),
     "partial_rotary_factor": (None, 1, 1.0),
     "no_rope_layers": (None, []),
     "logit_scale": (None, 1, 1.0),
@@ -58,6 +57,15 @@ _DENSE: dict[str, tuple[Any, ...]] = {
 # With use_sliding_window off, Qwen's sliding_window says nothing.
 _QWEN: dict[str, tuple[Any, ...]] = {"use_sliding_window": (None, False), "decoder_sparse_step": (None, 1)}
 _SIZED = {key: key for key in ("moe_intermediate_size", "num_experts_per_tok", "norm_topk_prob")}
+_LATENT = {
+    "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+}  # fmt: skip
+_DEEPSEEK = {
+    **_SIZED,
+    "num_experts": "n_routed_experts",
+    "attention_bias": "attention_bias",
+    **{key: key for key in ("first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor", *_LATENT)},
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -111,21 +119,28 @@ FAMILIES: dict[str, Family] = {
         written={"use_sliding_window": False, "decoder_sparse_step": 1},
         renamed={"num_experts": "num_local_experts"},
     ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        keys=_DEEPSEEK,
+        defaults={
+            **_LATENT,
+            "num_experts": 64,
+            "moe_intermediate_size": 1407,
+            "norm_topk_prob": False,
+        },
+        neutral={
+            "mlp_bias": (None, False),
+            "norm_topk_prob": (None, False),
+            "scoring_func": (None, "softmax"),
+            "moe_layer_freq": (None, 1),
+        },
+        written={"scoring_func": "softmax", "moe_layer_freq": 1},
+    ),
     "deepseek_v3": Family(
         "DeepseekV3ForCausalLM",
-        keys={
-            **_SIZED,
-            "num_experts": "n_routed_experts",
-            "attention_bias": "attention_bias",
-            **{
-                key: key
-                for key in (
-                    "first_k_dense_replace", "n_group", "topk_group", "routed_scaling_factor", "q_lora_rank",
-                    "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim",
-                )
-            },
-        },
+        keys=_DEEPSEEK,
         defaults={
+            **_LATENT,
             "num_experts": 256,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 2048,
@@ -133,11 +148,6 @@ FAMILIES: dict[str, Family] = {
             "n_group": 8,
             "topk_group": 4,
             "routed_scaling_factor": 2.5,
-            "q_lora_rank": 1536,
-            "kv_lora_rank": 512,
-            "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64,
-            "v_head_dim": 128,
             "max_position_embeddings": 4096,
         },
         neutral={
@@ -145,9 +155,6 @@ FAMILIES: dict[str, Family] = {
             "scoring_func": (None, "sigmoid"),
             "topk_method": (None, "noaux_tc"),
             "moe_layer_freq": (None, 1),
-            # Modules that predict further tokens have weights of their own, which would be left out.
-            "num_nextn_predict_layers": (None, 0),
-            "num_mtp_layers": (None, 0),
         },
         written={
             "rope_interleave": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_layer_freq": 1,
@@ -163,11 +170,14 @@ def odd_options(family: str, config: dict[str, Any]) -> dict[str, Any]:
     if family in ("qwen2_moe", "qwen3_moe"):
         # Any layers may be dense there; shoal knows the first ones. What else it says is refused by `odd_keys`.
         found["first_k_dense_replace"] = len(config.get("mlp_only_layers") or [])
-    if family == "deepseek_v3":
+    if family in ("deepseek_v2", "deepseek_v3"):
+        number, size = (2, 1407) if family == "deepseek_v2" else (1, 2048)
         found["q_lora_rank"] = config.get("q_lora_rank", 1536) or 0
-        size = config.get("moe_intermediate_size", 2048)
-        found["shared_expert_intermediate_size"] = (config.get("n_shared_experts", 1) or 0) * size
+        size = config.get("moe_intermediate_size", size)
+        found["shared_expert_intermediate_size"] = (config.get("n_shared_experts", number) or 0) * size
         found["head_dim"] = 0
+    if family == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy":
+        found |= {"n_group": 1, "topk_group": 1}  # whatever it says of groups
     return found
 
 
@@ -175,10 +185,12 @@ def odd_keys(options: ModelOptions) -> dict[str, Any]:
     """The keys of config.json that `odd_options` reads."""
     if options.family in ("qwen2_moe", "qwen3_moe"):
         return {"mlp_only_layers": list(range(options.first_k_dense_replace))}
-    if options.family == "deepseek_v3":
-        return {
+    if options.family in ("deepseek_v2", "deepseek_v3"):
+        said = {
             "q_lora_rank": options.q_lora_rank or None,
             "n_shared_experts": options.shared_expert_intermediate_size // options.moe_intermediate_size,
             "head_dim": options.qk_rope_head_dim,
         }
+        grouped = "group_limited_greedy" if options.n_group > 1 else "greedy"
+        return said | ({"topk_method": grouped} if options.family == "deepseek_v2" else {})
     return {}

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from shoal.job.model import ModelOptions
+from shoal.models.storage import FusedLinear
 
 
 class FeedForward(nn.Module):
@@ -15,9 +16,10 @@ class FeedForward(nn.Module):
         """size: its width in features, 0 = intermediate_size."""
         super().__init__()
         size = size or options.intermediate_size
-        self.gate_proj = nn.Linear(options.hidden_size, size, bias=options.mlp_bias)
-        self.up_proj = nn.Linear(options.hidden_size, size, bias=options.mlp_bias)
+        outputs = {"gate_proj": size, "up_proj": size}
+        self.gate_up_proj = FusedLinear(options.hidden_size, outputs, options.mlp_bias)
         self.down_proj = nn.Linear(size, options.hidden_size, bias=options.mlp_bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_BLD)) * self.up_proj(x_BLD))
+        gate_BLF, up_BLF = self.gate_up_proj(x_BLD)
+        return self.down_proj(F.silu(gate_BLF) * up_BLF)

@@ -5,7 +5,7 @@ in some families through shared ones besides (Dai et al. 2024, "DeepSeekMoE", ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,10 +79,11 @@ class Experts(nn.Module):
         by_expert = order(index_NK, self.gate_EFD.shape[0])
         return gather(self.compute(spread(x_ND, by_expert), by_expert.counts_E), weight_NK, by_expert)
 
-    def compute(self, rows_MD: Tensor, counts_E: Tensor) -> Tensor:
-        """Rows sorted by expert, and how many each has -> what the experts make of them, (M, D)."""
-        hidden_MF = grouped_gated(rows_MD, self.gate_EFD, self.up_EFD, counts_E)
-        return grouped_linear(hidden_MF, self.down_EDF, counts_E)
+    def compute(self, rows_MD: Tensor, counts_E: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Rows sorted by expert, and how many each has (sizes: the same, where the host knows) -> what the experts make
+        of them, (M, D)."""
+        hidden_MF = grouped_gated(rows_MD, self.gate_EFD, self.up_EFD, counts_E, sizes)
+        return grouped_linear(hidden_MF, self.down_EDF, counts_E, sizes)
 
 
 @dataclass

@@ -38,6 +38,7 @@ EXPERT_NAMES = {
     "mixtral": ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
     "qwen2_moe": ExpertNames(shared="shared_expert"),
     "qwen3_moe": ExpertNames(),
+    "deepseek_v2": ExpertNames(shared="shared_experts"),
     "deepseek_v3": ExpertNames(shared="shared_experts"),
 }
 """By family, as published: transformers 5 fuses experts in memory, but neither reads nor writes them so."""

@@ -1,8 +1,9 @@
 """How a model's parameters are split over the ranks of the tensor axis, as data (Shoeybi et al. 2019, "Megatron-LM",
 section 3, arXiv:1909.08053; sequence parallelism: Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2).
 
-Keys are patterns of module names. Between the modules that are split, each rank has all features of a part of the
-sequence; `GATHERED` modules see the whole sequence and a part of the features.
+Keys are patterns of canonical module names, also where a model stores several of them as one. Between the modules that
+are split, each rank has all features of a part of the sequence; `GATHERED` modules see the whole sequence and a part of
+the features.
 """
 
 from __future__ import annotations

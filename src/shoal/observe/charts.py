@@ -41,6 +41,8 @@ def charts(rows: Rows) -> list[dict[str, Any]]:
         _chart("Throughput", "tokens/s", _noisy(rows, "tokens_per_second", "each step", GREEN)),
         _chart("Step breakdown", "ms", _breakdown(rows)),
         _chart("Gradient norm", "before clipping", _noisy(rows, "grad_norm", "each step", PURPLE)),
+        _chart("Balance of experts", "1 = all used alike", _balance(rows)),
+        _chart("Dropped choices of experts", "%", _dropped(rows)),
         _chart("Learning rate", "", _line(rows, "lr", "learning rate", ORANGE)),
         _chart("Memory", "GiB, highest so far, rank 0", _line(rows, "memory_gib", "memory", SKY)),
     ]
@@ -99,6 +101,22 @@ def around(values: Sequence[float | None], half: int) -> list[float | None]:
         present = counts[high] - counts[low]
         found.append((sums[high] - sums[low]) / present if present else None)
     return found
+
+
+def _balance(rows: Rows) -> list[dict[str, Any]]:
+    """Both are 1 at best. Nothing for a model without experts."""
+    busiest = _noisy(rows, "busiest_load", "busiest expert's load over the mean", ORANGE)
+    return busiest + _line(rows, "balance_loss", "balance loss", BLUE)
+
+
+def _dropped(rows: Rows) -> list[dict[str, Any]]:
+    """Nothing where no choice was dropped, as without a capacity."""
+    dropped = [
+        row | {"dropped_percent": 100 * row["dropped_share"]} for row in rows if finite(row.get("dropped_share"))
+    ]
+    return (
+        _line(dropped, "dropped_percent", "of all choices", PURPLE) if any(r["dropped_share"] for r in dropped) else []
+    )
 
 
 def _validation(rows: Rows) -> list[dict[str, Any]]:

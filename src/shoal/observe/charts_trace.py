@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from shoal.observe.charts import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
-from shoal.observe.trace import Kind, Recording, Share, Span, aligned, own, summary
+from shoal.observe.timeline import Share, aligned, common, computing, minus, own, summary
+from shoal.observe.trace import Kind, Recording, Span
 
 WAIT = "#DFE3E8"
+HIDDEN = "#F5CBA7"
 KINDS: tuple[tuple[Kind, str], ...] = (
     ("forward", BLUE),
     ("backward", SKY),
@@ -34,7 +36,8 @@ Placed = tuple[int, Bar]
 
 
 def trace_chart(recordings: Iterable[Recording]) -> dict[str, Any] | None:
-    """One lane a rank: what it did, coloured by kind; under it, what was in flight; above, the shares in words.
+    """One lane a rank: what it did, coloured by kind; under it, what was in flight, pale while it was hidden behind
+    compute; above, the shares in words.
 
     As `charts` gives them, and with `layout`: what this one needs over the page's own layout. None without spans.
     """
@@ -44,10 +47,12 @@ def trace_chart(recordings: Iterable[Recording]) -> dict[str, Any] | None:
         return None
     every = -(-len(recordings) // _LANES)
     drawn, shares = recordings[::every], summary(recordings)[::every]
-    bars, flights = _bars(drawn, int(end * _GAP))
+    gap = int(end * _GAP)
+    bars, flights = _bars(drawn, gap), _flights(drawn, gap)
     traces = [_trace(kind, kind, colour, _BAR, bars[kind]) for kind, colour in KINDS if bars[kind]]
-    if flights:
-        traces.append(_trace("in flight", "communication", ORANGE, _FLIGHT, flights))
+    for name, colour in (("in flight, hidden", HIDDEN), ("in flight, exposed", ORANGE)):
+        if flights[name]:
+            traces.append(_trace(name, "communication", colour, _FLIGHT, flights[name]))
     return {
         "title": "One step",
         "unit": "of each rank" if every == 1 else f"of {len(drawn)} of {len(recordings)} ranks",
@@ -60,7 +65,7 @@ def trace_chart(recordings: Iterable[Recording]) -> dict[str, Any] | None:
 
 
 def shares_text(share: Share) -> str:
-    """`compute 71 % · exposed communication 12 % · data 2 % · bubble 15 %`."""
+    """`compute 71 % · exposed communication 12 % · data 2 % · bubble 15 %; hidden communication 40 %`."""
     parts = {
         "compute": share.compute,
         "exposed communication": share.exposed,
@@ -68,22 +73,35 @@ def shares_text(share: Share) -> str:
         "bubble": share.bubble,
     }
     whole = sum(parts.values())
-    return " · ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+    words = " · ".join(f"{name} {100 * part / whole:.0f} %" for name, part in parts.items())
+    return f"{words}; hidden communication {100 * share.hidden / whole:.0f} %"
 
 
-def _bars(recordings: list[Recording], gap: int) -> tuple[dict[Kind, list[Placed]], list[Placed]]:
-    """Those of each kind, and those in flight."""
+def _bars(recordings: list[Recording], gap: int) -> dict[Kind, list[Placed]]:
+    """Those of each kind."""
     bars: dict[Kind, list[Placed]] = defaultdict(list)
-    flights: list[Placed] = []
     for lane, recording in enumerate(recordings):
         pieces: dict[Kind, list[Bar]] = defaultdict(list)
         for span, mine in own(recording.spans):
             pieces[span.kind] += [(start, end, _words(span)) for start, end in mine]
         for kind, some in pieces.items():
             bars[kind] += [(lane, bar) for bar in _joined(some, gap)]
-        flying = [(span.start, span.end, _words(span)) for span in recording.spans if span.in_flight]
-        flights += [(lane, bar) for bar in _joined(flying, gap)]
-    return bars, flights
+    return bars
+
+
+def _flights(recordings: list[Recording], gap: int) -> dict[str, list[Placed]]:
+    """What is in flight: cut where the rank begins or ends to compute."""
+    flights: dict[str, list[Placed]] = defaultdict(list)
+    for lane, recording in enumerate(recordings):
+        compute = computing(recording)
+        pieces: dict[str, list[Bar]] = defaultdict(list)
+        for span in (s for s in recording.spans if s.in_flight):
+            whole, words = [(span.start, span.end)], _words(span)
+            pieces["in flight, exposed"] += [(start, end, words) for start, end in minus(whole, compute)]
+            pieces["in flight, hidden"] += [(start, end, words) for start, end in common(whole, compute)]
+        for name, some in pieces.items():
+            flights[name] += [(lane, bar) for bar in _joined(some, gap)]
+    return flights
 
 
 def _words(span: Span) -> str:

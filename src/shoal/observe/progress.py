@@ -130,6 +130,8 @@ class Progress:
         if self.mfu.peak:
             yield "MFU", percent(self.mfu.of(speed))
         yield "grad norm", number(self.row.get("grad_norm"), ".3g")
+        if "busiest_load" in self.row:
+            yield "busiest expert", f"{number(self.row['busiest_load'], '.2f')}×"
         yield "lr", number(self.row.get("lr"), ".2e")
         ended = self.done >= self.steps
         yield ("took", duration(self.clock() - self._begun)) if ended else ("ETA", duration(self.left))

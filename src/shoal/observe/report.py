@@ -11,7 +11,7 @@ from shoal.errors import ShoalError
 from shoal.job import Job
 from shoal.job import read as read_job
 from shoal.models.spec import count
-from shoal.observe import commands, environment, files, metrics, page, result, trace
+from shoal.observe import commands, environment, files, metrics, page, perfetto, result
 from shoal.observe.charts import PARTS, Rows, charts, median
 from shoal.observe.charts_trace import trace_chart
 from shoal.observe.hold import held
@@ -58,7 +58,7 @@ def render(folder: Path, running: bool) -> str:
     done = result.current(folder, _last(rows))
     state = _state(done, job, running)
     drawn = charts(rows)
-    if chart := trace_chart(trace.read(folder / trace.FILE)):
+    if chart := trace_chart(perfetto.read(folder / perfetto.FILE)):
         drawn.append(chart)
     facts = [page.table("Run", _run_rows(folder, job, rows, done)), page.code("Go on", _go_on(folder, done))]
     more = [page.table("Machine", _machine_rows(where))] if where else []

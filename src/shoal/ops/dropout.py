@@ -1,7 +1,8 @@
 """Dropout whose mask is a hash of what an element is, not of who computes it or when.
 
-An element is named by (seed, step, sample, position, layer, site, global feature). Any rank that holds it comes
-to the same answer, so masks do not depend on the layout; backward and recomputation make the mask again, so
+An element is named by (seed, step, sample, position, layer, site, global feature); a probability of attention, by
+(seed, step, sample, position of the query, layer, its site, global head, position of the key). Any rank that holds it
+comes to the same answer, so masks do not depend on the layout; backward and recomputation make the mask again, so
 none is kept.
 
 A row's 64 bits come from a chain of SplitMix64 outputs (Steele, Lea & Flood 2014, "Fast splittable pseudorandom
@@ -24,6 +25,9 @@ from torch import Tensor
 
 LayerDropout = Callable[..., Tensor]
 """(x_BLD, site, first_feature=0) -> x_BLD."""
+
+# The site of attention's probabilities; models count theirs from 0.
+_PROBABILITIES = -1
 
 _TO_SIGNED = 1 << 31
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -69,6 +73,17 @@ class Dropout:
             return keep_all
         return partial(_drop, layer_BL=_draw(self.row_BL, layer), dropped=self.dropped)
 
+    def of_probabilities(self, layer: int, first_head: int = 0) -> Callable[[Tensor], Tensor]:
+        """p_BHLS -> p_BHLS, for the probabilities with which the queries at this micro-batch's places look at keys.
+
+        Keys are those of positions 0 to S - 1 of the row. first_head: of the H heads here, which are neighbours, in all
+        that the ranks hold together. For compiled blocks as `at`.
+        """
+        site_BL = _draw(_draw(self.row_BL, layer), _PROBABILITIES)
+        # In a tensor, whose value a compiler does not see: with it known, Inductor makes integers that fit nowhere.
+        first = torch.full((), first_head, dtype=torch.int64, device=site_BL.device)
+        return partial(_drop_probabilities, site_BL=site_BL, first_head=first, dropped=self.dropped)
+
 
 def keep_all(x_BLD: Tensor, site: int, first_feature: int = 0) -> Tensor:
     """No dropout."""
@@ -78,6 +93,13 @@ def keep_all(x_BLD: Tensor, site: int, first_feature: int = 0) -> Tensor:
 def _drop(x_BLD: Tensor, site: int, first_feature: int = 0, *, layer_BL: Tensor, dropped: int) -> Tensor:
     assert layer_BL.shape == x_BLD.shape[:2], f"rows {tuple(layer_BL.shape)} for x {tuple(x_BLD.shape)}"
     return _Drop.apply(x_BLD, _draw(layer_BL, site), first_feature, dropped)
+
+
+def _drop_probabilities(p_BHLS: Tensor, *, site_BL: Tensor, first_head: Tensor, dropped: int) -> Tensor:
+    heads, queries = p_BHLS.shape[1:3]
+    assert site_BL.shape == (len(p_BHLS), queries), f"rows {tuple(site_BL.shape)} for p {tuple(p_BHLS.shape)}"
+    head_H1 = first_head + torch.arange(heads, device=p_BHLS.device)[:, None]
+    return _Drop.apply(p_BHLS, _draw(site_BL[:, None].expand(-1, heads, -1), head_H1), 0, dropped)
 
 
 class _Drop(torch.autograd.Function):

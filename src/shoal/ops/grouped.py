@@ -7,6 +7,7 @@ twice, so results do not depend on the order in which threads get there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -15,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Rows = list[slice] | None
+"""Where each group's rows are; None where one kernel takes all groups and asks nobody."""
 
 
 @dataclass(frozen=True)
@@ -96,27 +100,37 @@ class _Gather(torch.autograd.Function):
         return of_rows_MD, of_weight_NK.to(weight_NK.dtype), None
 
 
-def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_linear(x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
     """x · weightᵀ (M, O), where each group's rows meet its own matrix; rows behind all groups give zeros.
 
     x_MI: rows by group, in autocast's dtype if it is on, else their own; so are the products. weight_EOI: any float
-    dtype. counts_E: int64, the groups' rows, in all at most M.
+    dtype. counts_E: int64, the groups' rows, in all at most M. sizes: the same numbers, where the host has them; else a
+    product that is no single kernel waits for the device to tell them, once.
     """
     x_MI, weight_EOI = _cast(x_MI, weight_EOI)
-    return _GroupedLinear.apply(x_MI, weight_EOI, counts_E, _has_kernel(weight_EOI))
+    return _GroupedLinear.apply(x_MI, weight_EOI, counts_E, _rows(weight_EOI, counts_E, sizes))
 
 
-def grouped_gated(x_MI: Tensor, gate_EOI: Tensor, up_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_gated(
+    x_MI: Tensor, gate_EOI: Tensor, up_EOI: Tensor, counts_E: Tensor, sizes: Sequence[int] | None = None
+) -> Tensor:
     """silu(x · gateᵀ) ⊙ (x · upᵀ), (M, O), otherwise as `grouped_linear`. Keeps the two products for backward, and
     nothing else of their size."""
     x_MI, gate_EOI, up_EOI = _cast(x_MI, gate_EOI, up_EOI)
-    return _GroupedGated.apply(x_MI, gate_EOI, up_EOI, counts_E, _has_kernel(gate_EOI))
+    return _GroupedGated.apply(x_MI, gate_EOI, up_EOI, counts_E, _rows(gate_EOI, counts_E, sizes))
 
 
 def _cast(x_MI: Tensor, *weights_EOI: Tensor) -> tuple[Tensor, ...]:
     kind = x_MI.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x_MI.dtype
     return tuple(t.to(dtype) for t in (x_MI, *weights_EOI))
+
+
+def _rows(weight_EOI: Tensor, counts_E: Tensor, sizes: Sequence[int] | None) -> Rows:
+    if _has_kernel(weight_EOI):
+        return None
+    sizes = counts_E.tolist() if sizes is None else sizes
+    return [slice(end - size, end) for end, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 def _has_kernel(weight_EOI: Tensor) -> bool:
@@ -127,27 +141,27 @@ def _has_kernel(weight_EOI: Tensor) -> bool:
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor, kernel: bool) -> Tensor:
+    def forward(ctx: Any, x_MI: Tensor, weight_EOI: Tensor, counts_E: Tensor, rows: Rows) -> Tensor:
         ctx.save_for_backward(x_MI, weight_EOI, counts_E)
-        ctx.kernel = kernel
-        return _times(x_MI, weight_EOI.transpose(1, 2), counts_E, kernel)
+        ctx.rows = rows
+        return _times(x_MI, weight_EOI.transpose(1, 2), counts_E, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_MO: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_MI, weight_EOI, counts_E = ctx.saved_tensors
         gradient_MO = gradient_MO.contiguous()
-        of_x_MI = _times(gradient_MO, weight_EOI, counts_E, ctx.kernel)
-        return of_x_MI, _outer(gradient_MO, x_MI, counts_E, ctx.kernel), None, None
+        of_x_MI = _times(gradient_MO, weight_EOI, counts_E, ctx.rows)
+        return of_x_MI, _outer(gradient_MO, x_MI, counts_E, ctx.rows), None, None
 
 
 class _GroupedGated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_MI: Tensor, gate_EOI: Tensor, up_EOI: Tensor, counts_E: Tensor, kernel: bool) -> Tensor:
-        gate_MO = _times(x_MI, gate_EOI.transpose(1, 2), counts_E, kernel)
-        up_MO = _times(x_MI, up_EOI.transpose(1, 2), counts_E, kernel)
+    def forward(ctx: Any, x_MI: Tensor, gate_EOI: Tensor, up_EOI: Tensor, counts_E: Tensor, rows: Rows) -> Tensor:
+        gate_MO = _times(x_MI, gate_EOI.transpose(1, 2), counts_E, rows)
+        up_MO = _times(x_MI, up_EOI.transpose(1, 2), counts_E, rows)
         ctx.save_for_backward(x_MI, gate_EOI, up_EOI, gate_MO, up_MO, counts_E)
-        ctx.kernel = kernel
+        ctx.rows = rows
         return F.silu(gate_MO).mul_(up_MO)
 
     @staticmethod
@@ -156,19 +170,18 @@ class _GroupedGated(torch.autograd.Function):
         x_MI, gate_EOI, up_EOI, gate_MO, up_MO, counts_E = ctx.saved_tensors
         of_up_MO = F.silu(gate_MO).mul_(gradient_MO)
         of_gate_MO = torch.ops.aten.silu_backward(gradient_MO * up_MO, gate_MO)
-        of_x_MI = _times(of_gate_MO, gate_EOI, counts_E, ctx.kernel)
-        of_x_MI = _times(of_up_MO, up_EOI, counts_E, ctx.kernel, of_x_MI)
-        of_gate_EOI = _outer(of_gate_MO, x_MI, counts_E, ctx.kernel)
-        return of_x_MI, of_gate_EOI, _outer(of_up_MO, x_MI, counts_E, ctx.kernel), None, None
+        of_x_MI = _times(of_gate_MO, gate_EOI, counts_E, ctx.rows)
+        of_x_MI = _times(of_up_MO, up_EOI, counts_E, ctx.rows, of_x_MI)
+        of_gate_EOI = _outer(of_gate_MO, x_MI, counts_E, ctx.rows)
+        return of_x_MI, of_gate_EOI, _outer(of_up_MO, x_MI, counts_E, ctx.rows), None, None
 
 
-def _times(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor, kernel: bool, sum_MN: Tensor | None = None) -> Tensor:
+def _times(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor, rows: Rows, sum_MN: Tensor | None = None) -> Tensor:
     """Each group's a b, zeros behind them all; added to `sum_MN` in place, if there is one."""
-    if kernel:
+    if rows is None:
         product_MN = _times_by_kernel(a_MK, b_EKN, counts_E)
         return product_MN if sum_MN is None else sum_MN.add_(product_MN)
     out_MN = a_MK.new_empty(a_MK.shape[0], b_EKN.shape[2]) if sum_MN is None else sum_MN
-    rows = _rows(counts_E)
     for group, b_KN in zip(rows, b_EKN, strict=True):
         if sum_MN is None:
             torch.mm(a_MK[group], b_KN, out=out_MN[group])
@@ -178,19 +191,14 @@ def _times(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor, kernel: bool, sum_MN: 
     return out_MN
 
 
-def _outer(a_MN: Tensor, b_MK: Tensor, counts_E: Tensor, kernel: bool) -> Tensor:
+def _outer(a_MN: Tensor, b_MK: Tensor, counts_E: Tensor, rows: Rows) -> Tensor:
     """Each group's aᵀ b, (E, N, K); zeros where a group has no rows."""
-    if kernel:
+    if rows is None:
         return F.grouped_mm(a_MN.T, b_MK, offs=counts_E.cumsum(0, dtype=torch.int32))
     out_ENK = a_MN.new_empty(len(counts_E), a_MN.shape[1], b_MK.shape[1])
-    for group, out_NK in zip(_rows(counts_E), out_ENK, strict=True):
+    for group, out_NK in zip(rows, out_ENK, strict=True):
         torch.mm(a_MN[group].T, b_MK[group], out=out_NK)
     return out_ENK
-
-
-def _rows(counts_E: Tensor) -> list[slice]:
-    counts = counts_E.tolist()
-    return [slice(end - size, end) for end, size in zip(accumulate(counts), counts, strict=True)]
 
 
 def _times_by_kernel(a_MK: Tensor, b_EKN: Tensor, counts_E: Tensor) -> Tensor:

@@ -18,13 +18,15 @@ def select(
     """The experts of each token, int64 (B, L, K): those with the highest scores.
 
     bias_E: added to the scores for this choice, and for nothing else (Wang et al. 2024, "Auxiliary-Loss-Free Load
-    Balancing", arXiv:2408.15664). groups: experts next to each other, of which each token keeps those whose two best
-    scores sum highest (DeepSeek-V3, section 2.1.2, arXiv:2412.19437).
+    Balancing", arXiv:2408.15664). groups: experts next to each other, of which each token keeps those whose best
+    scores sum highest: two with a bias (DeepSeek-V3, section 2.1.2, arXiv:2412.19437), one without (DeepSeek-V2,
+    section 2.2.2, arXiv:2405.04434).
     """
     wanted_BLE = scores_BLE if bias_E is None else scores_BLE + bias_E
     if groups > 1:
         wanted_BLGe = wanted_BLE.unflatten(-1, (groups, -1))
-        kept_BLg = wanted_BLGe.topk(2).values.sum(-1).topk(kept_groups).indices
+        judged_by = 1 if bias_E is None else 2
+        kept_BLg = wanted_BLGe.topk(judged_by).values.sum(-1).topk(kept_groups).indices
         kept_BLG = torch.zeros_like(wanted_BLGe[..., 0], dtype=torch.bool).scatter_(-1, kept_BLg, True)
         wanted_BLE = wanted_BLGe.masked_fill(~kept_BLG[..., None], -torch.inf).flatten(-2)
     return wanted_BLE.topk(choices).indices

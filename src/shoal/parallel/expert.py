@@ -8,6 +8,7 @@ expert, computed there with those of all other ranks, and sent back.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
+from shoal.job.model import ModelOptions
 from shoal.mesh import Mesh
+from shoal.models.decoder import Decoder
 from shoal.models.moe import Experts, MoE
 from shoal.ops.grouped import Order, gather, order, spread
 from shoal.parallel.collectives import ALL_GATHER
@@ -68,11 +71,13 @@ class _Dispatch:
         arriving_RE = torch.empty_like(leaving_RE)
         dist.all_to_all_single(arriving_RE, leaving_RE, group=self.group)
         # Sizes of messages are needed on the host: the one place where it waits for the device.
-        sent, received = torch.stack((leaving_RE, arriving_RE)).sum(2).tolist()
+        leaving, arriving = torch.stack((leaving_RE, arriving_RE)).tolist()
+        sent, received = list(map(sum, leaving)), list(map(sum, arriving))
         rows_MD = spread(x_ND, by_expert)
         arrived_MD = _Exchange.apply(rows_MD[: sum(sent)], sent, received, self.group)
-        own = _by_expert(arriving_RE)
-        made_MD = self.module.compute(spread(arrived_MD, own), own.counts_E)
+        own = _by_expert(arriving_RE, sum(received))
+        sizes = [sum(of_expert) for of_expert in zip(*arriving, strict=True)]
+        made_MD = self.module.compute(spread(arrived_MD, own), own.counts_E, sizes)
         back_MD = _Exchange.apply(spread(made_MD, _inverse(own)), received, sent, self.group)
         # What goes to no expert was not sent.
         back_MD = pad(back_MD, (0, 0, 0, len(rows_MD) - len(back_MD)))
@@ -80,11 +85,12 @@ class _Dispatch:
         return gather(back_MD, weight_NK, by_expert).clone()
 
 
-def _by_expert(arriving_RE: Tensor) -> Order:
-    """Rows that arrived by rank, and by expert within each, in the order of the experts."""
+def _by_expert(arriving_RE: Tensor, rows: int) -> Order:
+    """Rows that arrived by rank, and by expert within each, in the order of the experts. rows: their number."""
     ranks, experts = arriving_RE.shape
     expert_X = torch.arange(experts, device=arriving_RE.device).repeat(ranks)
-    return order(expert_X.repeat_interleave(arriving_RE.flatten())[:, None], experts)
+    expert_M = expert_X.repeat_interleave(arriving_RE.flatten(), output_size=rows)  # without it the device is asked
+    return order(expert_M[:, None], experts)
 
 
 def _inverse(rows: Order) -> Order:
@@ -147,27 +153,66 @@ class Rows:
         return self._places[length]
 
 
+@dataclass(frozen=True)
+class Use:
+    """How the experts of the whole model were used by a global batch; the same in every layout, on every rank.
+
+    balance_loss: mean over tokens and layers, without its weight; 1 where all experts are used alike. dropped_share: of
+    all choices of valid tokens, those that found no room. busiest_load: the choices of a layer's most chosen expert
+    over those of its mean expert, dropped ones too; of the layer where that is largest.
+    """
+
+    balance_loss: float
+    dropped_share: float
+    busiest_load: float
+
+
 class Balance:
     """What the experts of these modules were used for in a step, and what follows from it."""
 
     def __init__(self, modules: Sequence[nn.Module]):
-        self._layers = [layer for module in modules for layer in module.modules() if isinstance(layer, MoE)]
+        decoders = [m for module in modules for m in module.modules() if isinstance(m, Decoder)]
+        # By their number in the whole model, as are `_routed`, which other stages have too.
+        self._layers = {
+            int(number): layer
+            for decoder in decoders
+            for number, block in decoder.model.layers.items()
+            for layer in block.modules()
+            if isinstance(layer, MoE)
+        }
+        self._options = decoders[0].options if decoders else ModelOptions()
+        self._routed = [n for n in range(self._options.num_hidden_layers) if self._options.routes(n)]
 
     def forget(self) -> None:
         """What a step noted that was broken off or whose update was not applied."""
-        for layer in self._layers:
+        for layer in self._layers.values():
             layer.take_usage()
 
-    def move(self, mesh: Mesh) -> None:
-        """By the counts of the global batch. All ranks of a stage call it."""
-        moving = [layer for layer in self._layers if layer.moves]
-        if not moving:
-            return
-        usages = [layer.take_usage() for layer in moving]
-        counts_NE = torch.stack([usage.counts_E for usage in usages if usage is not None])
-        assert len(counts_NE) == len(moving), "a layer of experts saw no backward pass"
-        if mesh.layout.world > mesh.layout.pipeline:
-            group = mesh.group("replicas", "fsdp", "context", "tensor")
-            mesh.wait(dist.all_reduce(counts_NE, group=group, async_op=True))
-        for layer, counts_E in zip(moving, counts_NE, strict=True):
-            layer.rebalance_(counts_E)
+    def move(self, mesh: Mesh) -> Use | None:
+        """Moves biases by the counts of the global batch. All ranks call it, also those of stages without experts.
+
+        None where the model has no experts. One sum over all ranks, 8 bytes an expert and layer.
+        """
+        if not self._routed:
+            return None
+        experts = self._options.num_experts
+        # Counts are whole in float64 up to 2⁵³.
+        totals_NX = torch.zeros(len(self._routed), experts + 2, dtype=torch.float64, device=mesh.device)
+        for number, layer in self._layers.items():
+            usage = layer.take_usage()
+            assert usage is not None, "a layer of experts saw no backward pass"
+            here = usage.counts_E.double(), usage.balance_sum[None], usage.dropped[None].double()
+            totals_NX[self._routed.index(number)] = torch.cat(here)
+        if mesh.world > 1:
+            mesh.wait(dist.all_reduce(totals_NX, group=mesh.everyone, async_op=True))
+        for number, layer in self._layers.items():
+            layer.rebalance_(totals_NX[self._routed.index(number), :experts])
+        return _use(totals_NX[:, :experts], totals_NX[:, -2], totals_NX[:, -1], self._options.num_experts_per_tok)
+
+
+def _use(counts_NE: Tensor, balance_N: Tensor, dropped_N: Tensor, choices: int) -> Use:
+    """choices: of each token."""
+    chosen = counts_NE.sum()
+    load_N = counts_NE.amax(1) / counts_NE.mean(1)
+    figures = balance_N.sum() * choices / chosen, dropped_N.sum() / chosen, load_N.amax()
+    return Use(*torch.stack(figures).tolist())

@@ -9,20 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from shoal.errors import LayoutError
 from shoal.mesh import Mesh
+from shoal.parallel.example import compare, see
 from shoal.parallel.graph import trace
 from shoal.parallel.linears import split
+from shoal.parallel.modes import differs, of_training, written_buffers
 from shoal.parallel.partition import Stage, cut
 from shoal.parallel.replica import Part, Replica
 from shoal.parallel.tensor import Cut
 from shoal.parallel.units import units
 from shoal.shard import Shard
-
-# How far what a module computes may be from what its pieces on several ranks do, relative to its largest value.
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 @dataclass
@@ -30,20 +28,23 @@ class Division:
     """This rank's parts of a module.
 
     handed: for each stage but the last, what it hands on, on meta. tied: parameters that several stages of the pipeline
-    hold -> one like it, on meta. first: parameter or buffer -> the first stage that holds it.
+    hold -> one like it, on meta. first: parameter or buffer -> the first stage that holds it. by_mode: what evaluation
+    would compute differently from a pipeline's stages, which were traced in training mode; empty: nothing.
     """
 
     parts: dict[int, Part]
     handed: list[tuple[Tensor, ...]]
     tied: dict[str, Tensor]
     first: dict[str, int]
+    by_mode: str = ""
 
 
 def divide(
     module: nn.Module, mesh: Mesh, plan: Mapping[str, str] | None, example: tuple[Tensor, ...] | None
 ) -> Division:
     """module: with its values, on the mesh's device; it is used up. plan: as for `linears.split`. example: inputs of a
-    micro-batch, for a pipeline, and to see that a split module still computes the same. LayoutError where it cannot be.
+    micro-batch, for a pipeline to trace it, and for tensor to see that a split module still computes the same, forward
+    and backward. LayoutError where it cannot be.
     """
     layout = mesh.layout
     if layout.sharers > 1:
@@ -53,10 +54,10 @@ def divide(
         return _into_stages(module, mesh, example)
     cuts: Mapping[str, Cut] = {}
     if layout.tensor > 1:
-        before = _outputs(module, example) if example is not None else []
+        assert example is not None
+        before = see(module, example)
         cuts = split(module, plan, mesh.group("tensor"))
-        if example is not None:
-            _compare(before, _outputs(module, example), layout.tensor)
+        compare(before, see(module, example, planned=True), cuts, mesh.group("tensor"))
     part = Part(module, units(module) if layout.sharers > 1 else [], cuts)
     names = (*dict(module.named_parameters()), *dict(module.named_buffers()))
     return Division({0: part}, [], {}, dict.fromkeys(names, 0))
@@ -75,36 +76,15 @@ def _refuse_unshareable(module: nn.Module, where: str) -> None:
             raise LayoutError(what, where=where, fix="make it of shape (1,), or replicas instead of fsdp")
 
 
-@torch.no_grad()
-def _outputs(module: nn.Module, example: tuple[Tensor, ...]) -> list[Tensor]:
-    """In evaluation mode, which draws no random numbers and moves no statistics."""
-    modes = {part: part.training for part in module.modules()}
-    try:
-        leaves = pytree.tree_leaves(module.eval()(*example))
-    except RuntimeError as error:
-        raise LayoutError(f"the module fails on the example: {str(error).splitlines()[0]}", fix=_PLAN) from error
-    finally:
-        for part, mode in modes.items():
-            part.training = mode
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-_PLAN = "see whether the plan cuts at whole heads, and every `columns` layer ends in a `rows` layer"
-
-
-def _compare(before: list[Tensor], after: list[Tensor], ranks: int) -> None:
-    for whole, pieces in zip(before, after, strict=True):
-        same = whole.shape == pieces.shape
-        bound = _ROUNDING.get(whole.dtype, 1e-1) * float(whole.abs().max()) if whole.numel() else 0.0
-        if not same or (whole.numel() and not float((whole - pieces).abs().max()) <= bound):
-            raise LayoutError(
-                "split as planned, the module computes something else", where=f"tensor={ranks}", fix=_PLAN
-            )
-
-
 def _into_stages(module: nn.Module, mesh: Mesh, example: tuple[Tensor, ...]) -> Division:
     layout = mesh.layout
-    stages = cut(trace(module, example), layout.stage_count)
+    graph = trace(module, example)
+    written = written_buffers(graph)
+    by_mode = of_training(graph) or ("the example gives something else" if differs(module, example, written) else "")
+    if layout.recompute == "block" and written:
+        what = f"'{written[0]}' is written by the forward pass, which recompute=block would run twice"
+        raise LayoutError(what, where=f"layout {layout}", fix="recompute=none")
+    stages = cut(graph, layout.stage_count)
     handed = [
         tuple(
             torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)
@@ -121,10 +101,12 @@ def _into_stages(module: nn.Module, mesh: Mesh, example: tuple[Tensor, ...]) -> 
     parts = {number: _part(stages[number], number, holders) for number in layout.stages_of(mesh.stage)}
     _release(module, parts)
     for number, part in parts.items():
+        if layout.recompute == "block":
+            stages[number].recompute()
         if layout.sharers > 1 and not any(True for _ in part.module.parameters()):
             what = f"stage {number} of the pipeline has no parameters for the ranks of fsdp to share"
             raise LayoutError(what, where=f"layout {layout}", fix="fewer stages, or replicas instead of fsdp")
-    return Division(parts, handed, {name: tied[name] for name in sorted(tied)}, first)
+    return Division(parts, handed, {name: tied[name] for name in sorted(tied)}, first, by_mode)
 
 
 def _part(stage: Stage, number: int, holders: Mapping[str, list[int]]) -> Part:

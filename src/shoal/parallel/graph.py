@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from shoal.errors import LayoutError
+from shoal.parallel.autocast import take_apart
 
 # How many operations a device does in the time of moving one byte: accelerators have 100 to 300, a CPU about 10.
 # Stages change little in between, as products then have far more operations per byte, and others far fewer.
@@ -90,12 +91,13 @@ def trace(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
         try:
             exported = torch.export.export(module, inputs, strict=False)
         except Exception as error:
-            raise _refusal(module, str(error).strip() or type(error).__name__, _line(module, error)) from error
+            raise _why_not(module, inputs, error) from error
         program = exported.module(check_guards=False)
     assert isinstance(program, fx.GraphModule)
     for part in program.modules():
         if isinstance(part, fx.GraphModule):
             _tidy(part)
+    take_apart(program)
     _refuse_varying_shapes(module, program)
     first = {id(t): name for name, t in reversed(tensors.items())}
     names = {name: first[id(t)] for name, t in tensors.items()}
@@ -173,6 +175,23 @@ def _quiet() -> Iterator[None]:
         sys.stderr.write(said.getvalue())
     finally:
         logging.disable(level)
+
+
+def _why_not(module: nn.Module, inputs: tuple[Tensor, ...], error: Exception) -> LayoutError:
+    """The graph's fault, or the module's own, which fails on the example without any graph, too."""
+    refusal = _refusal(module, str(error).strip() or type(error).__name__, _line(module, error))
+    if not any(isinstance(t, FakeTensor) for t in (*inputs, *module.parameters(), *module.buffers())):
+        try:
+            with torch.no_grad():
+                module(*inputs)
+        except Exception as own:
+            said = f"{type(own).__name__}: {str(own).strip().partition(chr(10))[0]}"
+            return LayoutError(
+                f"{type(module).__name__} fails on the example, also without a graph: {said}",
+                where=_line(module, own),
+                fix="module(*example) has to run by itself",
+            )
+    return refusal
 
 
 def _refusal(module: nn.Module, reason: str, where: str) -> LayoutError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -46,24 +47,27 @@ _KNOWN = (COLUMNS, ROWS, SUMMED, WHOLE)
 
 
 def split(module: nn.Module, plan: Mapping[str, str] | None, group: dist.ProcessGroup) -> dict[str, Cut]:
-    """Replaces the planned layers' parameters by this rank's pieces; canonical name of every parameter -> its piece.
+    """Replaces the planned layers' parameters by this rank's pieces; canonical name of every parameter, and
+    of every other tensor that was cut -> its piece.
 
-    plan: pattern of module names (`blocks.*.up`) -> `columns`, `rows`, `summed` or a word of Hugging Face's plans; the
-    first pattern that matches counts. None: the module's own, as Hugging Face's have (`base_model_tp_plan`).
-    LayoutError where there is no plan, where it does not fit the module, or where sizes do not divide.
+    plan: pattern of module names (`blocks.*.up`) -> `columns`, `rows`, `summed` (of parameters' names, too) or a word
+    of Hugging Face's plans; the first pattern that matches counts. None: the module's own, as Hugging Face's have
+    (`base_model_tp_plan`). What requires no gradient is cut as well, and is a buffer by now. LayoutError where there
+    is no plan, where it does not fit the module, or where sizes do not divide.
     """
     ranks, rank = group.size(), group.rank()
     how = _how(module, plan, ranks)
     _check_heads(module, ranks)
-    places = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
-    canonical = {id(p): name for name, p in module.named_parameters()}
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    places = Counter(id(t) for _, t in tensors)
+    canonical = {id(t): name for name, t in reversed(tensors)}
     cuts = {n: Cut(tuple(p.shape), (0,) * p.ndim, counted=rank == 0) for n, p in module.named_parameters()}
+    summed = tuple(f"{name}." if name else "" for name, kind in how.items() if kind == SUMMED)
+    for key, cut in cuts.items():
+        if f"{key}.".startswith(summed):
+            cuts[key] = replace(cut, summed="tensor", everywhere=True)
     for name, part in list(module.named_modules()):
         kind = how.get(name, WHOLE)
-        if kind == SUMMED:
-            for key, parameter in part.named_parameters(name):
-                shape = tuple(parameter.shape)
-                cuts[key] = Cut(shape, (0,) * len(shape), rank == 0, summed="tensor", everywhere=True)
         if kind not in (COLUMNS, ROWS):
             continue
         if not isinstance(part, nn.Linear):
@@ -83,8 +87,8 @@ def _how(module: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> dict[
     if not plan:
         what = f"{type(module).__name__} does not say how its matrices can be shared"
         raise LayoutError(what, where=f"tensor={ranks}", fix="give a plan ({'blocks.*.up': 'columns', ...}), or fsdp")
-    names = [name for name, _ in module.named_modules()]
-    names += [name for name, _ in module.named_parameters()]
+    modules = dict(module.named_modules())
+    names = [*modules, *(name for name, _ in module.named_parameters())]
     how: dict[str, str] = {}
     for pattern, word in plan.items():
         kind = word if word in _KNOWN else _HUGGING_FACE.get(word)
@@ -96,6 +100,9 @@ def _how(module: nn.Module, plan: Mapping[str, str] | None, ranks: int) -> dict[
             raise LayoutError(f"the plan's '{pattern}' is no module's name", where=f"tensor={ranks}", fix=_some(names))
         for name in found:
             how.setdefault(name, kind or WHOLE)
+        if not own and kind in (COLUMNS, ROWS) and modules.keys().isdisjoint(found):
+            what = f"the plan's '{pattern}' is a parameter, and {kind} is of layers"
+            raise LayoutError(what, where=f"tensor={ranks}", fix=f"plan '{found[0].rpartition('.')[0]}' as {kind}")
     if not {COLUMNS, ROWS} & set(how.values()):
         raise LayoutError("the plan cuts no layer", where=f"tensor={ranks}", fix=f"fsdp={ranks} needs no plan")
     return how
@@ -128,13 +135,14 @@ def _cut(part: nn.Linear, name: str, kind: str, group: dist.ProcessGroup, cuts: 
         what = f"layout tensor={ranks} does not divide the {total} features of '{name}'"
         raise LayoutError(what, fix=f"tensor={' or '.join(fits) or 1}, or fsdp={ranks}")
     first, size = rank * total // ranks, total // ranks
-    for key, parameter in list(part.named_parameters(recurse=False)):
-        if key == "bias" and kind == ROWS:
+    for key in ("weight", "bias") if kind == COLUMNS else ("weight",):
+        whole = getattr(part, key)
+        if whole is None:
             continue
-        local = parameter.detach().narrow(dimension, first, size).clone()
-        setattr(part, key, nn.Parameter(local))
-        offsets = tuple(first if d == dimension else 0 for d in range(parameter.ndim))
-        cuts[f"{name}.{key}"] = Cut(tuple(parameter.shape), offsets)
+        local = whole.detach().narrow(dimension, first, size).clone()
+        setattr(part, key, nn.Parameter(local) if isinstance(whole, nn.Parameter) else local)
+        offsets = tuple(first if d == dimension else 0 for d in range(whole.ndim))
+        cuts[f"{name}.{key}"] = Cut(tuple(whole.shape), offsets)
     if kind == COLUMNS:
         part.out_features = size
         _compute_as(part, lambda x: F.linear(_Spread.apply(x, group), part.weight, part.bias))

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from shoal.errors import LayoutError
 from shoal.parallel.graph import Graph, nested_graphs
@@ -53,12 +54,22 @@ class Stage(nn.Module):
         self.input_gradients: list[bool] = []
         self.output_gradients: list[bool] = []
         self.shared: dict[str, list[int]] = {}
+        self._recomputes = False
 
     def forward(self, *values: Tensor) -> Any:
+        again = self._recomputes and torch.is_grad_enabled()
+        out = checkpoint(self._compute, *values, use_reentrant=False) if again else self._compute(*values)
+        return out if self._result is None else pytree.tree_unflatten(out, self._result)
+
+    def _compute(self, *values: Tensor) -> Any:
         # Past attribute lookup: the module may have a part whose name is an attribute of the stage.
         held = [nn.Module.__getattr__(owner, field) for owner, field in map(self._places.__getitem__, self._held)]
-        out = self._program(*held, *self._constants, *values)
-        return out if self._result is None else pytree.tree_unflatten(out, self._result)
+        return self._program(*held, *self._constants, *values)
+
+    def recompute(self) -> None:
+        """From now on only the inputs of a forward pass are kept, and backward runs it anew (Chen et al. 2016,
+        "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174)."""
+        self._recomputes = True
 
     def hold(self, name: str, tensor: Tensor, saved: bool) -> None:
         """Registers a parameter or buffer; saved: whether a buffer is part of the state_dict."""
@@ -111,7 +122,7 @@ def cut(graph: Graph, stages: int, costs: Mapping[str, float] | None = None, tol
         raise LayoutError(
             f"the graph cannot be cut into {stages} stages: it has {places} places to cut",
             where=f"pipeline={stages}",
-            fix=f"pipeline={places + 1} or less, or fsdp",
+            fix=f"pipeline={places + 1} or less, or fsdp" if places else "fsdp",
         )
     parts = [line.stage(start, end) for start, end in pairwise(ends)]
     return _hold_tensors(graph, parts)

@@ -27,6 +27,7 @@ from torch.distributed.pipelining import (
 
 from shoal.errors import LayoutError
 from shoal.job.layout import Layout
+from shoal.operations import noted
 
 B = TypeVar("B")
 
@@ -96,7 +97,9 @@ class Pipeline(Generic[B]):
                 else:
                     for tensor in (out,) if isinstance(out, Tensor) else out:
                         tensor = tensor.contiguous()
-                        sent.append((dist.isend(tensor, group=self.group, group_dst=self._home(number + 1)), tensor))
+                        home = self._home(number + 1)
+                        noted([dist.P2POp(dist.isend, tensor, group=self.group, group_peer=home)])
+                        sent.append((dist.isend(tensor, group=self.group, group_dst=home), tensor))
             # A few on their way, not a whole validation's.
             while len(sent) > _IN_FLIGHT or (batch is batches[-1] and sent):
                 work, _ = sent.popleft()
@@ -110,13 +113,14 @@ class Pipeline(Generic[B]):
         # In one batch: one after the other, two ranks that both send first would wait for each other on NCCL.
         send = dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer)
         receive = dist.P2POp(dist.irecv, other, group=self.group, group_peer=peer)
-        return [*dist.batch_isend_irecv([send, receive])]
+        return [*dist.batch_isend_irecv(noted([send, receive]))]
 
     def _from(self, stage: int, like: Like) -> Hidden:
         if self._home(stage) == self.group.rank():
             return self._own
         hidden = tuple(torch.empty(t.shape, dtype=t.dtype, device=self.device) for t in _handed(like, stage))
         for tensor in hidden:
+            noted([dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=self._home(stage))])
             dist.recv(tensor, group=self.group, group_src=self._home(stage))
         return hidden[0] if isinstance(like, Tensor) else hidden
 
@@ -177,6 +181,18 @@ class _Stage(PipelineStage):
         super().__init__(module, number, count, device, input_args=taken, output_args=given, group=group)
         self._one = isinstance(like, Tensor)
         self._at = -1
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return noted(super().get_fwd_recv_ops(fwd_chunk_id))
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        return noted(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return noted(super().get_bwd_recv_ops(bwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        return noted(super().get_bwd_send_ops(bwd_chunk_id))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         self._at = fwd_chunk_id

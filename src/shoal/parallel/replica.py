@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from types import EllipsisType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -13,15 +14,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shoal.mesh import Mesh
-from shoal.models.storage import buffers, stored_in
+from shoal.models.storage import Stored, buffers, stored_in
 from shoal.parallel.buckets import Buckets
-from shoal.parallel.expert import Balance
+from shoal.parallel.expert import Balance, Use
 from shoal.parallel.fsdp import Sharded, is_sharded, local_gradient, rows_here
 from shoal.parallel.pipeline import Compute, Like, Pipeline
 from shoal.parallel.tensor import Cut
 from shoal.shard import Shard
 
 B = TypeVar("B")
+
+Index = int | slice | EllipsisType
+"""Where a shard lies in what this rank has of a parameter."""
 
 Loss = Callable[[nn.Module, B, Any], tuple[Any, Tensor]]
 """(module, batch, hidden states of the stage before or None) -> (loss summed over the batch's tokens, weight of those
@@ -94,7 +98,7 @@ class Replica(Generic[B]):
         if layout.pipeline > 1:
             modules = {stage: part.module for stage, part in parts.items()}
             self.pipeline = Pipeline(modules, layout, mesh.group("pipeline"), mesh.device)
-        self._origins: list[tuple[nn.Parameter, int | None]] = []
+        self._origins: list[tuple[nn.Parameter, Index]] = []
         self._described: list[tuple[Shard, Cut]] = []
         for stage, part in parts.items():
             for name, parameter in part.module.named_parameters():
@@ -106,6 +110,8 @@ class Replica(Generic[B]):
             for name, buffer in buffers(part.module)
         ]
         self._balance = Balance([part.module for part in parts.values()])
+        self.used: Use | None = None
+        """How experts were used by the last step, once it has been applied; None where there are none."""
         self._share_saving()
 
     def _shard(self, compute: torch.dtype | None, on_bucket: Callable[[Tensor], None] | None) -> list[Sharded]:
@@ -119,23 +125,31 @@ class Replica(Generic[B]):
     def _describe(self, stage: int, name: str, parameter: nn.Parameter) -> None:
         """Appends the parameter's shards, what the other axes left of each, and where they lie in it."""
         part = self.parts[stage]
-        cut = part.cuts.get(name) or Cut(tuple(parameter.shape), (0,) * parameter.ndim)
         local, first = parameter.detach(), 0
         if is_sharded(parameter):
             sharers = self._rest if self._rest is not None and self._is_cut(part, parameter) else self.mesh.sharers
             local, first = rows_here(parameter, sharers.size(), sharers.rank())
-        offsets = (cut.offsets[0] + first, *cut.offsets[1:]) if cut.offsets else ()
+        stored = stored_in(part.module, name)
+        if stored is not None and stored[0][1] is not None:
+            for canonical, rows, start, here in _stretches(stored, first, len(local)):
+                cut = part.cuts.get(canonical) or Cut((rows, *parameter.shape[1:]), (0,) * parameter.ndim)
+                self._append(canonical, cut, (cut.offsets[0] + start, *cut.offsets[1:]), local[here], parameter, here)
+            return
+        cut = part.cuts.get(name) or Cut(tuple(parameter.shape), (0,) * parameter.ndim)
         cut = replace(cut, counted=cut.counted and not (stage > 0 and name in part.shared))
-        names = stored_in(part.module, name)
-        if names is None:
-            self._described.append((Shard(name, cut.global_shape, offsets, local, counted=cut.counted), cut))
-            self._origins.append((parameter, None))
+        offsets = (cut.offsets[0] + first, *cut.offsets[1:]) if cut.offsets else ()
+        if stored is None:
+            self._append(name, cut, offsets, local, parameter, ...)
             return
         one = replace(cut, global_shape=cut.global_shape[1:], offsets=cut.offsets[1:])
         for row, piece in enumerate(local):
-            shard = Shard(names[offsets[0] + row], one.global_shape, offsets[1:], piece, counted=one.counted)
-            self._described.append((shard, one))
-            self._origins.append((parameter, row))
+            self._append(stored[offsets[0] + row][0], one, offsets[1:], piece, parameter, row)
+
+    def _append(
+        self, name: str, cut: Cut, offsets: tuple[int, ...], local: Tensor, parameter: nn.Parameter, index: Index
+    ) -> None:
+        self._described.append((Shard(name, cut.global_shape, offsets, local, counted=cut.counted), cut))
+        self._origins.append((parameter, index))
 
     def _is_cut(self, part: Part, parameter: nn.Parameter) -> bool:
         return any(parameter is other for module in part.experts for other in module.parameters())
@@ -171,6 +185,12 @@ class Replica(Generic[B]):
         """The same, and what else the model needs to go on but no gradient reaches, which every rank has whole."""
         return [*self._shards, *self._states]
 
+    def alike(self, axis: str) -> list[Shard]:
+        """Those of `held` that are the same on all ranks of the axis, `replicas` or `tensor`."""
+        if axis == "replicas":
+            return self.held()
+        return [*(shard for shard, cut in self._described if cut.summed == "tensor" and cut.everywhere), *self._states]
+
     def on_bucket(self, fn: Callable[[Tensor], None]) -> None:
         """`fn(flat)` gets each flat piece of the gradient sum that all replicas must add up, once a step.
 
@@ -188,6 +208,7 @@ class Replica(Generic[B]):
         for parameter in self._parameters:
             parameter.grad = None
         self._balance.forget()
+        self.used = None
         tally = self._nothing()
         if self.pipeline is not None:
             for sharded in self._sharded:
@@ -259,9 +280,9 @@ class Replica(Generic[B]):
 
     def collect(self) -> list[Shard]:
         """The shards with their gradients, once every bucket has been reduced. To be called on all ranks."""
-        for shard, (parameter, row) in zip(self._shards, self._origins, strict=True):
+        for shard, (parameter, index) in zip(self._shards, self._origins, strict=True):
             gradient = local_gradient(parameter)
-            shard.grad = gradient if gradient is None or row is None else gradient[row]
+            shard.grad = None if gradient is None else gradient[index]
         for axis in ("tensor", "rest"):
             self._sum_over(axis)
         if self.pipeline is not None:
@@ -270,7 +291,7 @@ class Replica(Generic[B]):
 
     def updated(self) -> None:
         """To be called on all ranks once the update has been applied: what goes by how experts were used moves on."""
-        self._balance.move(self.mesh)
+        self.used = self._balance.move(self.mesh)
 
     def _sum_over(self, axis: str) -> None:
         """Gradients of what several ranks of the axis hold, of which each has seen a part.
@@ -300,10 +321,22 @@ class Replica(Generic[B]):
         mine = torch.cat([g.flatten() for g in ours])
         other = torch.empty_like(mine)
         for work in pipeline.swap_ends(mine, other):
-            self.mesh.wait(work)
+            assert work is not None
+            work.wait()  # not `mesh.wait`: gloo closes the connection of a send or receive whose wait is cut short
         total = mine + other if pipeline.first else other + mine
         for gradient, piece in zip(ours, total.split([g.numel() for g in ours]), strict=True):
             gradient.copy_(piece.view_as(gradient))
+
+
+def _stretches(stored: Stored, first: int, number: int) -> Iterator[tuple[str, int, int, slice]]:
+    """Of a parameter of which `number` rows from `first` on are here, for every stretch: its name, its rows, which of
+    them is the first one here, and where they lie in those here. May be none."""
+    start = 0
+    for name, rows in stored:
+        assert rows is not None, f"{name}: stretches and single indices in one parameter"
+        here = slice(*(min(max(edge - first, 0), number) for edge in (start, start + rows)))
+        yield name, rows, min(max(first - start, 0), rows), here
+        start += rows
 
 
 def _in_whole(gradient: Tensor, shard: Shard, cut: Cut) -> Tensor:

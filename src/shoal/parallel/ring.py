@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shoal.operations import noted
 from shoal.ops.partial_attention import BlockMask, Result, Three, add_gradients_, attend_, nothing_seen, rows
 
 Pair = tuple[Tensor, Tensor]
@@ -176,7 +177,7 @@ class Ring:
                     operation = dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=message.source)
                     operations.append(operation)
                 arriving.append((message, pair))
-        return (dist.batch_isend_irecv(operations) if operations else []), arriving
+        return (dist.batch_isend_irecv(noted(operations)) if operations else []), arriving
 
 
 def _add_(sums: dict[int, Pair], chunk: int, pair: Pair) -> None:
@@ -207,4 +208,5 @@ def _wait(works: list[dist.Work]) -> None:
     """Until they are done (on a GPU: until what is queued from now on comes after them). Lets go of them, and so of the
     memory of what they sent."""
     while works:
-        works.pop(0).wait()
+        work = works.pop(0)
+        work.wait()

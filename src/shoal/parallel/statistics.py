@@ -8,12 +8,14 @@ computes all micro-batches, rank after rank, follows from what each rank has: no
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from shoal.errors import LayoutError
+from shoal.job import Layout
 from shoal.mesh import Mesh
 from shoal.parallel.collectives import ALL_GATHER
 
@@ -34,9 +36,40 @@ def momenta(module: nn.Module) -> dict[str, float]:
 
 
 def norms(module: nn.Module) -> list[tuple[str, nn.modules.batchnorm._NormBase]]:
-    """The norms, by name, that compute with the statistics of a micro-batch."""
+    """The norms, by name, that compute with the statistics of a micro-batch, or keep running ones."""
     parts = [(n, p) for n, p in module.named_modules() if isinstance(p, nn.modules.batchnorm._NormBase)]
-    return [(name, part) for name, part in parts if part.training]
+    return [(name, part) for name, part in parts if part.training and not _of_a_sample(part)]
+
+
+def _of_a_sample(norm: nn.modules.batchnorm._NormBase) -> bool:
+    return isinstance(norm, nn.modules.instancenorm._InstanceNorm) and not norm.track_running_stats
+
+
+def loose(who: str, layout: Layout) -> LayoutError:
+    """What is said of a norm where micro-batches may have another size in another layout."""
+    return LayoutError(
+        f"{who} computes with the statistics of a micro-batch, so layouts agree only where that has the same size",
+        where=f"layout {layout}",
+        fix="give micro_batch=8, say, in every layout that is to agree; or take GroupNorm or LayerNorm",
+    )
+
+
+def called_norm(out: Tensor) -> bool:
+    """Whether backward from `out` passes through a batch norm, module or function, that took statistics of samples.
+
+    (Those of one sample are its own: an instance norm is computed as a batch norm of a single sample.)
+    """
+    todo: list[Any] = [out.grad_fn] if out.grad_fn is not None else []
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        is_norm = "BatchNorm" in node.name() and getattr(node, "_saved_training", True)
+        if is_norm and node._input_metadata[0].shape[0] > 1:
+            return True
+        before = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= before
+        todo += before
+    return False
 
 
 class RunningStatistics:

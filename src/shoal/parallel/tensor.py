@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from shoal.job.model import ModelOptions
 from shoal.models import split
 from shoal.models.decoder import LatentAttention
+from shoal.models.storage import FusedLinear
 from shoal.ops.loss import Words
 from shoal.parallel.collectives import ALL_GATHER, REDUCE_SCATTER
+from shoal.parallel.overlap import gathered_linear, linear_scattered
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,28 @@ class Cut:
 class Tensors:
     """Splits modules over a process group of `ranks` ranks; this is `rank` of them."""
 
-    def __init__(self, options: ModelOptions, group: dist.ProcessGroup):
-        self.options, self.group = options, group
+    def __init__(self, options: ModelOptions, group: dist.ProcessGroup, *, sequence: bool = True, ring: bool = False):
+        """sequence: False for a sequence that cannot be cut, as one new token: each rank has all of it between the
+        matrices too, and what the last one of a group makes is summed (one all-reduce). Forward only. ring: parts of
+        the sequence are multiplied while others are sent (see overlap.py)."""
+        self.options, self.group, self.sequence, self.ring = options, group, sequence, ring
         self.ranks, self.rank = group.size(), group.rank()
 
     def split(self, model: nn.Module) -> dict[str, Cut]:
-        """Replaces, on meta, every parameter of `model` by this rank's piece of it; returns where the pieces lie."""
+        """Replaces, on meta, every parameter of `model` by this rank's piece of it; returns where the pieces lie, by
+        canonical name."""
         cuts: dict[str, Cut] = {}
         for name, module in list(model.named_modules()):
+            if isinstance(module, FusedLinear):
+                cuts |= self._fused(name.rpartition(".")[0], module)
+                if self.ring:
+                    _compute_as(module, _Gathered(module, self.group))
+                continue
             how = split.how(name, self.options)
             if isinstance(module, LatentAttention):
                 module.options = self._own_heads()
-            if how == split.GATHERED:
+            fused = any(isinstance(child, FusedLinear) for child in module.children())
+            if how == split.GATHERED and self.sequence and not (self.ring and fused):
                 module.register_forward_pre_hook(self._gather_first)
             for key, parameter in list(module.named_parameters(recurse=False)):
                 assert how is not None, f"nothing is said of how {name} is split"
@@ -62,9 +74,25 @@ class Tensors:
                 cuts[f"{name}.{key}"] = cut
             if how == split.INPUTS:
                 assert isinstance(module, nn.Linear), f"{name} is no linear layer"
-                _compute_as(module, _RowParallel(module, self.group))
+                _compute_as(module, _RowParallel(module, self._multiply))
             elif how == split.WORDS and isinstance(module, nn.Embedding):
-                _compute_as(module, _Lookup(module, self._rows(module.num_embeddings).start, self.group))
+                _compute_as(module, _Lookup(module, self._rows(module.num_embeddings).start, self._join))
+        return cuts
+
+    def _fused(self, home: str, module: FusedLinear) -> dict[str, Cut]:
+        """Of each canonical tensor in it this rank's rows, one piece after the other as in the whole; returns their
+        cuts, by canonical name. home: the module that it is in."""
+        cuts: dict[str, Cut] = {}
+        sizes = module.sizes
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            pieces: list[Tensor] = []
+            for name, whole in zip(module.names, parameter.split(sizes), strict=True):
+                how = split.how(f"{home}.{name}", self.options)
+                assert how is not None, f"nothing is said of how {home}.{name} is split"
+                local, cuts[f"{home}.{name}.{key}"] = self._piece(how, key, nn.Parameter(whole))
+                pieces.append(local.data)
+            setattr(module, key, nn.Parameter(torch.cat(pieces)))
+            module.sizes = [len(piece) for piece in pieces]
         return cuts
 
     def _piece(self, how: str, key: str, parameter: nn.Parameter) -> tuple[nn.Parameter, Cut]:
@@ -97,6 +125,19 @@ class Tensors:
     def _gather_first(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return gather_sequence(args[0], self.group), *args[1:]
 
+    @property
+    def heads(self) -> range:
+        """The query heads of this rank."""
+        return self._rows(self.options.num_attention_heads)
+
+    def _join(self, x_BLD: Tensor) -> Tensor:
+        """The sum of the ranks' values, where this rank needs it."""
+        return scatter_sequence(x_BLD, self.group) if self.sequence else sum_whole(x_BLD, self.group)
+
+    def _multiply(self, x_BLF: Tensor, weight_DF: Tensor) -> Tensor:
+        """With some columns of a matrix; the sum over the ranks."""
+        return linear_scattered(x_BLF, weight_DF, self.group) if self.ring else self._join(F.linear(x_BLF, weight_DF))
+
     def words(self) -> Words:
         """For the loss, where the output layer is split."""
         rows = self._rows(self.options.vocab_size)
@@ -116,19 +157,30 @@ class Tensors:
         return gather_sequence(hidden_BlD, self.group)
 
 
-def _compute_as(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> None:
+def _compute_as(module: nn.Module, forward: Callable[[Tensor], Any]) -> None:
     """The module keeps its parameters, their names and its hooks."""
     module.__dict__["forward"] = forward
+
+
+class _Gathered:
+    """The forward of layers stored as one, of which this rank has some rows, for all positions from those here."""
+
+    def __init__(self, module: FusedLinear, group: dist.ProcessGroup):
+        self.module, self.group = module, group
+
+    def __call__(self, x_BlD: Tensor) -> tuple[Tensor, ...]:
+        y_BLF = gathered_linear(x_BlD, self.module.weight, self.module.bias, self.group)
+        return y_BLF.split(self.module.sizes, -1)
 
 
 class _RowParallel:
     """The forward of a linear layer that has some columns of its matrix; the bias is added once, after the sum."""
 
-    def __init__(self, module: nn.Linear, group: dist.ProcessGroup):
-        self.module, self.group = module, group
+    def __init__(self, module: nn.Linear, multiply: Callable[[Tensor, Tensor], Tensor]):
+        self.module, self.multiply = module, multiply
 
     def __call__(self, x_BLF: Tensor) -> Tensor:
-        x_BlD = scatter_sequence(F.linear(x_BLF, self.module.weight), self.group)
+        x_BlD = self.multiply(x_BLF, self.module.weight)
         bias_D = self.module.bias
         return x_BlD if bias_D is None else x_BlD + bias_D.to(x_BlD.dtype)
 
@@ -136,15 +188,15 @@ class _RowParallel:
 class _Lookup:
     """The forward of an embedding that has some rows: zeros for tokens that are elsewhere, summed over the ranks."""
 
-    def __init__(self, module: nn.Embedding, first: int, group: dist.ProcessGroup):
-        self.module, self.first, self.group = module, first, group
+    def __init__(self, module: nn.Embedding, first: int, join: Callable[[Tensor], Tensor]):
+        self.module, self.first, self.join = module, first, join
 
     def __call__(self, tokens_BL: Tensor) -> Tensor:
         weight_vD = self.module.weight
         row_BL = tokens_BL - self.first
         here_BL = (row_BL >= 0) & (row_BL < weight_vD.shape[0])
         x_BLD = F.embedding(row_BL.where(here_BL, 0), weight_vD) * here_BL[..., None]
-        return scatter_sequence(x_BLD, self.group)
+        return self.join(x_BLD)
 
 
 def gather_sequence(x_BlD: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -155,6 +207,14 @@ def gather_sequence(x_BlD: Tensor, group: dist.ProcessGroup) -> Tensor:
 def scatter_sequence(x_BLD: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of the ranks' values, of which each keeps its part of the sequence; backward gathers."""
     return _Scatter.apply(x_BLD, group)
+
+
+def sum_whole(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of the ranks' values, in place, equal to the last bit on all of them. It has no backward."""
+    assert not torch.is_grad_enabled(), "a sum over ranks without a gradient, where one is asked for"
+    x = x.contiguous()
+    dist.all_reduce(x, group=group)
+    return x
 
 
 @torch.compiler.disable

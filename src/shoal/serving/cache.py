@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -19,11 +21,12 @@ class Cache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
-        layers: range | None = None,
+        layers: Sequence[int] | None = None,
+        heads: int = 0,
     ):
-        """layers: the blocks whose keys are kept, None = all of the model's."""
+        """layers: the blocks whose keys are kept, None = all of the model's. heads: key heads of each, 0 = all."""
         self.layers = range(options.num_hidden_layers) if layers is None else layers
-        shape = (len(self.layers), rows, capacity, options.num_key_value_heads)
+        shape = (len(self.layers), rows, capacity, heads or options.num_key_value_heads)
         self.keys_NBSKD = torch.empty(*shape, options.head_size, dtype=dtype, device=device)
         self.values_NBSKV = torch.empty(*shape, options.value_size, dtype=dtype, device=device)
         self.length = 0

@@ -6,14 +6,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from shoal.errors import ModelError
 from shoal.job.check import at_least, require
 from shoal.job.model import ModelOptions
 from shoal.models.decoder import Decoder
 from shoal.serving.cache import Cache
-from shoal.serving.load import home_of, load
+from shoal.serving.load import load
 from shoal.serving.sampler import Sampling, draw
+from shoal.serving.source import home_of
 from shoal.serving.text import PromptTokenizer, Stream, load_tokenizer
 
 
@@ -54,21 +56,40 @@ def generate(
         tokenizer = load_tokenizer(tokenizer)
     if not isinstance(model, Decoder):
         model = load(model)
-    start, count = checked_prompt(model.options, tokenizer, prompt, max_tokens)
+    known = model
+
+    def drawn(start: list[int], count: int) -> Iterator[int]:
+        return tokens(known, start, count, sampling, seed)
+
+    return written(drawn, model.options, tokenizer, prompt, max_tokens, on_text, say)
+
+
+def written(
+    drawn: Callable[[list[int], int], Iterator[int]],
+    options: ModelOptions,
+    tokenizer: PromptTokenizer,
+    prompt: str,
+    max_tokens: int,
+    on_text: Callable[[str], None] | None,
+    say: Callable[[str], None] | None,
+) -> str:
+    """The text of the tokens that `drawn` gives; otherwise as `generate`.
+
+    drawn: (tokens of the prompt, how many) -> the next ones, of which no more are taken than the text has.
+    """
+    start, count = _checked(options, tokenizer, prompt, max_tokens)
     stream = Stream(tokenizer, start, on_text)
     ended = False
-    for token in tokens(model, start, count, sampling, seed):
+    for token in drawn(start, count):
         if ended := token in tokenizer.ends:
             break
         stream.add(token)
     if not ended and max_tokens > count and say is not None:
-        say(f"stopped: the model's context of {model.options.max_position_embeddings} tokens is full")
+        say(f"stopped: the model's context of {options.max_position_embeddings} tokens is full")
     return stream.end()
 
 
-def checked_prompt(
-    options: ModelOptions, tokenizer: PromptTokenizer, prompt: str, max_tokens: int
-) -> tuple[list[int], int]:
+def _checked(options: ModelOptions, tokenizer: PromptTokenizer, prompt: str, max_tokens: int) -> tuple[list[int], int]:
     """(tokens of the prompt, how many may follow). Raises ModelError where the model cannot go on from it."""
     start, context = tokenizer.encode(prompt), options.max_position_embeddings
     if len(start) >= context:
@@ -92,10 +113,12 @@ def tokens(model: Decoder, prompt: list[int], count: int, sampling: Sampling, se
     new_BL = torch.tensor([prompt], device=weight.device)
     for _ in range(count):
         position_BL = torch.arange(cache.length, cache.length + new_BL.shape[1], device=weight.device)[None]
-        # Only the last position's logits are wanted: a long prompt times a large vocabulary is much memory.
-        logits_BV = model(
-            new_BL, position_BL, cache.attend, lambda hidden_BLD, weight_VD: hidden_BLD[:, -1] @ weight_VD.T
-        )
+        logits_BV = model(new_BL, position_BL, cache.attend, last_logits)
         cache.advance(new_BL.shape[1])
         new_BL = draw(logits_BV, sampling, generator)[:, None]
         yield int(new_BL)
+
+
+def last_logits(hidden_BLD: Tensor, weight_VD: Tensor) -> Tensor:
+    """(B, V): of the last position only, since a long prompt times a large vocabulary is much memory."""
+    return hidden_BLD[:, -1] @ weight_VD.T

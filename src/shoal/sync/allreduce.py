@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal import operations
 from shoal.errors import LayoutError
 from shoal.mesh import Mesh, View, build
 from shoal.optim.norm import sum_of_squares
@@ -34,6 +35,7 @@ class Applied:
     grad_norm: of the normalised gradient, before clipping. staleness: updates between pull and commit.
     stop: some rank asked to end the run after this step.
     waited: seconds this rank waited for others and the network, not covered by computing.
+    whence: where it was not finite, e.g. `weights of rank 2`; empty where only the gradient was.
     """
 
     applied: bool
@@ -45,6 +47,7 @@ class Applied:
     staleness: int = 0
     stop: bool = False
     waited: float = 0.0
+    whence: str = ""
 
 
 class AllReduce:
@@ -66,6 +69,7 @@ class AllReduce:
 
     def begin(self, step: int) -> Version:
         """Nothing to wait for: every rank already holds the newest weights."""
+        operations.step(step + 1)
         self._works.clear()
         return Version(step)
 
@@ -94,7 +98,21 @@ class AllReduce:
             lr = self.update.apply(clip / weight)
             self.replica.updated()
         version = Version(self.update.done)
-        return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited)
+        whence = "" if finite else self._whence(tally)
+        return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited, whence=whence)
+
+    def _whence(self, tally: Tally) -> str:
+        """Whose weights or whose loss is not finite, by what each rank sees in its own; all call it together."""
+        weights = all(bool(shard.local.isfinite().all()) for shard in self.replica.held())
+        own = torch.stack([torch.tensor(not weights, device=self.mesh.device), ~tally.loss_sum.isfinite().all()])
+        of_ranks = torch.zeros(self.mesh.world, 2, dtype=torch.int64, device=self.mesh.device)
+        of_ranks[self.mesh.rank] = own
+        self.mesh.wait(dist.all_reduce(of_ranks, group=self.mesh.everyone, async_op=True))
+        for what, found in zip(("weights", "loss"), of_ranks.T, strict=True):
+            ranks = [str(self.mesh.view.members[i]) for i in found.nonzero().flatten().tolist()]
+            if ranks:
+                return f"{what} of rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}"
+        return ""
 
     def abandon(self) -> None:
         """After a failure: breaks off this step, so that whoever waits for this rank learns of it too."""

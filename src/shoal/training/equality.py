@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -23,6 +25,7 @@ from shoal.job import parse
 from shoal.mesh import Mesh, Seat
 from shoal.models import split
 from shoal.models.decoder import Decoder
+from shoal.models.storage import FusedLinear
 from shoal.parallel.replica import Replica
 from shoal.training.feed import micro_batches, on_device
 from shoal.training.parts import Parts, assemble
@@ -30,11 +33,11 @@ from shoal.training.parts import Parts, assemble
 _RECORDED = ("gradient", "weight")
 
 
-def record(seat: Seat, *, job: str, prepared: str, folder: str, order: int = 0, halves: bool = False) -> dict[str, Any]:
+def record(seat: Seat, *, job: str, prepared: str, folder: str, order: int = 0, sums: int = 1) -> dict[str, Any]:
     """Trains the job (TOML) for its steps and writes this rank's pieces of the first gradient and the last weights.
 
-    order: shuffles the sequences of each step, another way for each number, as far as one rank reads them. halves: the
-    matrices whose inputs two tensor ranks would share are multiplied in two halves, as these would.
+    order: shuffles the sequences of each step, another way for each number, as far as one rank reads them. sums: what
+    tensor ranks would sum, forward and backward, is summed of so many parts, as so many ranks would.
     Returns losses and gradient norms of the steps, and the samples that this rank read in each.
     """
     what = parse(job)
@@ -44,31 +47,45 @@ def record(seat: Seat, *, job: str, prepared: str, folder: str, order: int = 0, 
         corpus = Prepared.load(Path(prepared))
         loader = Loader(corpus, what.data, "train", what.train.global_batch, what.train.seed)
         parts = assemble(what, mesh)
-        if halves:
+        if sums > 1:
             model = parts.replica.module
             assert isinstance(model, Decoder)
-            _in_halves(model)
+            _in_parts(model, sums)
         return _steps(parts, loader, Path(folder), order)
     finally:
         mesh.close()
 
 
-def _in_halves(model: Decoder) -> None:
+def _in_parts(model: Decoder, sums: int) -> None:
     for name, module in model.named_modules():
-        if split.how(name, model.options) == split.INPUTS and isinstance(module, nn.Linear):
-            module.__dict__["forward"] = partial(_two_products, module)
+        if isinstance(module, nn.Linear):
+            by_inputs = split.how(name, model.options) == split.INPUTS
+            module.__dict__["forward"] = partial(_of_inputs if by_inputs else _of_outputs, module, sums)
+        elif isinstance(module, FusedLinear):
+            module.__dict__["forward"] = partial(_of_several, module, sums)
 
 
-def _two_products(module: nn.Linear, x_BLF: Tensor) -> Tensor:
-    half = module.in_features // 2
-    out_BLD = F.linear(x_BLF[..., :half], module.weight[:, :half])
-    out_BLD = out_BLD + F.linear(x_BLF[..., half:], module.weight[:, half:])
+def _of_inputs(module: nn.Linear, sums: int, x_BLF: Tensor) -> Tensor:
+    parts = zip(x_BLF.tensor_split(sums, -1), module.weight.tensor_split(sums, -1), strict=True)
+    first, *others = (F.linear(x, weight) for x, weight in parts)
+    out_BLD = sum(others, first)
     return out_BLD if module.bias is None else out_BLD + module.bias.to(out_BLD.dtype)
+
+
+def _of_several(module: FusedLinear, sums: int, x_BLD: Tensor) -> tuple[Tensor, ...]:
+    return _of_outputs(module, sums, x_BLD).split(module.sizes, -1)
+
+
+def _of_outputs(module: nn.Linear | FusedLinear, sums: int, x_BLD: Tensor) -> Tensor:
+    """Backward, the gradient of what goes in is a sum of parts."""
+    out_BLF = torch.cat([F.linear(x_BLD, weight) for weight in module.weight.tensor_split(sums)], -1)
+    return out_BLF if module.bias is None else out_BLF + module.bias.to(out_BLF.dtype)
 
 
 def _steps(parts: Parts, loader: Loader, folder: Path, order: int) -> dict[str, Any]:
     losses, norms, samples = [], [], []
-    pieces: dict[str, Tensor] = {}
+    # Of one process also where it began: how far it moved since is what its noise is small against.
+    pieces = dict(_pieces(parts.replica, "start")) if parts.mesh.world == 1 else {}
     for step in range(parts.job.train.steps):
         batches = _batches(loader, parts.mesh, step * parts.job.train.global_batch, order)
         parts.objective.step = step
@@ -111,25 +128,29 @@ def compare(
 ) -> dict[str, Any]:
     """How far the pieces in `folder` are from the tensors of the one rank that wrote `reference`.
 
-    Per kind, for the parameter that comes nearest to its bound or exceeds it most: difference relative to the norm of
-    the whole tensor, its bound, its name. reordered: records of the same rank in other orders; the bound of a parameter
-    is then 4 times the most that it moves between them. Without, it is `bounds`' of the kind. With them, weights are
-    compared all together: after some steps of AdamW each single one has moved by chance.
+    Per kind, for the tensor that comes nearest to its bound or exceeds it most: difference relative to the norm of the
+    whole tensor, its bound, its name, and as `flaw` why it is infinite, if it is. bounds: of each kind, in exact
+    arithmetic. reordered: records of the same rank in other orders, where there is noise. A tensor's bound is then, if
+    it is more, four times its noise; or of weights, the share `trained` in bounds of what training has changed in it:
+    AdamW divides each element's gradient by its own size, and where that is near 0 by chance, noise becomes a step.
+    These ratios have tails so long that no few orders bound them.
     """
-    whole = {kind: _whole(reference, kind) for kind in _RECORDED}
     worst = {}
     for kind in _RECORDED:
-        bound = dict.fromkeys(whole[kind], bounds[kind])
+        whole = _whole(reference, kind)
+        as_one = _layer if reordered else str
+        differences, flaws = _differences(folder, kind, whole, as_one)
+        bound = dict.fromkeys(differences, bounds[kind])
         if reordered:
-            moves = [_differences(other, kind, whole[kind]) for other in reordered]
+            moves = [_differences(other, kind, whole, as_one)[0] for other in reordered]
+            noise, trained = _noise(moves, whole), dict.fromkeys(differences, 0.0)
             if kind == "weight":
-                moves = [_together(move, whole[kind]) for move in moves]
-            bound = {name: max(bounds[kind], 4 * max(move[name] for move in moves)) for name in moves[0]}
-        differences = _differences(folder, kind, whole[kind])
-        if bound.keys() != differences.keys():
-            differences = _together(differences, whole[kind])
+                start = _whole(reference, "start")
+                trained = _relative({name: _apart(start[name], right) for name, right in whole.items()}, whole, as_one)
+            bound = {n: max(bounds[kind], 4 * noise[n], bounds["trained"] * trained[n]) for n in differences}
         name = max(differences, key=lambda name: differences[name] / bound[name])
-        worst[kind] = {"difference": differences[name], "bound": bound[name], "name": name}
+        flaw = flaws.get(name, "")
+        worst[kind] = {"difference": differences[name], "bound": bound[name], "name": name, "flaw": flaw}
     return worst
 
 
@@ -137,28 +158,66 @@ def _whole(folder: str, kind: str) -> dict[str, Tensor]:
     return {name: piece.double() for name, _, piece in _read(folder, kind)}
 
 
-def _differences(folder: str, kind: str, whole: dict[str, Tensor]) -> dict[str, float]:
-    """Per parameter, of what the ranks hold together; infinite where no rank holds an element, where it is no number,
-    or where two ranks' copies differ in a bit."""
+def _layer(name: str) -> str:
+    """`…mlp.experts.3.up_proj.weight` -> `…mlp.experts.*.up_proj.weight`: in low precision a token may go to another
+    expert than before, which moves one of them by no small amount, and all of a layer by little."""
+    return re.sub(r"\.experts\.\d+\.", ".experts.*.", name)
+
+
+def _noise(moves: list[dict[str, float]], whole: dict[str, Tensor]) -> dict[str, float]:
+    """Per tensor, the most that any tensor of its shape moves between orders of the same sums.
+
+    A few orders show little of what one small tensor, a norm's or a bias, may move by: that of all of its kind in all
+    blocks shows more.
+    """
+    shapes = {_layer(name): tensor.shape for name, tensor in whole.items()}
+    most: dict[torch.Size, float] = {}
+    for name, shape in shapes.items():
+        most[shape] = max(most.get(shape, 0.0), *(move[name] for move in moves))
+    return {name: most[shape] for name, shape in shapes.items()}
+
+
+def _differences(
+    folder: str, kind: str, whole: dict[str, Tensor], as_one: Callable[[str], str] = str
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Per tensor, of what the ranks hold together; infinite where there is a flaw; and the flaws, one for a name.
+
+    as_one: the name under which tensors count as one, of the norm of all.
+    """
+    held, flaws = _held(folder, kind, whole)
+    apart = {name: math.inf if name in flaws else _apart(held[name], right) for name, right in whole.items()}
+    return _relative(apart, whole, as_one), {as_one(name): flaw for name, flaw in flaws.items()}
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The square of their distance."""
+    return (one - other).square().sum().item()
+
+
+def _relative(squares: dict[str, float], whole: dict[str, Tensor], as_one: Callable[[str], str]) -> dict[str, float]:
+    """Distances relative to the norms of the tensors, each or those of one name together."""
+    moved, size = defaultdict[str, float](float), defaultdict[str, float](float)
+    for name, right in whole.items():
+        moved[as_one(name)] += squares[name]
+        size[as_one(name)] += right.square().sum().item()
+    return {name: math.sqrt(moved[name] / max(size[name], 1e-300)) for name in moved}
+
+
+def _held(folder: str, kind: str, whole: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that the ranks' pieces make, and what is wrong with some whatever their numbers are."""
     held = {name: torch.full_like(tensor, torch.nan) for name, tensor in whole.items()}
-    unequal = set()
+    flaws: dict[str, str] = {}
     for name, offsets, piece in _read(folder, kind):
         there = held[name][tuple(slice(o, o + n) for o, n in zip(offsets, piece.shape, strict=True))]
-        if not torch.all(there.isnan() | (there == piece)):
-            unequal.add(name)
+        if not piece.isfinite().all():
+            flaws[name] = f"{kind} of {name}: not all of it are finite numbers"
+        elif not torch.all(there.isnan() | (there == piece)):
+            flaws[name] = f"{kind} of {name}: two ranks hold different copies"
         there.copy_(piece)
-    found: dict[str, float] = {}
-    for name, right in whole.items():
-        difference = ((held[name] - right).norm() / right.norm().clamp(min=1e-300)).item()
-        found[name] = math.inf if name in unequal or not math.isfinite(difference) else difference
-    return found
-
-
-def _together(differences: dict[str, float], whole: dict[str, Tensor]) -> dict[str, float]:
-    """Of all parameters as one vector."""
-    squares = {name: tensor.square().sum().item() for name, tensor in whole.items()}
-    moved = sum(difference**2 * squares[name] for name, difference in differences.items())
-    return {"all": (moved / sum(squares.values())) ** 0.5}
+    for name, tensor in held.items():
+        if name not in flaws and tensor.isnan().any():
+            flaws[name] = f"{kind} of {name}: no rank holds all of it"
+    return held, flaws
 
 
 def _read(folder: str, kind: str) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from shoal.checkpoint import Pending, Saver
 from shoal.data.loader import Loader
 from shoal.errors import DivergedError
 from shoal.job import Job
-from shoal.observe import trace
+from shoal.observe import perfetto
 from shoal.optim.schedule import learning_rate
 from shoal.shard import State
 from shoal.sync.allreduce import Applied
+from shoal.training.agreement import check_agreement
 from shoal.training.feed import step_batches
 from shoal.training.length import Length
 from shoal.training.parts import Parts
@@ -66,6 +67,8 @@ class Loop:
         validate_every, save_every = job.train.validate_every, job.checkpoint.every
         assert validate_every > 0 < save_every
         stopped = False
+        if self.length is None:
+            self._warn_of_no_trace()
         while self.step < self.steps and not stopped:
             with self._watched() as span:
                 row, applied = self._step(span)
@@ -80,6 +83,8 @@ class Loop:
                 self.save()
             if self.length and (other := self.length.follow(self.parts, self.step)):
                 self._go_on_as(other)
+        if self.length and self.step >= self.steps:
+            self._warn_of_no_trace()  # only now it is known how many steps there are
         if self.validation and self.last is None and not stopped:
             self._validate(glance=False)  # a finished run that was resumed: the same figures again
         self.save()
@@ -98,6 +103,16 @@ class Loop:
         self.parts.update.reschedule(job.optim, job.train.steps)
         self.changed(job)
 
+    def _warn_of_no_trace(self) -> None:
+        """Where somebody asked for one of a step that does not come."""
+        wanted = self.parts.job.run.trace
+        if not wanted or self.trace is None:
+            return
+        if wanted > self.steps:
+            self.say(f"warning: step {wanted:,} is never reached, the last one is {self.steps:,}: no trace is written")
+        elif wanted <= self.step and not (self.trace / perfetto.FILE).exists():
+            self.say(f"warning: step {wanted:,} was over before this start: no trace is written")
+
     @contextlib.contextmanager
     def _watched(self) -> Iterator[Spanning]:
         """For the step that is to be traced, a trace; gives what opens a span in it."""
@@ -107,7 +122,7 @@ class Loop:
         try:
             with traced(self.parts.mesh, self.trace) as tracer:
                 yield tracer.span
-            self.say(f"trace of step {self.step:,}: {self.trace / trace.FILE} (ui.perfetto.dev opens it)")
+            self.say(f"trace of step {self.step:,}: {self.trace / perfetto.FILE} (ui.perfetto.dev opens it)")
         except OSError as error:
             self.say(f"warning: the trace of step {self.step:,} was not written: {error.strerror}")
 
@@ -146,6 +161,9 @@ class Loop:
             "communication_s": applied.waited,
             "optimizer_s": end - computed - applied.waited,
         }
+        # Of a step that was not applied, nobody summed them up.
+        if parts.replica.used is not None:
+            row |= asdict(parts.replica.used)
         return row, applied
 
     def _check(self, applied: Applied, row: dict[str, Any]) -> None:
@@ -154,7 +172,8 @@ class Loop:
             self._in_a_row = 0
             return
         lr = learning_rate(self.parts.job.optim, applied.version.number, self.parts.job.train.steps)
-        what = f"loss or gradient is not finite (gradient norm {applied.grad_norm}); the update was not applied"
+        whence = f"; {applied.whence}" if applied.whence else ""
+        what = f"loss or gradient is not finite (gradient norm {applied.grad_norm}{whence}); the update was not applied"
         self.skipped += 1
         self._in_a_row += 1
         if self.parts.job.train.on_nonfinite == "skip" and self._in_a_row < MOST_SKIPPED:
@@ -180,7 +199,12 @@ class Loop:
         return self.last
 
     def save(self) -> None:
-        """Copies the state and lets the helper process write it; one that failed is told and not fatal."""
+        """Copies the state and lets the helper process write it; one that failed is told and not fatal.
+
+        Raises DivergedError where ranks have gone apart.
+        """
+        if self.parts.job.sync.compare:
+            check_agreement(self.parts.replica, self.step)
         before, self.saved = self.saved, self.saver.save(self.state(), self.step)
         # Known by now: a save waits for the one before.
         if before is not None and before.error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from shoal import device
 from shoal.data.batch import Batch
-from shoal.ops.attention import Attend, Attention, document_attend
+from shoal.ops.attention import Attend, Attention, document_attend, dropped_attend
 from shoal.ops.dropout import Dropout
 from shoal.ops.loss import chunked_cross_entropy
 from shoal.parallel.context import Context
@@ -35,19 +35,22 @@ class Objective:
         tensors: Tensors | None = None,
         dropout: float = 0.0,
         seed: int = 0,
+        attention_dropout: float = 0.0,
     ):
         """chunk: tokens whose logits exist at a time, 0 = by size. context, tensors: where sequences and matrices are
-        shared with other ranks. dropout: rate, wherever gradients are computed; seed: of its masks."""
+        shared with other ranks. dropout, attention_dropout: rates, of the residual stream and of attention's
+        probabilities, wherever gradients are computed; seed: of their masks."""
+        assert context is None or not attention_dropout, "probabilities of rows that no rank holds whole"
         self.precision, self.chunk = precision, chunk
         self.context, self.tensors = context, tensors
-        self.dropout, self.seed = dropout, seed
+        self.dropout, self.attention_dropout, self.seed = dropout, attention_dropout, seed
         self.seconds = 0.0
         self.step = 0
         """The step that is computed, for the masks of dropout; to be set."""
 
     def __call__(self, module: nn.Module, batch: Batch, hidden_BLD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         start = time.perf_counter()
-        attend, drop = self._attend(batch.document_BL), self._drop(batch)
+        attend, drop = self._attend(batch), self._drop(batch)
         batch = self._mine(batch)
 
         def head(hidden_BLD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -62,8 +65,16 @@ class Objective:
         self.seconds += time.perf_counter() - start
         return out, batch.weight_BL.sum(dtype=torch.float64)
 
-    def _attend(self, document_BL: Tensor) -> Attend:
-        return document_attend(document_BL) if self.context is None else _padded(self.context.attend(document_BL))
+    def _attend(self, batch: Batch) -> Attend:
+        if self.context is not None:
+            return _padded(self.context.attend(batch.document_BL))
+        if not self.attention_dropout or not torch.is_grad_enabled():
+            return document_attend(batch.document_BL)
+        # Attention sees whole rows, whichever part of the residual stream is here. Documents may have equal positions,
+        # places in the row are each another one.
+        place_L = torch.arange(batch.tokens_BL.shape[1], device=batch.tokens_BL.device)
+        drop = Dropout(self.attention_dropout, self.seed, self.step, batch.sample_B, place_L)
+        return dropped_attend(batch.document_BL, drop, self.tensors.heads.start if self.tensors else 0)
 
     def _mine(self, batch: Batch) -> Batch:
         """Where sequences are shared, this rank's positions."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,21 +20,19 @@ from torch.utils import _pytree as pytree
 from shoal import checkpoint
 from shoal.checkpoint.contents import find
 from shoal.errors import CheckpointError, DataError, LayoutError
+from shoal.job.check import count
+from shoal.job.fits import enough
 from shoal.job.optim import OptimOptions
 from shoal.mesh import Mesh
 from shoal.optim.update import Update
+from shoal.parallel.example import layers_called
 from shoal.parallel.foreign import Division, Tied
-from shoal.parallel.statistics import RunningStatistics
+from shoal.parallel.statistics import RunningStatistics, called_norm, loose
+from shoal.parallel.tensor import Cut
 from shoal.shard import Shard, State
 from shoal.sync import AllReduce
-
-Batch = tuple[Any, Any]
-"""(inputs, target): the module is called with the inputs, a tensor or a tuple of tensors, and the loss with what comes
-out and the target, any nest of tuples, lists and dicts of tensors. Dimension 0 of every tensor is the sample."""
-
-Loss = Callable[[Any, Any], Tensor | tuple[Tensor, Tensor | float]]
-"""(output, target) -> the loss SUMMED over the samples; or this and what it is to be divided by, also a sum, where
-that is not the number of samples (tokens, say)."""
+from shoal.training.micro_batch import Batch, Loss, Objective, rows
+from shoal.training.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,22 @@ class Step:
     applied: bool
 
 
-class Objective:
-    """(module, micro-batch, what the stage before hands on) -> (loss, weight); an early stage: what it hands on."""
+@dataclass(frozen=True)
+class Outline:
+    """Of a module before it was divided.
 
-    def __init__(self, loss: Loss, last: nn.Module | None):
-        """last: the module that makes the output; None where another rank has it."""
-        self.loss, self.last = loss, last
+    like: canonical name of each parameter and buffer -> a tensor on meta of its shape. names: key of the module's
+    state_dict -> canonical name. momenta: of the running statistics. frozen: what requires no gradient.
+    """
 
-    def __call__(self, module: nn.Module, batch: Batch, handed: tuple[Tensor, ...] | None = None) -> tuple[Any, Tensor]:
-        inputs, target = batch
-        out = module(*(inputs if handed is None else handed))
-        weight: Tensor | float = inputs[0].shape[0]
-        if module is self.last:
-            out = self.loss(out, target)
-            if isinstance(out, tuple):
-                out, weight = out
-            if not isinstance(out, Tensor) or out.ndim:
-                what = f"shape {list(out.shape)}" if isinstance(out, Tensor) else type(out).__name__
-                raise DataError(f"the loss is no single number: {what}", fix="sum it over the samples: .sum()")
-        return out, torch.as_tensor(weight, dtype=torch.float64, device=inputs[0].device)
+    like: Mapping[str, Tensor]
+    names: Mapping[str, str]
+    momenta: Mapping[str, float]
+    frozen: AbstractSet[str]
 
 
-def _rows(batch: Batch, start: int, count: int) -> Batch:
-    return pytree.tree_map_only(Tensor, lambda x: x[start : start + count], batch)
+def _forward(module: nn.Module, batch: Batch, handed: tuple[Tensor, ...] | None) -> Any:
+    return module(*(batch[0] if handed is None else handed))
 
 
 class Trained:
@@ -81,31 +74,26 @@ class Trained:
         self,
         division: Division,
         mesh: Mesh,
-        loss: Loss,
+        loss: Loss | None,
         options: OptimOptions,
         steps: int,
-        like: Mapping[str, Tensor],
-        names: Mapping[str, str],
-        momenta: Mapping[str, float],
+        outline: Outline,
         example: tuple[Tensor, ...] | None,
-        by_mode: bool,
     ):
-        """like: canonical name -> a tensor on meta of its shape. names: key of the module's state_dict -> canonical
-        name. momenta: of the running statistics. example: inputs of a micro-batch, to which a pipeline is fixed.
-        by_mode: whether evaluation computes something else than training."""
+        """loss: None where it is only to compute. example: inputs of a micro-batch, to which a pipeline is fixed."""
         self.mesh, self.steps_done = mesh, 0
-        self._like, self._names, self._division = like, names, division
+        self._like, self._names, self._division = outline.like, outline.names, division
         self._example = [(x.shape, x.dtype) for x in example or ()]
         self.replica = Tied(division, mesh)
         self.update = Update(self.replica.shards(), options, steps)
         self.sync = AllReduce(mesh, options.clip)
         self.sync.attach(self.replica, self.update)
         modules = [part.module for part in division.parts.values()]
+        self._watch = Watch(modules, mesh, outline.frozen | outline.momenta.keys())
         self._modes = {part: part.training for module in modules for part in module.modules()}
-        self._statistics = RunningStatistics(dict(momenta), modules, mesh)
+        self._statistics = RunningStatistics(dict(outline.momenta), modules, mesh)
         last = division.parts.get(mesh.layout.stage_count - 1)
-        self._objective = Objective(loss, last.module if last else None)
-        self._by_mode = by_mode
+        self._loss, self._last = loss, last.module if last else None
         self._saver: checkpoint.Saver | None = None
 
     @property
@@ -127,10 +115,10 @@ class Trained:
         DataError where the layout does not divide the samples evenly: ranks would count more or less than others.
         """
         layout, leaves = self.mesh.layout, [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
-        rows = {x.shape[0] if x.ndim else 0 for x in leaves}
-        if len(rows) != 1:
-            raise DataError(f"the batch's tensors have {sorted(rows)} rows", fix="dimension 0 of each is the sample")
-        (total,) = rows
+        counts = {x.shape[0] if x.ndim else 0 for x in leaves}
+        if len(counts) != 1:
+            raise DataError(f"the batch's tensors have {sorted(counts)} rows", fix="dimension 0 of each is the sample")
+        (total,) = counts
         size = layout.micro_batch or max(1, total // layout.readers)
         if not total or total % (layout.readers * size):
             unit = layout.readers * (layout.micro_batch or 1)
@@ -140,18 +128,24 @@ class Trained:
             )
         part = total // layout.readers
         starts = range(part * self.reader, part * (self.reader + 1), size)
-        return [_rows(batch, start, size) for start in starts]
+        return [rows(batch, start, size) for start in starts]
 
     def step(self, batches: Sequence[Batch]) -> Step:
-        """One update from this rank's micro-batches, equally many on every rank."""
+        """One update from this rank's micro-batches, equally many on every rank.
+
+        LayoutError where a pipeline's schedule cannot run so few, or where a batch norm that the module calls as a
+        function computes with statistics of other micro-batches than in another layout. JobError without a loss.
+        """
+        objective = Objective(self._loss, self._last)
         batches = self._ready(batches)
+        self._refuse_too_few(len(batches))
         self._statistics.begin()
         self.sync.begin(self.steps_done)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), self._watch.step():
             if self.mesh.layout.pipeline > 1:
                 # No stage writes to what it hands on, view or not.
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            tally = self.replica.gradients(batches, self._objective)
+            tally = self.replica.gradients(batches, objective if self.steps_done else self._looking(objective))
         for parameter in (p for part in self._division.parts.values() for p in part.module.parameters()):
             # Not used this time.
             parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -161,24 +155,69 @@ class Trained:
         loss = applied.loss_sum / applied.weight if applied.weight else float("nan")
         return Step(loss, applied.grad_norm, applied.lr, applied.applied)
 
-    def evaluate(self, batches: Sequence[Batch]) -> float:
-        """The loss over all ranks' micro-batches, divided by their weight, in evaluation mode.
+    def _looking(self, objective: Objective) -> Any:
+        """In the first step: the statistics of a micro-batch are looked for in what backward passes through."""
+        layout = self.mesh.layout
 
-        LayoutError where a pipeline's stages, which were traced for training, compute something else then.
+        def compute(module: nn.Module, batch: Batch, handed: tuple[Tensor, ...] | None = None) -> tuple[Any, Tensor]:
+            out, weight = objective(module, batch, handed)
+            if layout.world > 1 and not layout.micro_batch and called_norm(out):
+                raise loose("batch_norm, which the module calls,", layout)
+            return out, weight
+
+        return compute
+
+    def _refuse_too_few(self, micro_batches: int) -> None:
+        layout = self.mesh.layout
+        if layout.pipeline == 1 or enough(micro_batches, layout):
+            return
+        further = range(micro_batches + 1, micro_batches + 1 + layout.stage_count + layout.pipeline)
+        more = next(n for n in further if enough(n, layout))
+        raise LayoutError(
+            f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages cannot run "
+            f"{count(micro_batches, 'micro-batch')}",
+            where=f"layout {layout}",
+            fix=f"a batch of {more * layout.micro_batch * layout.readers} samples, or schedule=gpipe",
+        )
+
+    def evaluate(self, batches: Sequence[Batch], loss: Loss | None = None) -> float:
+        """The loss over all ranks' micro-batches, divided by their weight, in evaluation mode. loss: another one.
+
+        LayoutError where a pipeline's stages, which were traced for training, compute something else then. JobError
+        without a loss.
         """
-        if self.mesh.layout.pipeline > 1 and self._by_mode:
-            what = "the stages of a pipeline were traced in training mode, in which batch norm and dropout differ"
-            raise LayoutError(what, where=f"layout {self.mesh.layout}", fix="load trained.state_dict() into a module")
-        try:
-            for part in self._modes:
-                part.training = False
-            tally = self.replica.evaluate(self._ready(batches), self._objective)
-        finally:
-            for part, mode in self._modes.items():
-                part.training = mode
+        objective = Objective(self._loss if loss is None else loss, self._last)
+        with self._evaluating():
+            tally = self.replica.evaluate(self._ready(batches), objective)
         total = torch.stack([tally.loss_sum, tally.weight])
         self.mesh.wait(dist.all_reduce(total, group=self.mesh.everyone, async_op=True))
         return (total[0] / total[1]).item()
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor | tuple[Tensor, ...]) -> Any:
+        """What the module makes of the inputs of one of this rank's micro-batches, in evaluation mode, without
+        gradients. In a pipeline, None on ranks that do not hold its last stage. LayoutError as for `evaluate`."""
+        batches = self._ready([(inputs, ())])
+        with self._evaluating():
+            if self.replica.pipeline is None:
+                return self.replica.module(*batches[0][0])
+            outputs = self.replica.pipeline.forward(batches, _forward, self._division.handed)
+        return outputs[0] if outputs else None
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        layout, by_mode = self.mesh.layout, self._division.by_mode
+        if by_mode:
+            what = f"the stages of a pipeline were traced in training mode, and evaluation is something else: {by_mode}"
+            raise LayoutError(what, where=f"layout {layout}", fix="load trained.state_dict() into a module")
+        try:
+            for part in self._modes:
+                part.training = False
+            with layers_called() if layout.tensor > 1 else nullcontext():
+                yield
+        finally:
+            for part, mode in self._modes.items():
+                part.training = mode
 
     def _ready(self, batches: Sequence[Batch]) -> list[Batch]:
         """On the device, with inputs that are a tuple, of the shapes that a pipeline knows."""
@@ -186,6 +225,9 @@ class Trained:
             raise DataError(
                 "a step needs at least one micro-batch", fix="trained.step(trained.share((inputs, target)))"
             )
+        if self.mesh.layout.pipeline > 1 and torch.is_autocast_enabled(self.mesh.device.type):
+            what = "torch.autocast is on around the pipeline, whose stages hand on the dtypes that were traced"
+            raise LayoutError(what, where=f"layout {self.mesh.layout}", fix="enter it in the module's own forward")
         ready = []
         for inputs, target in batches:
             inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
@@ -219,15 +261,22 @@ class Trained:
     def _held(self) -> list[Shard]:
         """Parameters and saved buffers; `counted` for the buffers, too, in one rank of each replica."""
         held = list(self.replica.shards())
-        first = (self.mesh.fsdp, self.mesh.context, self.mesh.tensor) == (0, 0, 0)
+        first = (self.mesh.fsdp, self.mesh.context) == (0, 0)
         saved = set(self._names.values())
         for stage, part in self._division.parts.items():
             for name, buffer in part.module.named_buffers():
                 if name in saved:
-                    mine = first and self._division.first[name] == stage
-                    shape = tuple(buffer.shape)
+                    # What requires no gradient may be cut, too.
+                    cut = part.cuts.get(name)
+                    whole = Cut(tuple(buffer.shape), (0,) * buffer.ndim, self.mesh.tensor == 0)
+                    shape, offsets, counted = (
+                        (cut or whole).global_shape,
+                        (cut or whole).offsets,
+                        (cut or whole).counted,
+                    )
+                    mine = first and counted and self._division.first[name] == stage
                     owner = mine and self.mesh.replica == 0
-                    held.append(Shard(name, shape, (0,) * len(shape), buffer.detach(), owner=owner, counted=mine))
+                    held.append(Shard(name, shape, offsets, buffer.detach(), owner=owner, counted=mine))
         return held
 
     def save(self, folder: str | Path, keep: int = 2) -> Path:

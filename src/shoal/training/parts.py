@@ -47,44 +47,72 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
 
     fresh: False where a checkpoint replaces all weights. A folder that they once came from need not exist any more.
     """
-    layout, length = mesh.layout, job.data.sequence_length
-    tensors = Tensors(job.model, mesh.group("tensor")) if layout.tensor > 1 else None
-    context = Context(mesh.group("context"), layout.context_by) if layout.context > 1 else None
-    layers = layers_of_stages(job.model, layout, length)
-    axis = ExpertAxis(mesh) if layout.expert > 1 else None
-    row = Rows(mesh, context, tensors) if context is not None or tensors is not None else None
-    parts = {stage: _part(job, layers[stage], tensors, axis, row) for stage in layout.stages_of(mesh.stage)}
-    seen = length // layout.context // layout.tensor
-    dtype = stored(job.train.precision)
-
-    def hidden(batch: Batch) -> Tensor:
-        rows = batch.tokens_BL.shape[0]
-        return torch.empty(rows, seen, job.model.hidden_size, dtype=dtype, device="meta")
-
-    bucket_bytes = int(job.sync.bucket_mib * 2**20)
-    replica: Replica[Batch] = Replica(
-        parts, mesh, compute=compute(job.train.precision), bucket_bytes=bucket_bytes, hidden=hidden
-    )
-    if fresh:
-        first_weights(replica, job)
+    replica, objective = spread(job, mesh, fresh)
     update = Update(replica.shards(), job.optim, job.train.steps)
     sync = SYNCS[job.sync.name](mesh, job.optim.clip)
     sync.attach(replica, update)
-    train = job.train
-    objective = Objective(train.precision, train.loss_chunk, context, tensors, train.dropout, train.seed)
     return Parts(job, mesh, replica, update, sync, objective)
 
 
-def _part(job: Job, layers: range, tensors: Tensors | None, axis: ExpertAxis | None, row: Row | None) -> Part:
-    """These blocks of the model, as this rank computes them."""
+def spread(job: Job, mesh: Mesh, fresh: bool = True) -> tuple[Replica[Batch], Objective]:
+    """The model with its first weights, cut for this rank, and what is minimised. As for `assemble`."""
+    assert job.layout is not None
+    layers = layers_of_stages(job.model, job.layout, job.data.sequence_length)
+    axes = Axes.of(job, mesh)
+    parts = {stage: part_of(job, layers[stage], axes) for stage in mesh.layout.stages_of(mesh.stage)}
+    precision, bucket_bytes = job.train.precision, int(job.sync.bucket_mib * 2**20)
+    replica: Replica[Batch] = Replica(
+        parts, mesh, compute=compute(precision), bucket_bytes=bucket_bytes, hidden=partial(hidden_of, job)
+    )
+    if fresh:
+        first_weights(replica, job)
+    return replica, objective_of(job, axes)
+
+
+@dataclass
+class Axes:
+    """How this rank shares matrices, sequences and experts with others; None where it has them whole."""
+
+    tensors: Tensors | None
+    context: Context | None
+    experts: ExpertAxis | None
+    row: Row | None
+
+    @classmethod
+    def of(cls, job: Job, mesh: Mesh) -> Axes:
+        layout = mesh.layout
+        ring = layout.tensor_by == "ring"
+        tensors = Tensors(job.model, mesh.group("tensor"), ring=ring) if layout.tensor > 1 else None
+        context = Context(mesh.group("context"), layout.context_by) if layout.context > 1 else None
+        experts = ExpertAxis(mesh) if layout.expert > 1 else None
+        row = Rows(mesh, context, tensors) if context is not None or tensors is not None else None
+        return cls(tensors, context, experts, row)
+
+
+def objective_of(job: Job, axes: Axes) -> Objective:
+    train, context, tensors = job.train, axes.context, axes.tensors
+    rates = {"dropout": train.dropout, "attention_dropout": train.attention_dropout}
+    return Objective(train.precision, train.loss_chunk, context, tensors, seed=train.seed, **rates)
+
+
+def hidden_of(job: Job, batch: Batch) -> Tensor:
+    """On meta, what one stage hands to the next: of each sequence the positions whose residual stream is here."""
+    assert job.layout is not None
+    seen = job.data.sequence_length // job.layout.context // job.layout.tensor
+    dtype = stored(job.train.precision)
+    return torch.empty(batch.tokens_BL.shape[0], seen, job.model.hidden_size, dtype=dtype, device="meta")
+
+
+def part_of(job: Job, layers: range, axes: Axes) -> Part:
+    """These blocks of the model, on meta, as this rank computes them."""
     assert job.layout is not None
     with torch.device("meta"):
         model = build(job.model, layers).to(stored(job.train.precision))
-    cuts = tensors.split(model) if tensors is not None else {}
-    of_experts, experts = axis.split(model) if axis is not None else ({}, [])
+    cuts = axes.tensors.split(model) if axes.tensors is not None else {}
+    of_experts, experts = axes.experts.split(model) if axes.experts is not None else ({}, [])
     for layer in model.modules():
         if isinstance(layer, MoE):
-            layer.row = row
+            layer.row = axes.row
     for block in model.blocks:
         if job.layout.recompute == "block":
             _recompute(block)

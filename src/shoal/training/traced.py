@@ -2,7 +2,7 @@
 
 Spans are taken around what computes and what waits, by replacing these functions while the step lasts: so the rest of
 the code knows nothing of tracing, and it costs nothing in all other steps. Whoever waits for a collective or a
-neighbour waits in `Work.wait`, be it shoal, fully_shard or a pipeline's schedule.
+neighbour waits in `Work.wait`, be it shoal, fully_shard or a pipeline's schedule. What travels meanwhile: `flights`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.pipelining import PipelineStage
 
 from shoal import device
 from shoal.mesh import Mesh
-from shoal.observe import trace
+from shoal.observe import perfetto, timeline, trace
 from shoal.observe.trace import Tracer
 from shoal.optim.update import Update
+from shoal.training.flights import Flights, Method, replaced
 from shoal.training.objective import Objective
 
 # Seconds in which the other ranks' spans must have come; they have ended the same step.
@@ -38,8 +40,10 @@ def traced(mesh: Mesh, folder: Path) -> Iterator[Tracer]:
     """
     tracer = Tracer(mesh.rank)
     with ExitStack() as watched:
+        watched.enter_context(Flights(tracer, mesh).within())
         for owner, name, span in _watched(tracer, mesh):
-            watched.enter_context(_around(owner, name, span, mesh))
+            waits_for = None if owner is dist.Work else mesh.device
+            watched.enter_context(replaced(owner, name, functools.partial(_around, span, waits_for)))
         tracer.on = True
         yield tracer
         tracer.on = False
@@ -48,7 +52,8 @@ def traced(mesh: Mesh, folder: Path) -> Iterator[Tracer]:
     if mesh.rank == 0:
         keys = [f"{key}-{rank}" for rank in range(mesh.world)]
         mesh.seat.store.wait(keys, _PATIENCE)
-        trace.write(folder / trace.FILE, [trace.decode(mesh.seat.store.get(name)) for name in keys])
+        recordings = [trace.decode(mesh.seat.store.get(name)) for name in keys]
+        perfetto.write(folder / perfetto.FILE, timeline.merged(recordings))
 
 
 Spanning = Callable[..., AbstractContextManager[None]]
@@ -72,7 +77,7 @@ def _watched(tracer: Tracer, mesh: Mesh) -> list[tuple[Any, str, Spanning]]:
         return lambda stage, chunk, *_, **__: tracer.span(name, kind, stage.stage_index, chunk)
 
     def wait(*_: Any, **__: Any) -> AbstractContextManager[None]:
-        # Between its turns a stage waits for its neighbours' work, not for the network.
+        # Between its turns a stage waits for its neighbours' work, then for the network: `timeline.merged` tells when.
         return tracer.span("wait", "wait" if pipeline and tracer.depth == 0 else "communication")
 
     return [
@@ -86,25 +91,15 @@ def _watched(tracer: Tracer, mesh: Mesh) -> list[tuple[Any, str, Spanning]]:
     ]
 
 
-@contextmanager
-def _around(owner: Any, name: str, span: Spanning, mesh: Mesh) -> Iterator[None]:
-    """While it lasts, every call of that method is in a span, and on a device that computes by itself waits for it."""
-    inherited = name not in vars(owner)
-    function = getattr(owner, name)
+def _around(span: Spanning, where: torch.device | None, function: Method) -> Method:
+    """Every call of it in a span, at whose end what is queued on that device is done."""
 
     @functools.wraps(function)
     def watched(*args: Any, **kwargs: Any) -> Any:
         with span(*args, **kwargs):
             value = function(*args, **kwargs)
-            if owner is not dist.Work:
-                device.synchronize(mesh.device)
+            if where is not None:
+                device.synchronize(where)
             return value
 
-    setattr(owner, name, watched)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, function)
+    return watched
