@@ -118,12 +118,14 @@ def test_layouts_that_share_one_sequence_reader_are_checked_in_low_precision_too
 
 @pytest.mark.parametrize("bug", ["label", "norm_not_summed", "norm_averaged", "norm_turned_later"])
 def test_low_precision_sees_what_is_wrong_with_one_label_or_one_small_parameter(job, bug):
-    report = check(job, processes=2, only=["tensor=2"], dtypes=LOW, steps=4, entry=f"tests.launch.wrong:{bug}")
+    later = bug == "norm_turned_later"
+    steps, entry = 8 if later else 4, f"tests.launch.wrong:{bug}"
+    report = check(job, processes=2, only=["tensor=2"], dtypes=LOW, steps=steps, entry=entry)
     assert len(report.rows) == 2
     for row in report.rows:
         assert not row.ok
-        found, bound = row.pairs()["weights" if bug == "norm_turned_later" else "gradient"]
-        assert found > (1.5 if bug == "norm_turned_later" else 3) * bound, row
+        found, bound = row.pairs()["weights" if later else "gradient"]
+        assert found > (1.5 if later else 3) * bound, row
         if bug == "norm_not_summed":
             assert "norm.weight: two ranks hold different copies" in row.error
         elif bug == "norm_averaged":

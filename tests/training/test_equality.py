@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shoal.training import equality
 
 EXACT = {"gradient": 1e-10, "weight": 1e-8}
-LOW = {"gradient": 2**-23, "weight": 2**-23, "trained": 0.01}
+LOW = {"gradient": 2**-23, "weight": 2**-23, "turned": 0.1}
 NORMS = [f"model.layers.{layer}.input_layernorm.weight" for layer in range(4)]
 EXPERTS = [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(4)]
 
@@ -76,10 +76,10 @@ def test_one_small_tensor_is_not_lost_among_large_ones(records, kind):
     assert other["difference"] <= other["bound"]
 
 
-def test_weights_may_differ_by_a_hundredth_of_what_training_changed(records):
+def test_weights_may_differ_by_a_part_of_what_training_changed_in_an_element(records):
     """Where AdamW divides a gradient near 0 by its size, noise becomes a step that no few orders show."""
     folder, layout = records
-    layout[f"weight/{NORMS[1]}"][3] += 5e-3  # the norm of all changes is 0.1 · √32
+    layout[f"weight/{NORMS[1]}"][3] += 5e-3  # training changed each by 0.1, of which a tenth may be chance
     layout[f"gradient/{NORMS[1]}"][3] += 5e-3
     _write(folder / "layout", layout)
     worst = _compare(folder, ["first", "second"], LOW)

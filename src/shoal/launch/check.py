@@ -23,11 +23,11 @@ _COMPARE = "shoal.training.equality:compare"
 
 # In float64, where rounding hides nothing, bounds; in the others what cannot be told apart: weights are kept in fp32,
 # and in that a loss, which is a sum over all tokens, is right to a few units of its last place.
-# trained: of what training has changed in a tensor, the share that chance may change.
+# turned: in how many elements of a tensor chance may undo what training did, root of their number.
 _BOUNDS = {
-    "fp64": {"gradient": 1e-10, "weight": 1e-8, "loss": 1e-8, "trained": 0.0},
-    "fp32": {"gradient": 2**-23, "weight": 2**-23, "loss": 2**-20, "trained": 0.01},
-    "bf16": {"gradient": 2**-8, "weight": 2**-23, "loss": 2**-8, "trained": 0.1},
+    "fp64": {"gradient": 1e-10, "weight": 1e-8, "loss": 1e-8, "turned": 0.0},
+    "fp32": {"gradient": 2**-23, "weight": 2**-23, "loss": 2**-20, "turned": 0.1},
+    "bf16": {"gradient": 2**-8, "weight": 2**-23, "loss": 2**-8, "turned": 3.0},
 }
 # What the learning rate is tried as: times the job's own, and for SGD as it is.
 _FACTORS, _RATES = (1, 3, 10, 30, 100, 0.3), (0.3, 1.0, 3.0, 10.0, 0.1, 0.03)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import partial
@@ -131,9 +131,9 @@ def compare(
     Per kind, for the tensor that comes nearest to its bound or exceeds it most: difference relative to the norm of the
     whole tensor, its bound, its name, and as `flaw` why it is infinite, if it is. bounds: of each kind, in exact
     arithmetic. reordered: records of the same rank in other orders, where there is noise. A tensor's bound is then, if
-    it is more, four times its noise; or of weights, the share `trained` in bounds of what training has changed in it:
-    AdamW divides each element's gradient by its own size, and where that is near 0 by chance, noise becomes a step.
-    These ratios have tails so long that no few orders bound them.
+    it is more, four times its noise; or of weights, `turned` in bounds times what training has changed in one element
+    of it: AdamW divides each element's gradient by its own size, and where that is near 0 by chance, noise becomes a
+    step. These ratios have tails so long that no few orders bound them.
     """
     worst = {}
     for kind in _RECORDED:
@@ -143,11 +143,10 @@ def compare(
         bound = dict.fromkeys(differences, bounds[kind])
         if reordered:
             moves = [_differences(other, kind, whole, as_one)[0] for other in reordered]
-            noise, trained = _noise(moves, whole), dict.fromkeys(differences, 0.0)
+            noise, step = _noise(moves, whole), dict.fromkeys(differences, 0.0)
             if kind == "weight":
-                start = _whole(reference, "start")
-                trained = _relative({name: _apart(start[name], right) for name, right in whole.items()}, whole, as_one)
-            bound = {n: max(bounds[kind], 4 * noise[n], bounds["trained"] * trained[n]) for n in differences}
+                step = _of_an_element(_whole(reference, "start"), whole, as_one)
+            bound = {n: max(bounds[kind], 4 * noise[n], bounds["turned"] * step[n]) for n in differences}
         name = max(differences, key=lambda name: differences[name] / bound[name])
         flaw = flaws.get(name, "")
         worst[kind] = {"difference": differences[name], "bound": bound[name], "name": name, "flaw": flaw}
@@ -175,6 +174,17 @@ def _noise(moves: list[dict[str, float]], whole: dict[str, Tensor]) -> dict[str,
     for name, shape in shapes.items():
         most[shape] = max(most.get(shape, 0.0), *(move[name] for move in moves))
     return {name: most[shape] for name, shape in shapes.items()}
+
+
+def _of_an_element(
+    start: dict[str, Tensor], whole: dict[str, Tensor], as_one: Callable[[str], str]
+) -> dict[str, float]:
+    """Per tensor, how far one element has moved since `start`, root mean square, relative to the norm of all."""
+    moved = _relative({name: _apart(start[name], right) for name, right in whole.items()}, whole, as_one)
+    number = Counter[str]()
+    for name, right in whole.items():
+        number[as_one(name)] += right.numel()
+    return {name: distance / math.sqrt(number[name]) for name, distance in moved.items()}
 
 
 def _differences(
