@@ -15,12 +15,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 from msgspec import Struct
 
+# Functions of torch's that send or receive.
+_DIRECT = {"send", "recv", "isend", "irecv", "batch_isend_irecv", "_wait_batch_p2p"}
 # Of each group (or peer), how many operations are told.
 _LATEST = 6
 
@@ -135,14 +138,15 @@ def _waits(frames: Sequence[tuple[FrameType, int]]) -> tuple[bool, bool]:
     import torch.distributed as dist
 
     # While a step is traced, waiting is in a frame of its own.
-    frame = next((frame for frame, _ in frames if frame.f_code.co_name != "watched"), None)
-    if frame is None:
-        return False, False
-    if frame.f_code.co_name in ("recv", "send", "_wait_batch_p2p"):
+    inner = [frame for frame, _ in frames if frame.f_code.co_name != "watched"]
+    library = str(Path(dist.__file__).parent)
+    inside = [f.f_code.co_name for f in takewhile(lambda f: f.f_code.co_filename.startswith(library), inner)]
+    # Begun as well as waited for: to begin one with a rank that is gone fails at once.
+    if {*inside} & _DIRECT:
         return True, True
-    works = [value for value in frame.f_locals.values() if isinstance(value, dist.Work)]
+    works = [value for frame in inner[:1] for value in frame.f_locals.values() if isinstance(value, dist.Work)]
     direct = any(_kind(work) in ("SEND", "RECV") for work in works)
-    return bool(works) or frame.f_code.co_filename.startswith(str(Path(dist.__file__).parent)), direct
+    return bool(works or inside), direct
 
 
 def _kind(work: Any) -> str:

@@ -6,7 +6,10 @@ import time
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from shoal import operations
 from shoal.errors import RankError
 from shoal.launch import waits
 from shoal.launch.call import call
@@ -145,3 +148,14 @@ def test_equal_operations_are_not_blamed():
     error = waits.unequal(doings)
     assert error is not None
     assert error.where == "rank 1"
+
+
+@pytest.mark.parametrize(
+    ("begin", "peer", "direct"), [(dist.isend, [0], True), (dist.irecv, [0], True), (dist.all_reduce, [], False)]
+)
+def test_one_that_fails_as_it_begins_is_the_one_that_was_waited_for(begin, peer, direct):
+    """As with a rank that is gone; here because there is no group at all."""
+    with pytest.raises(ValueError, match="process group") as caught:
+        begin(torch.ones(1), *peer)
+    doing = operations.doing(caught.value)
+    assert (doing.waits, doing.direct) == (True, direct)
