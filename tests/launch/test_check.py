@@ -116,7 +116,10 @@ def test_layouts_that_share_one_sequence_reader_are_checked_in_low_precision_too
     assert report.ok, [row for row in report.rows if not row.ok]
 
 
-@pytest.mark.parametrize("bug", ["label", "norm_not_summed", "norm_averaged", "norm_turned_later"])
+NIGHTLY = [pytest.param(bug, marks=pytest.mark.nightly) for bug in ("label", "norm_averaged", "norm_turned_later")]
+
+
+@pytest.mark.parametrize("bug", ["norm_not_summed", *NIGHTLY])
 def test_low_precision_sees_what_is_wrong_with_one_label_or_one_small_parameter(job, bug):
     later = bug == "norm_turned_later"
     steps, entry = 8 if later else 4, f"tests.launch.wrong:{bug}"
