@@ -4,7 +4,8 @@
 
 Memory: one forward and backward pass of attention over one row of `length`, by 1, 2 and 4 ranks; resident memory at its
 peak above what a rank took before its inputs were made and after a small pass had loaded what is loaded once. Whichever
-rank took most.
+rank took most. --layers: so many one after the other (what one gives is the next one's queries, and some of its heads
+the next one's keys and values): each keeps its own for backward, while only one at a time sends.
 
 Time: two ranks, one thread each, ring against a baseline with the same head-tail cut, the same kernel and the same
 masks that gathers K and V of all ranks, computes, and in backward gathers them again (as the ring sends them again:
@@ -33,7 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.paired import ratio
-from benchmarks.turns import in_turns, take_turns
+from benchmarks.turns import over_starts, take_turns
 
 from shoal.job import Layout
 from shoal.launch.pool import Pool
@@ -105,9 +106,9 @@ def lo_bytes() -> int:
 
 
 def one_pass(
-    method: str, mesh: Any, length: int, documents: int, heads: int, key_heads: int, width: int, dtype: str
+    method: str, mesh: Any, length: int, documents: int, heads: int, key_heads: int, width: int, dtype: str, layers: int
 ) -> Callable[[], None]:
-    """Forward and backward of one layer's attention over a row that begins a document every `documents` positions."""
+    """Forward and backward of attention over a row that begins a document every `documents` positions."""
     import torch
 
     from shoal.parallel.context import Context
@@ -122,7 +123,10 @@ def one_pass(
     attention = makers[method](context, document_1L)
 
     def run() -> None:
-        torch.autograd.grad(attention(*qkv), qkv, of_out)
+        out = attention(*qkv)
+        for _ in range(layers - 1):
+            out = attention(out, out[:, :, :key_heads], out[:, :, -key_heads:])
+        torch.autograd.grad(out, qkv, of_out)
 
     return run
 
@@ -201,15 +205,8 @@ def memory(ranks: list[int], shape: dict[str, Any]) -> dict[int, int]:
 
 
 def seconds(blocks: int, starts: int, shape: dict[str, Any]) -> dict[str, Any]:
-    columns: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    sent: dict[str, int] = {}
-    for start in range(starts):
-        part = blocks * (start + 1) // starts - blocks * start // starts
-        order = CONTENDERS[start % 4 :] + CONTENDERS[: start % 4]
-        contenders = {name: {"contender": name, **shape} for name in order}
-        more, sent = in_turns("benchmarks.context:rank_main", contenders, part)
-        for name, column in more.items():
-            columns[name] += column
+    contenders = {name: {"contender": name, **shape} for name in CONTENDERS}
+    columns, sent = over_starts("benchmarks.context:rank_main", contenders, blocks, starts)
     against, low = ratio(columns["gather"], columns["ring"], starts)
     waits, waits_low = ratio(columns["waits"], columns["ring"], starts)
     return {
@@ -239,6 +236,7 @@ def main() -> None:
     parser.add_argument("--key-heads", type=int, default=4)
     parser.add_argument("--width", type=int, default=64, help="of a head")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--ranks", default="1,2,4", help="whose memory is measured; empty = of none")
     parser.add_argument("--blocks", type=int, default=20, help="paired blocks; 0 = time is not measured")
     parser.add_argument("--starts", type=int, default=2, help="that the blocks are spread over")
@@ -247,7 +245,8 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.link and os.environ.get("SHOAL_LIMITED") != asked.link:
         limit(asked.link)
-    shape = {name: getattr(asked, name) for name in ("length", "documents", "heads", "key_heads", "width", "dtype")}
+    names = ("length", "documents", "heads", "key_heads", "width", "dtype", "layers")
+    shape = {name: getattr(asked, name) for name in names}
     found: dict[str, Any] = {**shape, "link": asked.link}
     if asked.ranks:
         found["memory"] = memory([int(n) for n in asked.ranks.split(",")], shape)

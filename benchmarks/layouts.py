@@ -31,8 +31,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.paired import ratio
-from benchmarks.step import rotated
-from benchmarks.turns import in_turns, take_turns
+from benchmarks.turns import over_starts, take_turns
 
 from shoal import device
 from shoal import mesh as meshes
@@ -303,13 +302,7 @@ def measure(row: str, size: str, blocks: int, starts: int, keep: bool) -> dict[s
         name: {"row": row, "contender": name, "size": size, "keep": keep or name.startswith("shoal")}
         for name in ("shoal", "by hand", "shoal again")
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    found: dict[str, dict[str, Any]] = {}
-    for start in range(starts):
-        part = blocks * (start + 1) // starts - blocks * start // starts
-        more, found = in_turns("benchmarks.layouts:rank_main", rotated(contenders, start), part)
-        for name, column in more.items():
-            seconds[name] += column
+    seconds, found = over_starts("benchmarks.layouts:rank_main", contenders, blocks, starts)
     useful = SIZES[size].batch * SIZES[size].length * SIZES[size].steps
     speed = {name: round(useful * len(column) / sum(column)) for name, column in seconds.items()}
     faster, low = ratio(seconds["by hand"], seconds["shoal"], starts)

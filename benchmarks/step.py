@@ -29,7 +29,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.paired import ratio
-from benchmarks.turns import in_turns, take_turns
+from benchmarks.turns import over_starts, take_turns
 
 from shoal.job import Job, Layout
 from shoal.job.data import DataOptions
@@ -299,11 +299,6 @@ def hf_steps(what: Job, mesh: Any, row: Row) -> Contender:
     return block, useful * row.steps
 
 
-def rotated(contenders: dict[str, Any], by: int) -> dict[str, Any]:
-    names = list(contenders)
-    return {name: contenders[name] for name in names[by % len(names) :] + names[: by % len(names)]}
-
-
 def measure(name: str, blocks: int, starts: int = 1, keep: bool = False) -> dict[str, Any]:
     """keep: whether all contenders keep the memory of freed tensors, not shoal alone."""
     from shoal.models.spec import flops_per_token
@@ -312,13 +307,7 @@ def measure(name: str, blocks: int, starts: int = 1, keep: bool = False) -> dict
         contender: {"name": name, "contender": contender, "keep": keep or contender.startswith("shoal")}
         for contender in ("shoal", "ddp", "hf", "shoal again")
     }
-    seconds: dict[str, list[float]] = {contender: [] for contender in contenders}
-    found: dict[str, dict[str, Any]] = {}
-    for start in range(starts):
-        part = blocks * (start + 1) // starts - blocks * start // starts
-        more, found = in_turns("benchmarks.step:rank_main", rotated(contenders, start), part)
-        for contender, column in more.items():
-            seconds[contender] += column
+    seconds, found = over_starts("benchmarks.step:rank_main", contenders, blocks, starts)
     useful, peak = found["shoal"]["tokens"], found["shoal"]["peak"]
     assert all(f["tokens"] == useful for f in found.values()), "contenders count different tokens as useful"
     speed = {contender: useful * len(column) / sum(column) for contender, column in seconds.items()}

@@ -51,6 +51,23 @@ def in_turns(
         return seconds, {name: side.end()[0] for name, side in sides.items()}
 
 
+def over_starts(
+    entry: str, contenders: dict[str, dict[str, Any]], blocks: int, starts: int
+) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """As `in_turns`, the blocks spread over so many starts, in each of which another contender is the first to be
+    built; of the last start, what ranks returned."""
+    names = list(contenders)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, Any] = {}
+    for start in range(starts):
+        first, part = start % len(names), blocks * (start + 1) // starts - blocks * start // starts
+        order = {name: contenders[name] for name in names[first:] + names[:first]}
+        more, found = in_turns(entry, order, part)
+        for name, column in more.items():
+            seconds[name] += column
+    return seconds, found
+
+
 class _Side:
     """The driver's ends of one contender's pipes, and its run."""
 

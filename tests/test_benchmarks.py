@@ -22,7 +22,7 @@ def test_it_can_be_imported(name: str) -> None:
 def test_a_row_has_the_promised_names(monkeypatch) -> None:
     seconds = {name: [1.0, 2.0, 1.5] for name in ("shoal", "ddp", "hf", "shoal again")}
     found = {name: {"tokens": 512.0, "peak": 1e12, "memory": 2**30} for name in seconds}
-    monkeypatch.setattr(step, "in_turns", lambda *_: (seconds, found))
+    monkeypatch.setattr(step, "over_starts", lambda *_: (seconds, found))
     row = step.measure("bf16", 3)
     promised = {"precision", "vocab", "shoal", "ddp", "hf", "ratio_ddp", "ratio_hf", "ratio_ddp_low", "ratio_hf_low"}
     assert promised | {"aa"} <= set(row)

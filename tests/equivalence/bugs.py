@@ -18,6 +18,7 @@ from shoal.models.spec import parameters
 from shoal.models.storage import FusedLinear
 from shoal.ops.initialise import initialise_
 from shoal.parallel import ring
+from shoal.parallel.pieces import sum_over
 from shoal.parallel.replica import Tally
 from shoal.parallel.ring import Ring
 from shoal.training.parts import Parts, assemble
@@ -157,10 +158,8 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
         parts.objective = scaled
     elif bug in ("norm weight not summed", "key heads not summed"):
         everywhere = bug == "norm weight not summed"
-        replica._described = [
-            (shard, replace(cut, summed=cut.summed if cut.everywhere != everywhere else ""))
-            for shard, cut in replica._described
-        ]
+        for piece in replica._pieces:
+            piece.cut = replace(piece.cut, summed=piece.cut.summed if piece.cut.everywhere != everywhere else "")
     elif bug in ("key heads counted twice", "tied gradient counted twice"):
         which = "k_proj" if bug.startswith("key") else "embed_tokens"
         for shard in replica.shards():
@@ -170,9 +169,9 @@ def plant_within_replica(parts: Parts, bug: str) -> None:
             if isinstance(module, FusedLinear) and "k_proj" in module.names:
                 module.__dict__["forward"] = _swapping(module)
     elif bug == "rows of a fused gradient off by one":
-        replica._origins = [
-            (p, slice(i.start - 1, i.stop - 1) if isinstance(i, slice) and i.start else i) for p, i in replica._origins
-        ]
+        for piece in replica._pieces:
+            i = piece.index
+            piece.index = slice(i.start - 1, i.stop - 1) if isinstance(i, slice) and i.start else i
     elif bug == "tied gradient added twice":
         once = replica._sum_shared
         replica._sum_shared = lambda pipeline: (once(pipeline), once(pipeline))
@@ -239,13 +238,12 @@ def plant_in_experts(parts: Parts, bug: str) -> None:
         for layer in layers:
             layer.row = None
     elif bug == "expert gradients summed twice":
-        once = replica._sum_over
-        replica._sum_over = lambda axis: [once(axis) for _ in range(2 if axis == "rest" else 1)]
+        once = replica.collect
+        replica.collect = lambda: (once(), sum_over("rest", replica._pieces, replica.mesh))[0]
     elif bug in ("expert gradients not summed", "router gradient not summed"):
         which = ".experts." if bug.startswith("expert") else ".gate."
-        replica._described = [
-            (shard, replace(cut, summed="" if which in shard.name else cut.summed)) for shard, cut in replica._described
-        ]
+        for piece in replica._pieces:
+            piece.cut = replace(piece.cut, summed="" if which in piece.shard.name else piece.cut.summed)
     else:
         for layer in layers:
             layer.experts.__dict__["forward"] = _of_the_next_rank(layer, parts.mesh.layout.expert)

@@ -18,6 +18,7 @@ from shoal.job.model import ModelOptions
 from shoal.job.optim import OptimOptions
 from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
+from shoal.mesh import Mesh
 from shoal.models import build
 from shoal.models.moe import MoE
 from shoal.models.spec import parameters
@@ -155,8 +156,8 @@ def global_batch(step: int, order: int = 0) -> Batch:
     return batch
 
 
-def rank_batches(parts: Parts, step: int, order: int) -> list[Batch]:
-    batch, mesh = global_batch(step, order), parts.mesh
+def rank_batches(mesh: Mesh, step: int, order: int) -> list[Batch]:
+    batch = global_batch(step, order)
     part = GLOBAL_BATCH // mesh.layout.readers
     mine = micro_batches(batch, part)[mesh.reader]
     return micro_batches(mine, mesh.layout.micro_batch)
@@ -169,7 +170,7 @@ def take_steps(parts: Parts, steps: int, order: int = 0, first: int = 0) -> dict
     for step in range(first, steps):
         parts.objective.step = step
         parts.sync.begin(step)
-        tally = parts.replica.gradients(rank_batches(parts, step, order), parts.objective)
+        tally = parts.replica.gradients(rank_batches(parts.mesh, step, order), parts.objective)
         applied = parts.sync.end(tally)
         assert applied.applied
         losses.append(applied.loss_sum / applied.weight)

@@ -41,7 +41,7 @@ def count_bytes(seat: meshes.Seat, layout: str) -> dict[str, Any]:
             watch("reduce_scatter_single", "reduce_scatter", 1)
             watch("all_reduce", "all_reduce", 0)
         parts.sync.begin(step)
-        parts.sync.end(parts.replica.gradients(cases.rank_batches(parts, step, 0), parts.objective))
+        parts.sync.end(parts.replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective))
     for name, original in originals.items():
         setattr(dist, name, original)
     gathered = {name: sent[name] for name in sent}

@@ -161,7 +161,7 @@ def held_out(seat: meshes.Seat, layout: str, model: str) -> dict[str, Any]:
     mesh = meshes.build(what.layout, seat, timeout=60)
     try:
         parts = assemble(what, mesh)
-        tally = parts.replica.evaluate(cases.rank_batches(parts, 0, 0), parts.objective)
+        tally = parts.replica.evaluate(cases.rank_batches(parts.mesh, 0, 0), parts.objective)
         modules = [module for part in parts.replica.parts.values() for module in part.module.modules()]
         noted = [layer.take_usage() for layer in modules if hasattr(layer, "take_usage")]
         return {
@@ -188,7 +188,7 @@ def used(seat: meshes.Seat, layout: str, model: str, steps: int, alone: bool = F
         found = []
         for step in range(steps):
             parts.sync.begin(step)
-            parts.sync.end(parts.replica.gradients(cases.rank_batches(parts, step, 0), parts.objective))
+            parts.sync.end(parts.replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective))
             assert parts.replica.used is not None
             found.append(asdict(parts.replica.used))
         return found

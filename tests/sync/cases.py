@@ -28,7 +28,7 @@ def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -
     losses, ledger, worlds = [0.0] * steps, [[] for _ in range(steps)], [0] * steps
     step = 0
     while step < steps:
-        batches = cases.rank_batches(parts, step, 0)
+        batches = cases.rank_batches(parts.mesh, step, 0)
         try:
             parts.sync.begin(step)
             tally = parts.replica.gradients(batches, _dying(parts, seat, victim, step == at and behind < 0))

@@ -7,7 +7,6 @@ import random
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -18,7 +17,7 @@ from shoal import mesh as meshes
 from shoal.data.batch import Batch
 from shoal.job import Job, write
 from shoal.mesh import Mesh, Seat
-from shoal.parallel.replica import Part
+from shoal.parallel.pieces import Part
 from shoal.training import measure, settle
 from shoal.training.parts import assemble, spread
 from tests.equivalence.cases import job as small
@@ -63,7 +62,7 @@ def settled(
 
 
 def _batches(mesh: Mesh) -> list[Batch]:
-    return rank_batches(SimpleNamespace(mesh=mesh), 0, 0)  # type: ignore[arg-type]
+    return rank_batches(mesh, 0, 0)
 
 
 def counted(seat: Seat, layout: str, model: str, words: int = 0) -> dict[str, Any]:

@@ -18,10 +18,17 @@ _REGION = torch.ops.higher_order.wrap_with_autocast
 def take_apart(program: fx.GraphModule) -> None:
     """In place. A region that has other regions or nested graphs in it stays whole."""
     for node in program.graph.find_nodes(op="call_function", target=_REGION):
-        inner = attrgetter(str(node.args[4].target))(program)
+        inner = attrgetter(_body(node))(program)
         if all(n.op == "placeholder" or n.op == "output" or _is_plain(n) for n in inner.graph.nodes):
             _open(program, node, inner)
     program.recompile()
+
+
+def _body(region: fx.Node) -> str:
+    """The name of the graph that it runs."""
+    body = region.args[4]
+    assert isinstance(body, fx.Node), region.format_node()
+    return str(body.target)
 
 
 def _is_plain(node: fx.Node) -> bool:
@@ -29,7 +36,7 @@ def _is_plain(node: fx.Node) -> bool:
 
 
 def _open(program: fx.GraphModule, region: fx.Node, inner: fx.GraphModule) -> None:
-    graph, name = program.graph, str(region.args[4].target)  # type: ignore[union-attr]
+    graph, name = program.graph, _body(region)
     placeholders = inner.graph.find_nodes(op="placeholder")
     new: dict[fx.Node, Any] = dict(zip(placeholders, region.args[5:], strict=True))
     results: Any = ()

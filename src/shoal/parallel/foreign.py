@@ -17,7 +17,8 @@ from shoal.parallel.graph import trace
 from shoal.parallel.linears import split
 from shoal.parallel.modes import differs, of_training, written_buffers
 from shoal.parallel.partition import Stage, cut
-from shoal.parallel.replica import Part, Replica
+from shoal.parallel.pieces import Part
+from shoal.parallel.replica import Replica
 from shoal.parallel.tensor import Cut
 from shoal.parallel.units import units
 from shoal.shard import Shard

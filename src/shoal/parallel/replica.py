@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from types import EllipsisType
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -14,18 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shoal.mesh import Mesh
-from shoal.models.storage import Stored, buffers, stored_in
+from shoal.models.storage import buffers
 from shoal.parallel.buckets import Buckets
 from shoal.parallel.expert import Balance, Use
-from shoal.parallel.fsdp import Sharded, is_sharded, local_gradient, rows_here
+from shoal.parallel.fsdp import Sharded, is_sharded
+from shoal.parallel.pieces import Part, pieces_of, sum_over
 from shoal.parallel.pipeline import Compute, Like, Pipeline
-from shoal.parallel.tensor import Cut
 from shoal.shard import Shard
 
 B = TypeVar("B")
-
-Index = int | slice | EllipsisType
-"""Where a shard lies in what this rank has of a parameter."""
 
 Loss = Callable[[nn.Module, B, Any], tuple[Any, Tensor]]
 """(module, batch, hidden states of the stage before or None) -> (loss summed over the batch's tokens, weight of those
@@ -40,23 +36,6 @@ class Tally:
     loss_sum: Tensor
     weight: Tensor
     stop: bool = False
-
-
-@dataclass
-class Part:
-    """A stage's share of the model, on meta.
-
-    blocks: the units in which parameters are gathered. cuts: parameter -> the piece that the tensor axis or the expert
-    axis leaves of it, where there is one. shared: parameters that both the first stage and the last one have, as a tied
-    embedding; both get the sum of their gradients, and the first one's counts. experts: modules in the blocks that the
-    expert axis has cut; `zero` spreads their parameters over the ranks with the same piece, not over all sharers.
-    """
-
-    module: nn.Module
-    blocks: Sequence[nn.Module]
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
-    shared: Sequence[str] = ()
-    experts: Sequence[nn.Module] = ()
 
 
 class Replica(Generic[B]):
@@ -98,12 +77,8 @@ class Replica(Generic[B]):
         if layout.pipeline > 1:
             modules = {stage: part.module for stage, part in parts.items()}
             self.pipeline = Pipeline(modules, layout, mesh.group("pipeline"), mesh.device)
-        self._origins: list[tuple[nn.Parameter, Index]] = []
-        self._described: list[tuple[Shard, Cut]] = []
-        for stage, part in parts.items():
-            for name, parameter in part.module.named_parameters():
-                self._describe(stage, name, parameter)
-        self._shards = [shard for shard, _ in self._described]
+        self._pieces = [piece for stage, part in parts.items() for piece in pieces_of(part, stage, self._sharers)]
+        self._shards = [piece.shard for piece in self._pieces]
         self._states = [
             Shard(name, tuple(buffer.shape), (0,) * buffer.ndim, buffer.detach(), counted=False)
             for part in parts.values()
@@ -122,37 +97,12 @@ class Replica(Generic[B]):
             for p in self.parts.values()
         ]
 
-    def _describe(self, stage: int, name: str, parameter: nn.Parameter) -> None:
-        """Appends the parameter's shards, what the other axes left of each, and where they lie in it."""
-        part = self.parts[stage]
-        local, first = parameter.detach(), 0
-        if is_sharded(parameter):
-            sharers = self._rest if self._rest is not None and self._is_cut(part, parameter) else self.mesh.sharers
-            local, first = rows_here(parameter, sharers.size(), sharers.rank())
-        stored = stored_in(part.module, name)
-        if stored is not None and stored[0][1] is not None:
-            for canonical, rows, start, here in _stretches(stored, first, len(local)):
-                cut = part.cuts.get(canonical) or Cut((rows, *parameter.shape[1:]), (0,) * parameter.ndim)
-                self._append(canonical, cut, (cut.offsets[0] + start, *cut.offsets[1:]), local[here], parameter, here)
-            return
-        cut = part.cuts.get(name) or Cut(tuple(parameter.shape), (0,) * parameter.ndim)
-        cut = replace(cut, counted=cut.counted and not (stage > 0 and name in part.shared))
-        offsets = (cut.offsets[0] + first, *cut.offsets[1:]) if cut.offsets else ()
-        if stored is None:
-            self._append(name, cut, offsets, local, parameter, ...)
-            return
-        one = replace(cut, global_shape=cut.global_shape[1:], offsets=cut.offsets[1:])
-        for row, piece in enumerate(local):
-            self._append(stored[offsets[0] + row][0], one, offsets[1:], piece, parameter, row)
-
-    def _append(
-        self, name: str, cut: Cut, offsets: tuple[int, ...], local: Tensor, parameter: nn.Parameter, index: Index
-    ) -> None:
-        self._described.append((Shard(name, cut.global_shape, offsets, local, counted=cut.counted), cut))
-        self._origins.append((parameter, index))
-
-    def _is_cut(self, part: Part, parameter: nn.Parameter) -> bool:
-        return any(parameter is other for module in part.experts for other in module.parameters())
+    def _sharers(self, parameter: nn.Parameter) -> dist.ProcessGroup:
+        """The ranks over which it is spread: of experts those that have the same ones."""
+        experts = (module for part in self.parts.values() for module in part.experts)
+        if self._rest is not None and any(parameter is other for module in experts for other in module.parameters()):
+            return self._rest
+        return self.mesh.sharers
 
     def _fsdp_mesh(self, group: dist.ProcessGroup) -> DeviceMesh:
         return DeviceMesh.from_group(group, self.mesh.device.type, mesh_dim_names=("fsdp",))
@@ -189,7 +139,8 @@ class Replica(Generic[B]):
         """Those of `held` that are the same on all ranks of the axis, `replicas` or `tensor`."""
         if axis == "replicas":
             return self.held()
-        return [*(shard for shard, cut in self._described if cut.summed == "tensor" and cut.everywhere), *self._states]
+        alike = (piece for piece in self._pieces if piece.cut.summed == "tensor" and piece.cut.everywhere)
+        return [*(piece.shard for piece in alike), *self._states]
 
     def on_bucket(self, fn: Callable[[Tensor], None]) -> None:
         """`fn(flat)` gets each flat piece of the gradient sum that all replicas must add up, once a step.
@@ -280,11 +231,10 @@ class Replica(Generic[B]):
 
     def collect(self) -> list[Shard]:
         """The shards with their gradients, once every bucket has been reduced. To be called on all ranks."""
-        for shard, (parameter, index) in zip(self._shards, self._origins, strict=True):
-            gradient = local_gradient(parameter)
-            shard.grad = None if gradient is None else gradient[index]
+        for piece in self._pieces:
+            piece.take_gradient()
         for axis in ("tensor", "rest"):
-            self._sum_over(axis)
+            sum_over(axis, self._pieces, self.mesh)
         if self.pipeline is not None:
             self._sum_shared(self.pipeline)
         return self._shards
@@ -292,20 +242,6 @@ class Replica(Generic[B]):
     def updated(self) -> None:
         """To be called on all ranks once the update has been applied: what goes by how experts were used moves on."""
         self.used = self._balance.move(self.mesh)
-
-    def _sum_over(self, axis: str) -> None:
-        """Gradients of what several ranks of the axis hold, of which each has seen a part.
-
-        One sum for all, so that they are equal to the last bit on all of these ranks.
-        """
-        summed = [(s, s.grad, cut) for s, cut in self._described if cut.summed == axis and s.grad is not None]
-        if not summed:
-            return
-        wide = [_in_whole(gradient, shard, cut) for shard, gradient, cut in summed]
-        flat = torch.cat([w.flatten() for w in wide])
-        self.mesh.wait(dist.all_reduce(flat, group=self.mesh.group(axis), async_op=True))
-        for (shard, gradient, cut), w, piece in zip(summed, wide, flat.split([w.numel() for w in wide]), strict=True):
-            gradient.copy_(_own(piece.view_as(w), shard, cut))
 
     def _sum_shared(self, pipeline: Pipeline[B]) -> None:
         """What the first stage and the last one both have: the sum of both gradients, added in the same order."""
@@ -326,32 +262,3 @@ class Replica(Generic[B]):
         total = mine + other if pipeline.first else other + mine
         for gradient, piece in zip(ours, total.split([g.numel() for g in ours]), strict=True):
             gradient.copy_(piece.view_as(gradient))
-
-
-def _stretches(stored: Stored, first: int, number: int) -> Iterator[tuple[str, int, int, slice]]:
-    """Of a parameter of which `number` rows from `first` on are here, for every stretch: its name, its rows, which of
-    them is the first one here, and where they lie in those here. May be none."""
-    start = 0
-    for name, rows in stored:
-        assert rows is not None, f"{name}: stretches and single indices in one parameter"
-        here = slice(*(min(max(edge - first, 0), number) for edge in (start, start + rows)))
-        yield name, rows, min(max(first - start, 0), rows), here
-        start += rows
-
-
-def _in_whole(gradient: Tensor, shard: Shard, cut: Cut) -> Tensor:
-    """The gradient, in zeros of the whole's rows where ranks hold different pieces of it."""
-    if cut.everywhere:
-        return gradient
-    whole = gradient.new_zeros(cut.global_shape)
-    whole[_place(shard)] = gradient
-    return whole
-
-
-def _own(total: Tensor, shard: Shard, cut: Cut) -> Tensor:
-    """The shard's piece of what `_in_whole` made, summed."""
-    return total if cut.everywhere else total[_place(shard)]
-
-
-def _place(shard: Shard) -> tuple[slice, ...]:
-    return tuple(slice(o, o + n) for o, n in zip(shard.offsets, shard.local.shape, strict=True))

@@ -22,7 +22,8 @@ from shoal.job.model import ModelOptions
 from shoal.mesh import Mesh, Seat
 from shoal.models import build
 from shoal.models.split import key_heads
-from shoal.parallel.replica import Part, Replica
+from shoal.parallel.pieces import Part
+from shoal.parallel.replica import Replica
 from shoal.parallel.stages import layers_of_stages
 from shoal.parallel.tensor import Tensors, sum_whole
 from shoal.serving.cache import Cache

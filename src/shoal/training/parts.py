@@ -22,7 +22,8 @@ from shoal.ops.initialise import initialise_
 from shoal.optim.update import Update
 from shoal.parallel.context import Context
 from shoal.parallel.expert import ExpertAxis, Rows
-from shoal.parallel.replica import Part, Replica
+from shoal.parallel.pieces import Part
+from shoal.parallel.replica import Replica
 from shoal.parallel.stages import layers_of_stages
 from shoal.parallel.tensor import Tensors
 from shoal.sync import SYNCS, AllReduce
