@@ -91,11 +91,10 @@ def build(name: str) -> nn.Module:
     return MODULES[name][0]().double()
 
 
-def batch(name: str, step: int) -> Any:
+def batch(name: str, step: int, samples: int = SAMPLES) -> Any:
     """A global batch, its floating-point numbers in float64."""
-    return pytree.tree_map_only(
-        Tensor, lambda x: x.double() if x.is_floating_point() else x, MODULES[name][1](step, SAMPLES)
-    )
+    made = MODULES[name][1](step, samples)
+    return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, made)
 
 
 def inputs(name: str) -> tuple[Tensor, ...]:
@@ -119,10 +118,10 @@ def _values(state: dict[str, Tensor]) -> dict[str, Any]:
     return {name: tensor.tolist() for name, tensor in state.items()}
 
 
-def take_steps(trained: own.Trained, name: str, steps: range) -> dict[str, Any]:
+def take_steps(trained: own.Trained, name: str, steps: range, samples: int = SAMPLES) -> dict[str, Any]:
     losses, norms, gradients = [], [], []
     for step in steps:
-        done = trained.step(trained.share(batch(name, step)))
+        done = trained.step(trained.share(batch(name, step, samples)))
         assert done.applied
         losses.append(done.loss)
         norms.append(done.gradient_norm)
@@ -132,11 +131,13 @@ def take_steps(trained: own.Trained, name: str, steps: range) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": _values(trained.state_dict())}
 
 
-def run(seat: Seat, name: str, layout: str, steps: int, optimizer: str = "sgd", bug: str = "") -> dict[str, Any]:
+def run(
+    seat: Seat, name: str, layout: str, steps: int, optimizer: str = "sgd", bug: str = "", samples: int = SAMPLES
+) -> dict[str, Any]:
     with planted(bug), start(seat, name, layout, optimizer) as trained:
-        result = take_steps(trained, name, range(steps))
+        result = take_steps(trained, name, range(steps), samples)
         if name != "convnet":
-            result["held_out"] = trained.evaluate(trained.share(batch(name, 99)))
+            result["held_out"] = trained.evaluate(trained.share(batch(name, 99, samples)))
         return result
 
 
@@ -178,7 +179,7 @@ def planted(bug: str) -> AbstractContextManager[Any]:
     return bugs[bug]()
 
 
-def reference(name: str, steps: int, optimizer: str = "sgd") -> dict[str, Any]:
+def reference(name: str, steps: int, optimizer: str = "sgd", samples: int = SAMPLES) -> dict[str, Any]:
     """With nothing of shoal's: the loss of each micro-batch, summed, and torch's own optimizers."""
     module = build(name)
     learned = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -192,7 +193,7 @@ def reference(name: str, steps: int, optimizer: str = "sgd") -> dict[str, Any]:
     losses, norms, gradients = [], [], {}
     for step in range(steps):
         chosen.zero_grad()
-        total, weight = _whole_loss(module, name, step)
+        total, weight = _whole_loss(module, name, step, samples)
         (total / weight).backward()
         given = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in learned.items()}
         norms.append(torch.stack([g.norm() for g in given.values()]).norm().item())
@@ -201,18 +202,18 @@ def reference(name: str, steps: int, optimizer: str = "sgd") -> dict[str, Any]:
         losses.append((total / weight).item())
     weights = {n: t.detach().clone() for n, t in module.state_dict().items()}
     with torch.no_grad():
-        total, weight = _whole_loss(module.eval(), name, 99)
+        total, weight = _whole_loss(module.eval(), name, 99, samples)
     return {
         "losses": losses, "norms": norms, "gradients": gradients, "weights": weights,
         "held_out": (total / weight).item(),
     }  # fmt: skip
 
 
-def _whole_loss(module: nn.Module, name: str, step: int) -> tuple[Tensor, float]:
-    given, target = batch(name, step)
+def _whole_loss(module: nn.Module, name: str, step: int, samples: int) -> tuple[Tensor, float]:
+    given, target = batch(name, step, samples)
     given = (given,) if isinstance(given, Tensor) else given
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
-    for first in range(0, SAMPLES, MICRO_BATCH):
+    for first in range(0, samples, MICRO_BATCH):
         rows = slice(first, first + MICRO_BATCH)
         value = MODULES[name][2](module(*(x[rows] for x in given)), target[rows])
         value, count = value if isinstance(value, tuple) else (value, MICRO_BATCH)

@@ -45,16 +45,19 @@ MORE = [
 
 
 @functools.cache
-def reference(name: str, optimizer: str, steps: int = STEPS):
-    return own_cases.reference(name, steps, optimizer)
+def reference(name: str, optimizer: str, steps: int = STEPS, samples: int = own_cases.SAMPLES):
+    return own_cases.reference(name, steps, optimizer, samples)
 
 
 def times_the_bound(ranks, name: str, layout: str, optimizer: str, steps: int = STEPS, bug: str = "") -> float:
     """The worst of the first gradient (bound 1e-10), losses, norms, held-out loss and last weights (1e-8)."""
-    expected = reference(name, optimizer, steps)
+    asked = Layout.parse(layout)
+    # Two micro-batches a rank at least: more than one adds up, and a pipeline's schedule has them.
+    samples = max(own_cases.SAMPLES, 2 * own_cases.MICRO_BATCH * asked.readers)
+    expected = reference(name, optimizer, steps, samples)
     results = ranks.run(
-        "tests.parallel.own_cases:run", Layout.parse(layout).world, name=name, layout=layout, steps=steps,
-        optimizer=optimizer, bug=bug,
+        "tests.parallel.own_cases:run", asked.world, name=name, layout=layout, steps=steps, optimizer=optimizer,
+        bug=bug, samples=samples,
     )  # fmt: skip
     worst = max(cases.gradient_errors(results, expected["gradients"]).values()) / 1e-10
     for result in results:
