@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ class Sharded:
         stage: bool = False,
         experts: Sequence[nn.Module] = (),
         rest: DeviceMesh | None = None,
+        in_order: bool = False,
     ):
         """compute: dtype in which blocks are gathered, None = their own. Reduction is in the parameters' own.
 
@@ -41,6 +43,8 @@ class Sharded:
         on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches.
 
         experts: modules in the blocks that are shared by the ranks of `rest` only; if that is None, by nobody.
+
+        in_order: every forward pass calls the blocks in their order.
         """
         self.zero = zero
         self.on_bucket = on_bucket
@@ -59,6 +63,8 @@ class Sharded:
         own = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=own, reshard_after_forward=False, ignored_params=alone)
         self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        if mesh.device_type == "cpu":
+            self._gather_ahead(in_order)
         self._sum: dict[int, Tensor] = {}
         for index, group in enumerate(self.groups):
             # Gradients are sums over tokens, divided once by the global count: nothing is averaged on the way.
@@ -66,6 +72,19 @@ class Sharded:
             group.set_force_sum_reduction_for_comms(True)
             if on_bucket is not None:
                 group.set_all_reduce_hook(self._reduced(index))
+
+    def _gather_ahead(self, in_order: bool) -> None:
+        """The next group's weights travel while one is computed.
+
+        On a GPU streams see to that. On CPU `fully_shard` waits for every gather at once, unless told otherwise, and
+        looks ahead in backward only. (It waits for reduce-scatters in any case: what comes out is used in the same
+        call.)
+        """
+        for group in self.groups:
+            group._set_unshard_async_op(True)
+        if in_order:
+            for group, following in pairwise(self.groups):
+                group.set_modules_to_forward_prefetch([following])
 
     def _reduced(self, index: int) -> Callable[[Tensor], None]:
         """Adds the micro-batches' pieces up in the newest flat buffer and hands over the last one.

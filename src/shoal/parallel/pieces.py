@@ -29,6 +29,7 @@ class Part:
     axis leaves of it, where there is one. shared: parameters that both the first stage and the last one have, as a tied
     embedding; both get the sum of their gradients, and the first one's counts. experts: modules in the blocks that the
     expert axis has cut; `zero` spreads their parameters over the ranks with the same piece, not over all sharers.
+    in_order: every forward pass calls the blocks in their order.
     """
 
     module: nn.Module
@@ -36,6 +37,7 @@ class Part:
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     shared: Sequence[str] = ()
     experts: Sequence[nn.Module] = ()
+    in_order: bool = False
 
 
 @dataclass

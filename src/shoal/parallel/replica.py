@@ -93,7 +93,9 @@ class Replica(Generic[B]):
         layout, rest = self.mesh.layout, None if self._rest is None else self._fsdp_mesh(self._rest)
         everyone, is_stage = self._fsdp_mesh(self.mesh.sharers), layout.pipeline > 1
         return [
-            Sharded(p.module, p.blocks, everyone, layout.zero, compute, on_bucket, is_stage, p.experts, rest)
+            Sharded(
+                p.module, p.blocks, everyone, layout.zero, compute, on_bucket, is_stage, p.experts, rest, p.in_order
+            )
             for p in self.parts.values()
         ]
 

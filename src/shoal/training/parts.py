@@ -122,7 +122,7 @@ def part_of(job: Job, layers: range, axes: Axes) -> Part:
     ends = layers.start == 0 or layers.stop == job.model.num_hidden_layers
     tied = job.model.tie_word_embeddings and job.layout.pipeline > 1 and ends
     shared = ["model.embed_tokens.weight"] if tied else []
-    return Part(model, model.blocks, cuts | of_experts, shared, experts)
+    return Part(model, model.blocks, cuts | of_experts, shared, experts, in_order=True)
 
 
 def _recompute(block: nn.Module) -> None:
