@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -35,7 +36,8 @@ class Seat:
     """Where this process sits, as its launcher tells it. `member` never changes, also when others leave.
 
     member: 0 … world - 1 at the start. local: index on this node. neighbours: ranks on this node.
-    store: key-value store shared by all members; it outlives any single rank.
+    store: key-value store shared by all members; it outlives any single rank. built: how many meshes of each view's
+    number this member has begun here; every mesh has keys of its own in the store.
     """
 
     member: int
@@ -43,6 +45,7 @@ class Seat:
     local: int
     neighbours: int
     store: dist.Store
+    built: Counter[int] = field(default_factory=Counter, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,13 @@ class Mesh:
         self.layout, self.seat, self.view, self.timeout = layout, seat, view, timeout
         self.rank = view.members.index(seat.member)
         self.device = device.of_rank(seat.local)
+        # Members that take part in a view have built equally many meshes of it, whenever they came.
+        prefix = f"view-{view.number}-{seat.built[view.number]}"
+        seat.built[view.number] += 1
         with Connections() as self._connections:
             dist.init_process_group(
                 device.backend(self.device),
-                store=dist.PrefixStore(f"view-{view.number}", seat.store),
+                store=dist.PrefixStore(prefix, seat.store),
                 rank=self.rank,
                 world_size=layout.world,
                 timeout=timedelta(seconds=timeout),

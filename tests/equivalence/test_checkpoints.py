@@ -13,8 +13,10 @@ from shoal.models import build
 from shoal.models.decoder import Decoder
 from shoal.models.storage import canonical
 from shoal.serving.generate import tokens
-from shoal.serving.load import load
+from shoal.serving.load import fill, load
 from shoal.serving.sampler import Sampling
+from shoal.serving.source import find
+from shoal.shard import Shard
 from tests.equivalence import cases, checkpoints
 
 # Every axis alone up to 4 ranks, and what else decides who holds what.
@@ -119,6 +121,25 @@ def test_the_next_steps_are_those_of_a_run_that_never_stopped(ranks, saved, mode
 def test_text_from_what_a_layout_saved(saved, model, layout):
     """The most likely tokens, as those of the model that one process trained."""
     assert written(load(saved("trained", model, layout))) == one_process(model)
+
+
+@pytest.mark.parametrize("layout", ["pipeline=2,schedule=zbv", "pipeline=2,tensor=2"])
+@torch.no_grad()
+def test_ranks_write_what_one_process_does(ranks, saved, layout):
+    """From what four ranks saved, with key heads on two each: the same logits in float64, and so the same tokens."""
+    folder, text = saved("trained", "even", "tensor=4"), [1, 8, 15]
+    source = find(folder)
+    model = build(source.options).double().eval()
+    fill(source, [Shard(name, tuple(t.shape), (0,) * t.ndim, t) for name, t in canonical(model)])
+    text += tokens(model, text, 8, Sampling(0.0, 0, 1.0), 0)
+    expected_LV = model(torch.tensor([text]))[0, 2:]
+    pieces = [text[:3], *([token] for token in text[3:])]
+    results = ranks.run("tests.serving.cases:logits", world(layout), folder=folder, layout=layout, pieces=pieces)
+    found = [torch.tensor(rank["logits"], dtype=torch.float64) for rank in results if rank["logits"]]
+    assert found
+    for made_LV in found:
+        assert (made_LV - expected_LV).abs().max() <= 1e-10 * expected_LV.abs().max()
+        assert made_LV.argmax(-1)[:-1].tolist() == text[3:]
 
 
 @functools.cache

@@ -80,6 +80,11 @@ def test_adam(ranks, row):
     cases.check(ranks, row)
 
 
+@pytest.mark.parametrize("row", [cases.Row("tensor=2,expert=2,micro_batch=6", "deepseek", dropout=0.2)], ids=str)
+def test_dropout(ranks, row):
+    cases.check(ranks, row)
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("row", [cases.Row(layout, model, STEPS) for model, layout in dict.fromkeys(EVERY)], ids=str)
 def test_over_all_steps(ranks, row):

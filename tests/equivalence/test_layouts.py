@@ -60,6 +60,7 @@ DROPOUT = [
     "replicas=2,micro_batch=3",
     "pipeline=2,micro_batch=3,schedule=zbv",
     "tensor=2,micro_batch=6,recompute=block",
+    "context=2,micro_batch=6,context_by=ulysses",
     "context=2,tensor=2,micro_batch=6",
 ]
 

@@ -30,10 +30,10 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 layouts = (
     st.builds(
         Layout,
-        replicas=st.integers(1, 1000),
-        fsdp=st.integers(1, 1000),
-        context=st.integers(1, 1000),
-        tensor=st.integers(1, 1000),
+        replicas=st.integers(1, 30),
+        fsdp=st.integers(1, 30),
+        context=st.integers(1, 30),
+        tensor=st.integers(1, 30),
         context_by=st.sampled_from(["ring", "ulysses"]),
         zero=st.sampled_from([1, 2, 3]),
         micro_batch=st.integers(0, 64),

@@ -14,7 +14,7 @@ from shoal.errors import JobError, LayoutError, ShoalError
 from shoal.job import Job, Layout
 from shoal.job.data import DataOptions
 from shoal.job.every import layouts
-from shoal.job.fits import EXCLUDED
+from shoal.job.fits import EXCLUDED, _divisors, enough, fewest
 from shoal.job.layout import AXES, SCHEDULES
 from shoal.job.model import ModelOptions
 from shoal.job.train import TrainOptions
@@ -105,7 +105,7 @@ def test_the_layout_that_is_proposed_would_do(axes, sizes, dropped):
         ("pipeline=2,micro_batch=8", {}, "pipeline=2,schedule=1f1b"),
         ("pipeline=4", {"batch": 2}, "pipeline=4,schedule=gpipe"),
         ("tensor=3", {"length": 63}, "replicas=1"),
-        ("fsdp=100000001", {}, "fsdp=8,zero=3"),
+        ("fsdp=1000001", {}, "fsdp=8,zero=3"),
         ("context=2,context_by=ulysses,tensor=2", {"heads": 2}, "context=2,tensor=2,zero=3,context_by=ring"),
         ("fsdp=2,expert=2", {}, "fsdp=2,zero=3"),
         ("pipeline=2,schedule=zbv,recompute=block", {}, "pipeline=2,schedule=1f1b,recompute=block"),
@@ -135,6 +135,24 @@ def test_experts_that_cannot_be_shared_are_refused(layout: str, experts: int, wh
     assert caught.value.fix.endswith(fix)
     if experts:
         replace(wanted, layout=replace(wanted.layout, expert=2)).validate()
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+@pytest.mark.parametrize("pipeline", [2, 3, 6])
+def test_fewest_micro_batches_are_the_first_that_are_enough(schedule, pipeline):
+    layout = Layout(pipeline=pipeline, schedule=schedule)
+    assert fewest(layout) == next(n for n in range(1, 64 * layout.stage_count) if enough(n, layout))
+
+
+def test_divisors_are_all_of_them_in_order():
+    assert all(_divisors(n) == [d for d in range(1, n + 1) if n % d == 0] for n in range(1, 200))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_the_largest_degrees_are_refused_in_a_sentence(axis):
+    with pytest.raises(JobError) as caught:
+        job(f"{axis}=1048576").validate()
+    assert caught.value.fix.startswith("layout ")
 
 
 def test_every_layout_of_a_model_with_experts_shares_them_where_it_can():

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from shoal.cli.main import main
+from shoal.errors import JobError
 from shoal.job import Job, Layout
 from shoal.job.data import DataOptions
-from shoal.job.every import layouts, refusal, small
+from shoal.job.every import MOST_PROCESSES, layouts, refusal, small
 from shoal.job.model import ModelOptions
 from shoal.job.optim import OptimOptions
 from shoal.job.train import TrainOptions
@@ -71,6 +72,39 @@ def test_a_planted_bug_is_found_and_named(job, bug):
     assert all(row.same_samples == (bug == "label") for row in report.rows)
 
 
+ONE_KEY = {"num_attention_heads": 4, "num_key_value_heads": 1}
+
+
+# Each with a layout that has it, the model where it matters, and what must exceed its bound.
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("bug", "layout", "model", "what"),
+    [
+        ("tied_added_twice", "pipeline=2", {"tie_word_embeddings": True}, "gradient"),
+        ("keys_counted_twice", "tensor=2", ONE_KEY, "loss"),
+        ("ring_off", "context=3", {}, "gradient"),
+        ("balance_of_a_rank", "context=2", "experts", "gradient"),
+    ],
+)
+def test_a_layout_that_is_wrong_is_found_and_its_neighbour_is_right(job, tmp_path, bug, layout, model, what):
+    more = EXPERTS if model == "experts" else model
+    # Short ones, many in a row: else a ring that mistakes the chunk before for its own sees the same document.
+    for number in range(400):
+        (tmp_path / f"{number}.txt").write_text("the shoal swims over the reef"[: 8 + number % 20])
+    job = replace(
+        job,
+        model=ModelOptions(num_hidden_layers=4, hidden_size=64, **more),
+        data=replace(job.data, source=(str(tmp_path),), cache=str(tmp_path / "cache"), sequence_length=48),
+        optim=OptimOptions(name="sgd"),
+    )
+    report = check(job, processes=3, only=["replicas=2", layout], steps=4, entry=f"tests.launch.wrong:{bug}")
+    right, wrong = report.rows
+    assert right.ok, right
+    assert (wrong.layout, wrong.ok, wrong.same_samples) == (layout, False, True)
+    found, bound = wrong.pairs()[what]
+    assert found > 10 * bound, wrong
+
+
 def test_a_rank_that_fails_is_a_row_that_says_so(job):
     report = check(job, only=["fsdp=2", "replicas=2"], steps=6, entry="tests.launch.wrong:raises_in_fsdp")
     assert [row.ok for row in report.rows] == [False, True] * 2
@@ -111,7 +145,7 @@ LOW = ("bf16", "fp32")
 
 def test_layouts_that_share_one_sequence_reader_are_checked_in_low_precision_too(job):
     only = ["tensor=2", "context=2", "pipeline=2", "fsdp=3"]
-    report = check(job, processes=2, only=only, dtypes=LOW, steps=4)
+    report = check(job, processes=3, only=only, dtypes=LOW, steps=4)
     assert [(row.dtype, row.layout) for row in report.rows] == [(dtype, layout) for dtype in LOW for layout in only]
     assert report.ok, [row for row in report.rows if not row.ok]
 
@@ -162,6 +196,30 @@ def test_every_layout_of_two_processes_without_being_named(job):
     report = check(job, processes=2, steps=4)
     assert report.ok, [row for row in report.rows if not row.ok]
     assert len(report.rows) == 2 * (len(layouts(2)) - len(report.refused)) > 40
+
+
+@pytest.mark.nightly
+def test_every_layout_of_four_processes_of_a_dense_job(job):
+    report = check(replace(job, optim=OptimOptions(name="sgd")), processes=4, steps=3)
+    assert report.ok, [row for row in report.rows if not row.ok]
+    assert len(report.rows) == len(layouts(4)) - len(report.refused) > 80
+
+
+@pytest.mark.parametrize(
+    ("processes", "only", "what", "fix"),
+    [
+        (2, ["fsdp=2", "tensor=4"], "layout tensor=4 is of 4 ranks, and processes=2", "--processes 4"),
+        (0, ["fsdp=64"], "layout fsdp=64 is of 64 ranks", "32 or less"),
+        (100_000, [], "processes=100000 is more than 32", "32 or less"),
+        (1, [], "processes=1 is less than 2", "2 or more"),
+    ],
+)
+def test_what_so_many_processes_cannot_check_is_refused(job, processes, only, what, fix):
+    assert MOST_PROCESSES == 32  # as help and docs/check.md say
+    with pytest.raises(JobError) as caught:
+        check(job, processes=processes, only=only)
+    assert what in caught.value.what
+    assert fix in caught.value.fix
 
 
 @pytest.mark.nightly
@@ -264,11 +322,15 @@ def test_the_command_line_prints_a_table_or_json_and_exits_with_1(job, capsys, m
         assert max(row[name] for name in promised if name.startswith("max")) <= row["bound"]
         assert set(re.findall(r"^\| `(\w+)` \|", DOCS.read_text(), re.MULTILINE)) == {*promised, *more}
     assert "4 of 4 rows compute the same as one process" in captured.err
+    assert "not tried" not in captured.err
     wrong = {**(check.__kwdefaults__ or {}), "entry": "tests.launch.wrong:label"}
     monkeypatch.setattr(check, "__kwdefaults__", wrong)
     assert main([*words, "--layout", "fsdp=2"]) == 1
-    assert "DIFFERS: gradient of " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "DIFFERS: gradient of " in out
+    assert re.search(r"^not tried: other layouts, .*: docs/check\.md$", out, re.MULTILINE)
     assert main(["check", "--layout"]) == 2
     assert main([*words, "--dtype", "fp8"]) == 2
+    assert main([*words, "--processes", "2", "--layout", "tensor=4"]) == 2
     assert Path(source).is_dir()
     assert Layout.parse("fsdp=2").world == 2

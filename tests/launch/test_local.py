@@ -17,7 +17,7 @@ from tests.launch import sockets
 
 CASES = "tests.launch.cases:"
 # Far longer than anything here takes, on a machine however busy.
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 LAUNCHER = """
 import sys

@@ -107,6 +107,12 @@ def test_the_issues_call(ranks, layout: str) -> None:
         assert result["refused"].startswith("there is no loss to compute\n  → shoal.parallelize(..., loss=...)")
 
 
+def test_blocks_that_are_not_called_are_refused_by_fsdp(ranks) -> None:
+    for said in run(ranks, "bypassed", "fsdp=2"):
+        assert "weights of a repeated block are used where the block is not called" in said["refused"]
+        assert "or replicas=2" in said["refused"]
+
+
 def test_a_pipeline_computes_where_its_last_stage_is(ranks) -> None:
     x, _ = cases.batch()
     first, last = ranks.run(f"{ENTRY}forward", 2, layout="pipeline=2")

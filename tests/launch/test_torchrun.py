@@ -8,8 +8,10 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -53,6 +55,15 @@ def test_workers_take_their_seats_and_listen_on_loopback():
         assert total == [3.0, 3.0]
         assert listening
         assert all(ipaddress.ip_address(address).is_loopback for address in listening)
+
+
+@pytest.mark.parametrize("own_store", [True, False], ids=["the documented command", "torchrun's own store"])
+def test_a_second_mesh_of_the_same_ranks_has_keys_of_its_own(own_store):
+    options, environment = documented() if own_store else (["--standalone"], {})
+    done = start(*options, **environment, SHOAL_TEST_ENTRY="twice")
+    assert done.returncode == 0, done.stderr
+    told = sorted(json.loads(line) for line in done.stdout.splitlines())
+    assert told == [[0, [2.0, 2.0], {"0": 2}], [1, [2.0, 2.0], {"0": 2}]]
 
 
 def test_workers_end_with_a_torchrun_that_is_killed():
@@ -109,3 +120,15 @@ def test_several_machines_need_an_interface(monkeypatch):
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ShoalError, match="no network interface is named"):
         torchrun.seat_from_environment()
+
+
+def test_a_port_that_is_taken_for_a_moment_is_waited_for(monkeypatch):
+    taken = socket.create_server(("127.0.0.1", 0))
+    port = taken.getsockname()[1]
+    threading.Timer(0.5, taken.close).start()
+    with torchrun._listening("127.0.0.1", port) as sock:
+        assert sock.getsockname()[1] == port
+        monkeypatch.setattr(torchrun, "_PORT_PATIENCE", 0.2)
+        with pytest.raises(RankError, match=f"cannot listen on 127.0.0.1:{port}") as refused:
+            torchrun._listening("127.0.0.1", port)
+        assert "--master-port" in refused.value.fix

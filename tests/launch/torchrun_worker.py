@@ -1,6 +1,7 @@
 """A program for torchrun: prints its seat, a sum over all ranks, and where all processes of the run listen.
 
-With SHOAL_TEST_ENTRY=linger it prints its process id, and then does nothing for minutes.
+With SHOAL_TEST_ENTRY=linger it prints its process id, and then does nothing for minutes; with `twice` it sums over two
+meshes, one after the other, as two calls of `shoal.parallelize` build them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from shoal.job import Layout
 from shoal.launch import torchrun
-from shoal.mesh import Seat
+from shoal.mesh import Seat, build
 from tests.launch import cases
 
 
@@ -30,6 +32,17 @@ def linger(seat: Seat) -> int:
     os.write(1, f"{os.getpid()}\n".encode())
     time.sleep(300)
     return 0
+
+
+def twice(seat: Seat) -> list[Any]:
+    sums = []
+    for layout in ("replicas=2", "fsdp=2"):
+        again = torchrun.seat_from_environment()
+        assert again is not None
+        mesh = build(Layout.parse(layout), again)
+        sums.append(mesh.largest(1.0 + mesh.rank))
+        mesh.close()
+    return [seat.member, sums, dict(seat.built)]
 
 
 if __name__ == "__main__":

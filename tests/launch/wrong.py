@@ -86,6 +86,39 @@ def _planted(seat: Seat, plant, **args: Any) -> dict[str, Any]:
         equality.assemble = assemble
 
 
+# Bugs of tests/equivalence, and the axis along which each can happen.
+AXIS_OF = {
+    "tied gradient added twice": "pipeline",
+    "key heads counted twice": "tensor",
+    "ring off by one chunk": "context",
+    "balance loss of the row on each rank": "context",
+}
+
+
+def tied_added_twice(seat: Seat, **args: Any) -> dict[str, Any]:
+    return _along_its_axis(seat, "tied gradient added twice", **args)
+
+
+def keys_counted_twice(seat: Seat, **args: Any) -> dict[str, Any]:
+    """Every rank counts the key heads that several hold into the gradient's norm."""
+    return _along_its_axis(seat, "key heads counted twice", **args)
+
+
+def ring_off(seat: Seat, **args: Any) -> dict[str, Any]:
+    return _along_its_axis(seat, "ring off by one chunk", **args)
+
+
+def balance_of_a_rank(seat: Seat, **args: Any) -> dict[str, Any]:
+    """The auxiliary loss is added whole by each rank that has a part of the row."""
+    return _along_its_axis(seat, "balance loss of the row on each rank", **args)
+
+
+def _along_its_axis(seat: Seat, bug: str, **args: Any) -> dict[str, Any]:
+    if getattr(parse(args["job"]).layout, AXIS_OF[bug]) == 1:
+        return equality.record(seat, **args)
+    return _planted(seat, lambda parts: bugs.plant(parts, bug), **args)
+
+
 def raises_in_fsdp(seat: Seat, **args: Any) -> dict[str, Any]:
     layout = parse(args["job"]).layout
     assert layout is not None

@@ -39,6 +39,7 @@ YARN = (
 
 CASES = {
     "mixtral": MIXTRAL,
+    "mixtral, yarn": replace(MIXTRAL, rope_scaling=tiny.YARN, rope_theta=500.0),
     "qwen2_moe": QWEN2,
     "qwen2_moe, normalised": replace(QWEN2, norm_topk_prob=True, first_k_dense_replace=0, qkv_bias=False),
     "qwen3_moe": QWEN3,

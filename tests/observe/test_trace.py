@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.job import Layout
@@ -369,6 +369,7 @@ def test_a_send_that_nobody_takes_yet_does_not_travel() -> None:
 
 @settings(deadline=None, max_examples=50)
 @given(worlds())
+@example([recording(0, [Span("", "compute", 0, 0)]), recording(1, [Span("", "wait", 1, 1)])])
 def test_without_messages_merging_moves_no_time(world) -> None:
     """It cuts waits, in which nothing is nested."""
 

@@ -150,7 +150,7 @@ def test_a_checkpoint_goes_on_in_another_layout(ranks, tmp_path, name: str, save
         ("norms", 2, "'blocks.0.norm' (BatchNorm2d) computes with the statistics of a micro-batch"),
         ("scalar", 2, "'scale' has no dimension"),
         ("dtypes", 2, "fsdp gathers parameters of one dtype"),
-        ("few", 2, "cannot run 1 micro-batch\n  → a batch of 8 samples, or schedule=gpipe"),
+        ("few", 2, "1 micro-batch\n  → a batch of 8 samples, micro_batch=2 (an example of 2), or schedule=gpipe"),
         ("shape", 2, "a micro-batch's inputs are "),
         ("untraceable", 2, "own_cases.py:"),
     ],
@@ -159,6 +159,15 @@ def test_mistakes_are_said_in_a_sentence(ranks, what: str, world: int, sentence:
     for said in ranks.run("tests.parallel.own_cases:refused", world, what=what):
         assert any(part in said for part in sentence.split("|")), said
         assert "Error: " in said.splitlines()[0]
+
+
+X = torch.randn(4, 2)
+
+
+def hooked(kind: str) -> torch.nn.Module:
+    module = torch.nn.Linear(2, 2)
+    getattr(module.weight, kind)(lambda *_: None)
+    return module
 
 
 def alone(layout: str = "replicas=1", module=None, plan=None, **options):
@@ -181,6 +190,21 @@ def alone(layout: str = "replicas=1", module=None, plan=None, **options):
         (JobError, "no option 'momentun'", {"momentun": 0.9}),
         (JobError, "needs to know how long", {"schedule": "cosine"}),
         (ModelError, "on meta", {"module": torch.nn.Linear(2, 2, device="meta")}),
+        (ModelError, "no shape before the first forward pass", {"module": torch.nn.LazyLinear(2)}),
+        (ModelError, "its gradient is sparse", {"module": torch.nn.Embedding(3, 2, sparse=True)}),
+        (LayoutError, "'weight' has a hook", {"module": hooked("register_hook"), "layout": "fsdp=2"}),
+        (LayoutError, "'weight' has a hook", {"module": hooked("register_hook"), "layout": "pipeline=2", "example": X}),
+        (
+            LayoutError,
+            "'weight' has a post-accumulate-grad hook",
+            {"module": hooked("register_post_accumulate_grad_hook"), "layout": "replicas=2"},
+        ),
+        (LayoutError, "is of 2 ranks", {"module": hooked("register_hook"), "layout": "replicas=2"}),
+        (JobError, "inputs are a tensor or a tuple of tensors, and this is a dict", {"example": {"x": X}}),
+        (JobError, "this is a tuple with int in it", {"example": (X, 3)}),
+        (JobError, "this is a tuple with NoneType in it", {"example": (X, None), "layout": "pipeline=2"}),
+        (JobError, "this is a tuple with nothing in it", {"example": (), "layout": "pipeline=2"}),
+        (JobError, "the example has no samples", {"example": torch.tensor(1.0), "layout": "pipeline=2"}),
         (ModelError, "no parameter of the module requires", {"module": torch.nn.Linear(2, 2).requires_grad_(False)}),
     ],
 )
@@ -200,6 +224,10 @@ def test_one_process_needs_no_launcher_and_can_be_started_again() -> None:
                 trained.share(own_cases._mixed_batch(0, 7))
             with pytest.raises(DataError, match="at least one"):
                 trained.step([])
+            x, y = own_cases._mixed_batch(0, 2)
+            for inputs in ({"x": x}, (x, 3), (x, None), 3):
+                with pytest.raises(DataError, match="inputs are a tensor or a tuple of tensors"):
+                    trained.step([(inputs, y)])
 
 
 def test_a_loss_that_is_no_number_is_refused() -> None:

@@ -110,7 +110,8 @@ def test_ctrl_c_before_the_first_step_ends_all(arguments, tmp_path):
         pytest.param(
             ["--train.global-batch", "3"],
             "error: train.global_batch=3 is not divisible by the 2 workers of layout replicas=2\n"
-            "  → take train.global_batch=2 or 4, or a number of workers that divides 3\n",
+            "  → layout replicas=1 would do; or take train.global_batch=2 or 4, "
+            "or a number of workers that divides 3\n",
             marks=pytest.mark.nightly,
         ),
     ],

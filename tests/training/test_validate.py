@@ -46,9 +46,23 @@ def plain(folder: str, prepared: str) -> tuple[float, int]:
     return total / count, count
 
 
-@pytest.mark.parametrize("layout", ["replicas=1", "replicas=2,micro_batch=2", "replicas=3", "fsdp=2,zero=3"])
+LAYOUTS = [
+    "replicas=1",
+    "replicas=2,micro_batch=2",
+    "replicas=3",
+    "fsdp=2,zero=3",
+    "pipeline=2,micro_batch=4",
+    "pipeline=2,schedule=zbv,micro_batch=4",
+    "tensor=2",
+    "context=2",
+    "pipeline=2,tensor=2,micro_batch=4",
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_one_plain_process(ranks, tiny, tmp_path, layout):
-    job = tiny(tmp_path / "run", layout, train={"precision": "fp64"})
+    # As many blocks as a V of two ranks has stages.
+    job = tiny(tmp_path / "run", layout, train={"precision": "fp64"}, model={"num_hidden_layers": 4})
     where = prepared(job)
     expected, tokens = plain(**where)
     loader = Loader(Prepared.load(where["prepared"]), job.data, "validation")

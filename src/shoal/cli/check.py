@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _LINE = "{:<58} {:<10} {:>15} {:>15} {:>15}  {}"
 
+_NOT_TRIED = "not tried: {}, train.compile, full sizes, weights of a folder, checkpoints, validation: docs/check.md"
+
 
 @dataclass(frozen=True)
 class Check(Job):
@@ -34,8 +36,9 @@ class Check(Job):
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="JOB.toml")] = ""
     """TOML file of options, or the job.toml of a run."""
-    processes: int = 4
-    """Ranks of the largest layout, 2 or more; smaller ones are tried too."""
+    processes: int = 0
+    """Ranks of the largest layout, 2 to 32; smaller ones are tried too. A --layout of more ranks than given here is
+    refused. 0 = 4, or as many as the largest --layout has."""
     layouts: tuple[str, ...] = ()
     """Only these layouts (also --layout, which may be repeated)."""
     dtype: tuple[str, ...] = ("fp64",)
@@ -75,6 +78,8 @@ def run(args: list[str]) -> Answer:
         print(f"refused: {refused.layout}: {refused.reason}")
     same = sum(row.ok for row in report.rows)
     print(f"{same} of {len(report.rows)} rows compute the same as one process; {len(report.refused)} layouts refused")
+    if options.format == "text":
+        print(_NOT_TRIED.format("other layouts" if only else "larger products of rarer options"))
     return Answer(report, 0 if report.ok else 1)
 
 

@@ -13,6 +13,9 @@ from shoal.job.job import Job
 from shoal.job.layout import AXES, SCHEDULES, Layout
 from shoal.job.model import ModelOptions
 
+MOST_PROCESSES = 32
+"""Of which `shoal check` tries layouts: of so many ranks there are thousands."""
+
 
 def layouts(processes: int, experts: int = 0) -> list[Layout]:
     """Every product of axes that makes 2 to `processes` ranks.
@@ -27,7 +30,7 @@ def layouts(processes: int, experts: int = 0) -> list[Layout]:
             axes: dict[str, Any] = {axis: n for axis, n in zip(AXES, degrees, strict=True) if n > 1}
             found += [replace(Layout(), **axes, **kind) for kind in _kinds(axes)]
             sharing = Layout(**axes).rest
-            shared = [n for n in range(2, sharing + 1) if sharing % n == 0 and experts and experts % n == 0]
+            shared = [n for n in range(2, sharing + 1) if experts and sharing % n == 0 and experts % n == 0]
             found += [replace(Layout(), **axes, **_kinds(axes)[0], expert=n) for n in shared]
     return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import lcm
+from math import isqrt, lcm
 from typing import TYPE_CHECKING
 
 from shoal.errors import JobError, LayoutError
@@ -120,12 +120,11 @@ def _with_micro_batch(global_batch: int, layout: Layout) -> Layout:
         return layout
     number = part // layout.micro_batch if layout.micro_batch else part
     what = f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages"
-    least = next(n for n in range(1, 64 * layout.stage_count) if enough(n, layout))
     raise LayoutError(
         f"{what} cannot run {count(number, 'micro-batch')} ({count(part, 'sequence')} a pipeline)",
         fix=f"take micro_batch={_list(good)}"
         if good
-        else f"train.global_batch={least * layout.readers * max(1, layout.micro_batch)}",
+        else f"train.global_batch={fewest(layout) * layout.readers * max(1, layout.micro_batch)}",
     )
 
 
@@ -139,6 +138,13 @@ def enough(micro_batches: int, layout: Layout) -> bool:
     if layout.schedule == "1f1b":
         return micro_batches >= layout.pipeline
     return True
+
+
+def fewest(layout: Layout) -> int:
+    """The fewest micro-batches that are enough."""
+    if layout.schedule == "dualpipev":
+        return layout.stage_count
+    return layout.pipeline if layout.schedule in ("1f1b", "interleaved", "interleaved_zero_bubble") else 1
 
 
 def check_tensor(model: ModelOptions, layout: Layout) -> None:
@@ -216,7 +222,8 @@ def _check_experts(model: ModelOptions, layout: Layout) -> None:
 
 
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, isqrt(n) + 1) if n % d == 0]
+    return sorted({*low, *(n // d for d in low)})
 
 
 def _list(numbers: list[int]) -> str:

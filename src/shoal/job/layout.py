@@ -24,6 +24,9 @@ SCHEDULES = {
 
 _V_SHAPED = ("zbv", "dualpipev")
 
+MOST = 2**20
+"""Of ranks, and of any number in a layout."""
+
 MEASURED = "measured"
 """What `stages` says until a run has measured what its layers cost."""
 
@@ -141,6 +144,10 @@ class Layout:
         for name, number in least.items():
             if getattr(self, name) < number:
                 raise LayoutError(f"layout {name}={getattr(self, name)} is less than {number}", fix=f"e.g. {name}=2")
+            if getattr(self, name) > MOST:
+                raise _too_many(f"layout {name}")
+        if self.world > MOST:
+            raise _too_many("layout of " + " × ".join(f"{axis}={n}" for axis in AXES if (n := getattr(self, axis)) > 1))
         if self.zero not in (1, 2, 3):
             raise LayoutError(f"layout zero={self.zero} is not a ZeRO stage", fix="1, 2 or 3")
         if self.recompute not in ("none", "block"):
@@ -167,6 +174,8 @@ class Layout:
 
     def _validate_stages(self) -> None:
         parts = self.stages.split("+")
+        if any(len(part) > len(str(MOST)) for part in parts):
+            raise _too_many("a number in layout stages")
         if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
             what = f"layout stages='{self.stages}' is not a list of numbers"
             raise LayoutError(what, fix="e.g. stages=3+5, or stages=measured")
@@ -205,4 +214,10 @@ def _whole(key: str, value: str) -> int:
     digits = value.removeprefix("-")
     if not (digits.isascii() and digits.isdecimal()):
         raise LayoutError(f"layout {key}='{value}' is not a whole number", fix=f"e.g. {key}=2")
+    if len(digits) > len(str(MOST)):  # int() itself refuses thousands of digits
+        raise _too_many(f"layout {key}")
     return int(value)
+
+
+def _too_many(what: str) -> LayoutError:
+    return LayoutError(f"{what} is more than {MOST:,}, the most that a layout can have", fix="give a smaller number")

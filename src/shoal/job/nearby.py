@@ -65,8 +65,8 @@ def _changes(asked: Layout) -> Iterator[tuple[str, Any]]:
 
 def _distance(asked: Layout, other: Layout) -> tuple[float, ...]:
     """Ranks that stay idle first, then by how much axes grow or shrink."""
-    moved = sum(abs(log(getattr(other, axis) / getattr(asked, axis))) for axis in (*AXES, "expert"))
-    return log(asked.world / other.world), moved
+    moved = sum(abs(log(getattr(other, axis)) - log(getattr(asked, axis))) for axis in (*AXES, "expert"))
+    return log(asked.world) - log(other.world), moved
 
 
 def _passes(layout: Layout, checks: Iterable[Callable[[Layout], object]]) -> bool:

@@ -13,8 +13,8 @@ from typing import Any
 from shoal.data.prepare import prepare
 from shoal.errors import JobError, RankError
 from shoal.job import Job, Layout, write
-from shoal.job.check import at_least
-from shoal.job.every import accumulated, layouts, refusal, small
+from shoal.job.check import at_least, require
+from shoal.job.every import MOST_PROCESSES, accumulated, layouts, refusal, small
 from shoal.launch.pool import Pool
 from shoal.launch.train import absolute_paths, architecture, vocabulary
 
@@ -92,7 +92,7 @@ class Report:
 def check(
     job: Job,
     *,
-    processes: int = 4,
+    processes: int = 0,
     only: Sequence[str] = (),
     dtypes: Sequence[str] = ("fp64",),
     steps: int = 20,
@@ -102,22 +102,24 @@ def check(
 ) -> Report:
     """Trains the job, shrunk, in every layout of up to `processes` ranks (or those in `only`) and on one process.
 
+    processes: 2 to MOST_PROCESSES; 0 = 4, or as many as the largest of `only` has.
     In float64 with SGD and with the job's own optimizer, in other precisions with its own. say: gets a sentence now and
     then. on_row: gets each row as soon as it is known. Where one process learns nothing, or does not reach its end,
     nothing can be said of the layouts: their rows have that as `error`. Raises ShoalError for the user's mistakes.
     """
-    at_least("processes", processes, 2)
     at_least("steps", steps, 2)
     for dtype in dtypes:
         if dtype not in _BOUNDS:
             raise JobError(f"dtype '{dtype}' is unknown", fix="fp64, fp32 or bf16")
     named = {text: Layout.parse(text) for text in only}
+    processes = _processes(processes, named)
     job = architecture(absolute_paths(job))
     prepared = prepare(job.data, say=say)
     job = replace(vocabulary(job, prepared), layout=None)
     given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
-    refused = [Refused(text, reason) for text, layout in given.items() if (reason := refusal(job, layout))]
-    kept = {text: layout for text, layout in given.items() if not refusal(job, layout)}
+    reasons = {text: refusal(job, layout) for text, layout in given.items()}
+    refused = [Refused(text, reason) for text, reason in reasons.items() if reason]
+    kept = {text: layout for text, layout in given.items() if not reasons[text]}
     if not kept:
         return Report(False, [], refused)
     most = max(layout.world for layout in kept.values())
@@ -133,6 +135,19 @@ def check(
                 on_row(row)
     # A layout that was asked for by name and cannot be is no success.
     return Report(all(row.ok for row in rows) and not (only and refused), rows, refused)
+
+
+def _processes(asked: int, named: dict[str, Layout]) -> int:
+    """As many as were asked for, which is enough for every layout that was named. Else JobError."""
+    text, largest = max(((t, layout.world) for t, layout in named.items()), key=lambda pair: pair[1], default=("", 0))
+    processes = asked or max(4, largest)
+    at_least("processes", processes, 2)
+    most = f"processes={processes} is more than {MOST_PROCESSES}" if asked else f"layout {text} is of {largest} ranks"
+    fix = f"give {MOST_PROCESSES} or less: all of them run on this machine"
+    require(processes <= MOST_PROCESSES, most, fix)
+    enough = f"--processes {largest}, or a smaller layout"
+    require(largest <= processes, f"layout {text} is of {largest} ranks, and processes={processes}", enough)
+    return processes
 
 
 def _optimizers(job: Job, dtype: str) -> list[str]:

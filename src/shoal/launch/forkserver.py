@@ -141,8 +141,7 @@ class Server:
 
     def _leave(self) -> None:
         """In a child: forgets all that is the server's. SIGINT stays ignored: the launcher decides."""
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        self.wake_no_more()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         for waiting in self.channel.files:
@@ -150,6 +149,12 @@ class Server:
         self.selector.close()
         for sock in (self.channel, self.wake, self._waker):
             sock.close()
+
+    def wake_no_more(self) -> None:
+        """A child that ends writes to no socket any more: ours are closed before the process ends, and the
+        interpreter would complain, to whoever reads the launcher's standard error, that it cannot write there."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _reap(self) -> None:
         while True:
@@ -194,9 +199,12 @@ def main() -> int:
     """`python -m shoal.launch.forkserver FD MODULE...`: FD is the connection to the launcher."""
     set_name("shoal-fork")
     server = Server(Channel(socket.socket(fileno=int(sys.argv[1])), Fork | Signal))
-    server.preload(["torch", "shoal.device", *sys.argv[2:]])
-    os.environ.update(resolve("shoal.device:loopback_environment")())
-    work = server.run()
+    try:
+        server.preload(["torch", "shoal.device", *sys.argv[2:]])
+        os.environ.update(resolve("shoal.device:loopback_environment")())
+        work = server.run()
+    finally:
+        server.wake_no_more()
     if work is None:
         server.end()
         return 0

@@ -13,17 +13,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shoal import device
-from shoal.errors import JobError, LayoutError, ModelError
+from shoal.errors import DataError, JobError, LayoutError, ModelError
 from shoal.job import Layout
 from shoal.job.check import nearest
 from shoal.job.optim import OptimOptions
 from shoal.launch.excluded import refuse_excluded
 from shoal.launch.torchrun import seat_from_environment
+from shoal.launch.unfit import refuse_unfit
 from shoal.mesh import Mesh, Seat, build
 from shoal.parallel.foreign import divide
 from shoal.parallel.statistics import loose, momenta, norms
 from shoal.training.micro_batch import Loss
-from shoal.training.own import Outline, Trained
+from shoal.training.own import Outline, Trained, as_inputs
 
 # Nothing that was not asked for, where the defaults of shoal's recipes do something.
 _PLAIN: dict[str, Any] = {
@@ -60,7 +61,8 @@ def parallelize(
     layout = Layout.parse(layout) if isinstance(layout, str) else layout
     layout.validate()
     update = _update(optimizer, lr, steps, options)
-    inputs = (example,) if isinstance(example, Tensor) else example
+    inputs = None if example is None else _inputs(example)
+    refuse_unfit(module, layout)
     layout = _fitting(module, layout, inputs)
     moved = momenta(module) if layout.readers > 1 else {}
     seat = seat or seat_from_environment() or _alone()
@@ -100,6 +102,13 @@ def _update(optimizer: str, lr: float, steps: int, options: dict[str, Any]) -> O
     return update
 
 
+def _inputs(example: Any) -> tuple[Tensor, ...]:
+    try:
+        return as_inputs(example)
+    except DataError as error:
+        raise JobError(f"of the example, {error.what}", fix="example=(inputs of one micro-batch,)") from error
+
+
 def _fitting(module: nn.Module, layout: Layout, example: tuple[Tensor, ...] | None) -> Layout:
     """The layout, with its micro-batch where the example says it. LayoutError where it does not fit such a module."""
     where = f"layout {layout}"
@@ -108,7 +117,10 @@ def _fitting(module: nn.Module, layout: Layout, example: tuple[Tensor, ...] | No
         why = "to trace the module" if layout.pipeline > 1 else "to see that the plan changes nothing"
         raise LayoutError(f"an example is needed {why}", where=where, fix="example=(inputs of one micro-batch,)")
     if layout.pipeline > 1 and example is not None:
-        rows = example[0].shape[0]
+        rows = example[0].shape[0] if example[0].ndim else 0
+        if not rows:
+            what = "the example has no samples in dimension 0 of its first tensor"
+            raise JobError(what, where=where, fix="example=(inputs of one micro-batch,)")
         if layout.micro_batch not in (0, rows):
             what = f"micro_batch={layout.micro_batch}, and the example has {rows} samples"
             raise LayoutError(what, where=where, fix=f"micro_batch={rows}, or another example")

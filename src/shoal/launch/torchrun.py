@@ -10,12 +10,14 @@ machine, this keeps everything on loopback (the rendezvous is a file, and the st
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 _PARENT = os.getppid()
 # Seconds that rank 0, which may keep the store, gives the others to read what it told them before it goes on.
 _HEARD = 10.0
+# Seconds that rank 0 waits for torchrun's port to be free.
+_PORT_PATIENCE = 30.0
 
 
 def run(entry: str, args: dict[str, Any], threads: int = 0) -> Any:
@@ -123,14 +127,12 @@ def _told(seat: Seat, key: str) -> dict[str, Any]:
 def seat_from_environment() -> Seat | None:
     """The seat that torchrun gave this process; None if torchrun did not start it.
 
+    It is the same one however often this is called, with one store: rank 0 cannot open a second on torchrun's port.
     On one machine everything goes over loopback. ShoalError if there are several and no interface is named.
     """
     if not is_worker():
         return None
-    from torch.distributed import PrefixStore
-
     from shoal import device
-    from shoal.mesh import Seat
 
     rank, world, local, neighbours = (
         int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -139,9 +141,34 @@ def seat_from_environment() -> Seat | None:
         os.environ.update(device.loopback_environment())
     else:
         device.require_interface()
+    return _seat(rank, world, local, neighbours)
+
+
+@cache
+def _seat(rank: int, world: int, local: int, neighbours: int) -> Seat:
+    from torch.distributed import PrefixStore
+
+    from shoal.mesh import Seat
+
     # torchrun may start everybody again on the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Seat(rank, world, local, neighbours, PrefixStore(f"shoal-{attempt}", _store(rank)))
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """On torchrun's port. It has looked for a free one, and let go of it; until we come, somebody's connection to
+    another place may have it for a moment."""
+    deadline = time.monotonic() + _PORT_PATIENCE
+    while True:
+        try:
+            return socket.create_server((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or time.monotonic() > deadline:
+                raise RankError(
+                    f"cannot listen on {host}:{port}, which torchrun has named: {error.strerror}",
+                    fix="start it again, or name a free one with --master-port",
+                ) from error
+            time.sleep(0.1)
 
 
 def _store(rank: int) -> TCPStore:
@@ -151,6 +178,6 @@ def _store(rank: int) -> TCPStore:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return TCPStore(host, port, is_master=False)
-    with socket.create_server((host, port)) as sock:
+    with _listening(host, port) as sock:
         file = sock.detach()
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=file)

@@ -84,6 +84,8 @@ def merged(recordings: Iterable[Recording]) -> list[Recording]:
 
 def _cut(wait: Span, flying: Intervals) -> list[Span]:
     whole = [(wait.start, wait.end)]
+    if wait.start == wait.end:
+        return [wait]  # no time, but it may be the last span of all
     pieces = [(piece, "wait") for piece in minus(whole, flying)]
     pieces += [(piece, "communication") for piece in common(whole, flying)]
     return [replace(wait, start=start, end=end, kind=kind) for (start, end), kind in pieces]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -20,7 +20,7 @@ from shoal.parallel.tensor import Cut
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 # A gradient that is zero but for rounding is measured by this part of the module's largest.
-_NEGLIGIBLE = 1e-2
+NEGLIGIBLE = 1e-2
 
 _PLAN = "see whether the plan cuts at whole heads, and every `columns` layer ends in a `rows` layer"
 
@@ -62,23 +62,40 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 def see(module: nn.Module, example: tuple[Tensor, ...], planned: bool = False) -> Seen:
     """What the module computes in evaluation mode. planned: whether it was split. LayoutError where it fails."""
-    with evaluating(module), torch.enable_grad(), _blaming(planned):
-        outputs = floating(module(*example))
-        projections = [(leaf * _projection(leaf, seed)).sum() for leaf, seed in zip(outputs, count())]
-        names, parameters = zip(*module.named_parameters(), strict=True)
-        reached = [p for p in projections if p.requires_grad]
-        gradients = torch.autograd.grad(reached, parameters, allow_unused=True, materialize_grads=True)
-    return Seen([leaf.detach() for leaf in outputs], dict(zip(names, gradients, strict=True)))
+    what = "split as planned, the module fails" if planned else "the module fails"
+    fix = _PLAN if planned else "module(*example) and its backward have to run by themselves"
+    with evaluating(module), blaming(what, fix):
+        return take(module, example, dict(module.named_parameters()))
+
+
+def take(compute: Callable[..., Any], example: tuple[Tensor, ...], parameters: Mapping[str, Tensor]) -> Seen:
+    """compute(*example), and its gradients, in whatever mode it is. What is in `.grad` stays there."""
+    before = {name: p.grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.grad = None
+    try:
+        with torch.enable_grad():
+            outputs = floating(compute(*example))
+            projections = [(leaf * _projection(leaf, seed)).sum() for leaf, seed in zip(outputs, count())]
+            reached = [p for p in projections if p.requires_grad]
+            # Not `autograd.grad`, with which a reentrant checkpoint does not work.
+            if reached:
+                torch.autograd.backward(reached)
+        gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in parameters.items()}
+    finally:
+        for name, p in parameters.items():
+            p.grad = before[name]
+    return Seen([leaf.detach() for leaf in outputs], gradients)
 
 
 @contextmanager
-def _blaming(planned: bool) -> Iterator[None]:
+def blaming(what: str, fix: str) -> Iterator[None]:
+    """LayoutError for whatever fails. what: what does, as in "the module fails"."""
     try:
         yield
     except Exception as error:
-        what = f"the module fails on the example: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        fix = _PLAN if planned else "module(*example) and its backward have to run by themselves"
-        raise LayoutError(f"split as planned, {what}" if planned else what, fix=fix) from error
+        said = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise LayoutError(f"{what} on the example: {said}", fix=fix) from error
 
 
 def floating(out: Any) -> list[Tensor]:
@@ -102,7 +119,7 @@ def compare(before: Seen, after: Seen, cuts: Mapping[str, Cut], group: dist.Proc
             mine = mine.contiguous()
             dist.all_reduce(mine, group=group)
         here = tuple(slice(o, o + n) for o, n in zip(cut.offsets, mine.shape, strict=True))
-        wrong.append(not same(whole[here], mine, _NEGLIGIBLE * largest))
+        wrong.append(not same(whole[here], mine, NEGLIGIBLE * largest))
     said = torch.tensor(wrong, dtype=torch.int32, device=whole.device)
     dist.all_reduce(said, op=dist.ReduceOp.MAX, group=group)
     if said[0]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from shoal.errors import LayoutError
 from shoal.mesh import Mesh
+from shoal.parallel.backward import refuse_unrecorded
 from shoal.parallel.example import compare, see
 from shoal.parallel.graph import trace
 from shoal.parallel.linears import split
@@ -86,6 +87,7 @@ def _into_stages(module: nn.Module, mesh: Mesh, example: tuple[Tensor, ...]) -> 
         what = f"'{written[0]}' is written by the forward pass, which recompute=block would run twice"
         raise LayoutError(what, where=f"layout {layout}", fix="recompute=none")
     stages = cut(graph, layout.stage_count)
+    refuse_unrecorded(module, stages, example, written, mesh)
     handed = [
         tuple(
             torch.empty(shape, dtype=dtype, device="meta", requires_grad=gradient)

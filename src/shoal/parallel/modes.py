@@ -31,7 +31,8 @@ def written_buffers(graph: Graph) -> list[str]:
     """Canonical names of the module's buffers that the forward pass writes."""
     storages = {s for fact in graph.facts.values() for n in fact.written for s in graph.facts[n].storages}
     nodes = [n for n in graph.program.graph.find_nodes(op="get_attr") if str(n.target) in graph.names]
-    return [graph.names[str(n.target)] for n in nodes if not storages.isdisjoint(graph.facts[n].storages)]
+    names = [graph.names[str(n.target)] for n in nodes if not storages.isdisjoint(graph.facts[n].storages)]
+    return [name for name in names if not isinstance(graph.held[name], nn.Parameter)]
 
 
 @torch.no_grad()

@@ -63,6 +63,18 @@ class Outline:
     frozen: AbstractSet[str]
 
 
+def as_inputs(given: Any) -> tuple[Tensor, ...]:
+    """What a module is called with, as a tuple. DataError for anything but a tensor or a tuple (or list) of tensors."""
+    inputs = (given,) if isinstance(given, Tensor) else given
+    if isinstance(inputs, tuple | list) and inputs and all(isinstance(x, Tensor) for x in inputs):
+        return tuple(inputs)
+    found = type(given).__name__
+    if isinstance(inputs, tuple | list):
+        found += f" with {next((type(x).__name__ for x in inputs if not isinstance(x, Tensor)), 'nothing')} in it"
+    fix = "wrap the module in one that is called with tensors only, and knows the rest"
+    raise DataError(f"inputs are a tensor or a tuple of tensors, and this is a {found}", fix=fix)
+
+
 def _forward(module: nn.Module, batch: Batch, handed: tuple[Tensor, ...] | None) -> Any:
     return module(*(batch[0] if handed is None else handed))
 
@@ -141,7 +153,7 @@ class Trained:
         self._refuse_too_few(len(batches))
         self._statistics.begin()
         self.sync.begin(self.steps_done)
-        with warnings.catch_warnings(), self._watch.step():
+        with warnings.catch_warnings(), self._watch.step(), self._naming_bypassed():
             if self.mesh.layout.pipeline > 1:
                 # No stage writes to what it hands on, view or not.
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -173,11 +185,15 @@ class Trained:
             return
         further = range(micro_batches + 1, micro_batches + 1 + layout.stage_count + layout.pipeline)
         more = next(n for n in further if enough(n, layout))
+        # The example has the shape of a micro-batch, so another size is another example.
+        samples = micro_batches * layout.micro_batch
+        sizes = (n for n in range(layout.micro_batch - 1, 0, -1) if samples % n == 0 and enough(samples // n, layout))
+        smaller = next((f"micro_batch={n} (an example of {n}), " for n in sizes), "")
         raise LayoutError(
             f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages cannot run "
             f"{count(micro_batches, 'micro-batch')}",
             where=f"layout {layout}",
-            fix=f"a batch of {more * layout.micro_batch * layout.readers} samples, or schedule=gpipe",
+            fix=f"a batch of {more * layout.micro_batch * layout.readers} samples, {smaller}or schedule=gpipe",
         )
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss | None = None) -> float:
@@ -213,11 +229,24 @@ class Trained:
         try:
             for part in self._modes:
                 part.training = False
-            with layers_called() if layout.tensor > 1 else nullcontext():
+            with layers_called() if layout.tensor > 1 else nullcontext(), self._naming_bypassed():
                 yield
         finally:
             for part, mode in self._modes.items():
                 part.training = mode
+
+    @contextmanager
+    def _naming_bypassed(self) -> Iterator[None]:
+        """Fsdp gathers a block's weights where the block is called; otherwise they are pieces, and operations fail."""
+        layout = self.mesh.layout
+        try:
+            yield
+        except RuntimeError as error:
+            if layout.sharers == 1 or "mixed torch.Tensor and DTensor" not in str(error):
+                raise
+            what = "weights of a repeated block are used where the block is not called, and fsdp has not gathered them"
+            fix = f"call the block itself, block(x), and compute with its weights inside; or replicas={layout.world}"
+            raise LayoutError(what, where=f"layout {layout}", fix=fix) from error
 
     def _ready(self, batches: Sequence[Batch]) -> list[Batch]:
         """On the device, with inputs that are a tuple, of the shapes that a pipeline knows."""
@@ -230,7 +259,7 @@ class Trained:
             raise LayoutError(what, where=f"layout {self.mesh.layout}", fix="enter it in the module's own forward")
         ready = []
         for inputs, target in batches:
-            inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+            inputs = as_inputs(inputs)
             shapes = [(x.shape, x.dtype) for x in inputs]
             if self.mesh.layout.pipeline > 1 and shapes != self._example:
                 got, known = ([f"{list(shape)} {dtype}" for shape, dtype in x] for x in (shapes, self._example))
