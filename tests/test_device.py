@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import platform
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -114,3 +117,42 @@ def test_what_an_allocator_says_on_a_gpu():
     )
     assert device.out_of_memory(error) == "2.50 GiB"
     assert not device.out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a thread's state can be read")
+@pytest.mark.parametrize("works", [True, False])
+def test_the_end_waits_for_a_thread_of_gloos_that_works_and_not_for_one_that_sleeps(works):
+    """A stand-in by the same name, which computes without Python's lock for a while, or sleeps until it is woken."""
+    ready, done, over = threading.Event(), threading.Event(), threading.Event()
+
+    def live() -> None:
+        ctypes.CDLL(None).prctl(15, b"pt_gloo_runloop")  # PR_SET_NAME
+        ready.set()
+        if works:
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+            done.set()
+        over.wait()
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    ready.wait()
+    device.let_go()
+    assert done.is_set() == works
+    over.set()
+    thread.join()
+
+
+def test_a_process_that_talked_through_gloo_lets_go_once_at_its_end():
+    """Else a thread that still has a tensor, when the interpreter is ending, aborts it."""
+    script = """if True:
+        import torch.distributed as dist
+        from shoal import device, mesh
+        from shoal.job import Layout
+        device.let_go = lambda: print("lets go")
+        seat = mesh.Seat(0, 1, 0, 1, dist.HashStore())
+        for _ in range(2):
+            mesh.build(Layout(), seat).close()
+        print("ends")
+    """
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.split("\n") == ["ends", "lets go", ""]

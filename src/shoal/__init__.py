@@ -19,6 +19,7 @@ _HOME = {
     "Layout": "shoal.job",
     "ShoalError": "shoal.errors",
     "train": "shoal.launch.train",
+    "check": "shoal.launch.check",
     "load": "shoal.serving.load",
     "generate": "shoal.launch.generate",
     "parallelize": "shoal.launch.parallelize",
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
     from shoal import job as job
     from shoal.errors import ShoalError
     from shoal.job import Job, Layout
+    from shoal.launch.check import check
     from shoal.launch.generate import generate
     from shoal.launch.parallelize import parallelize
     from shoal.launch.train import train
     from shoal.serving.load import load
 
-__all__ = ["Job", "Layout", "ShoalError", "generate", "load", "parallelize", "train"]
+__all__ = ["Job", "Layout", "ShoalError", "check", "generate", "load", "parallelize", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ import re
 import resource
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -37,6 +38,9 @@ _PEER_GONE = (
 
 # glibc's <malloc.h>: how many blocks may be mapped one by one, and the free memory above which some is given back.
 _M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+
+# Seconds that a thread which is not run for the other load of the machine is waited for.
+_PATIENCE = 30.0
 
 
 def kind() -> str:
@@ -110,6 +114,27 @@ def out_of_memory(error: BaseException) -> str:
         return asked[1] if asked else "some memory"
     asked = re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", text)
     return f"{int(asked[1]) / 2**30:.3g} GiB" if asked else ""
+
+
+def let_go() -> None:
+    """Before the process ends: until gloo's threads hold nothing of Python's (on Linux; elsewhere nothing is known).
+
+    A collective is over a moment before its thread drops the tensors. Where that is the last reference, the thread
+    needs the interpreter, and when this is ending, that aborts the process (torch 2.13: "terminate called without
+    an active exception"). Threads that have dropped everything sleep; a hung one does too, and is not waited for.
+    """
+    deadline, quiet = time.monotonic() + _PATIENCE, 0
+    while quiet < 2 and time.monotonic() < deadline:
+        quiet = 0 if any(_runs(stat) for stat in Path("/proc/self/task").glob("*/stat")) else quiet + 1
+        time.sleep(0.001)
+
+
+def _runs(stat: Path) -> bool:
+    """Whether a thread, of which this is the kernel's line, is one of gloo's and does not sleep."""
+    try:
+        return re.search(r"\(pt_gloo.*\) [^S]", stat.read_text()) is not None
+    except OSError:  # has ended
+        return False
 
 
 def synchronize(where: torch.device) -> None:

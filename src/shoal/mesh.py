@@ -6,6 +6,7 @@ close it and build another for a smaller view without being restarted.
 
 from __future__ import annotations
 
+import atexit
 import math
 import threading
 import time
@@ -83,6 +84,9 @@ class Mesh:
             self._groups |= self._make_experts() if layout.expert > 1 else {}
         operations.begin(self._names())
         self._open = True
+        if device.waits_on_host(self.device):
+            atexit.unregister(device.let_go)  # once is enough
+            atexit.register(device.let_go)
 
     def _wide(self, axes: tuple[str, ...]) -> tuple[str, ...]:
         """Those of the axes that have more than one rank."""

@@ -52,8 +52,8 @@ EXPERT = [
 # few experts: with stored experts, and a bias that no gradient reaches; even: key heads on several ranks, stored as one
 # with queries and values.
 OF = {
-    "few experts": [*LAYOUTS, *EXPERT],
-    "even": ["replicas=3", "fsdp=2,zero=1", "fsdp=3", "tensor=2", "tensor=4", "pipeline=2,schedule=zbv"],
+    "few experts": (*LAYOUTS, *EXPERT),
+    "even": ("replicas=3", "fsdp=2,zero=1", "fsdp=3", "tensor=2", "tensor=4", "pipeline=2,schedule=zbv"),
 }
 ALL = [(model, layout) for model, layouts in OF.items() for layout in layouts]
 # Each goes on from what the next one saved.
@@ -62,7 +62,7 @@ TRAINED = {
         "replicas=2", "fsdp=2,expert=2", "tensor=2", "context=2,expert=2", "fsdp=2,zero=1", "tensor=2,expert=2",
         "pipeline=2,schedule=zbv", "fsdp=4,expert=4",
     ],
-    "even": ["fsdp=3", "tensor=4", "pipeline=2,schedule=zbv"],
+    "even": ["fsdp=3", "tensor=4", "pipeline=2,schedule=zbv", "fsdp=2,tensor=2"],
 }  # fmt: skip
 TEXTS = [(model, layout) for model, layouts in TRAINED.items() for layout in layouts]
 ONWARD = [
@@ -82,24 +82,34 @@ def run(ranks, what: str, layout: str, **args):
 
 @pytest.fixture(scope="module")
 def saved(ranks, tmp_path_factory):
-    """saved(how, model, layout): a checkpoint in that layout, with `known` values or `trained`."""
+    """saved(how, model, layout): a checkpoint in that layout, one of `among`, with `known` values or `trained`."""
 
     @functools.cache
-    def of_world(model: str, size: int) -> dict[tuple[str, str], str]:
+    def of_world(model: str, size: int, among: tuple[str, ...]) -> dict[tuple[str, str], str]:
         root = str(tmp_path_factory.mktemp("saved"))
-        known, trained = ([la for la in known if world(la) == size] for known in (OF[model], TRAINED[model]))
+        known, trained = ([la for la in known if world(la) == size] for known in (among, TRAINED[model]))
         ranks.run(
             "tests.equivalence.checkpoints:save_all", size, model=model, root=root, known_in=known, trained_in=trained
         )
         names = [*(("known", layout) for layout in known), *(("trained", layout) for layout in trained)]
         return {name: f"{root}/checkpoints/step-{number:08}" for number, name in enumerate(names, 1)}
 
-    return lambda how, model, layout: of_world(model, world(layout))[how, layout]
+    return lambda how, model, layout, among=(): of_world(model, world(layout), among or OF[model])[how, layout]
 
 
 @pytest.mark.parametrize(("model", "layout"), ALL)
 def test_a_layout_loads_what_every_layout_saved(ranks, saved, model, layout):
-    folders = [saved("known", model, other) for other in OF[model] if other != layout]
+    loads_all(ranks, layout, model, [saved("known", model, other) for other in OF[model] if other != layout])
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_loads_what_every_layout_saved_of_a_dense_model(ranks, saved, layout):
+    folders = [saved("known", "even", other, tuple(LAYOUTS)) for other in LAYOUTS if other != layout]
+    loads_all(ranks, layout, "even", folders)
+
+
+def loads_all(ranks, layout: str, model: str, folders: list[str]) -> None:
     results = run(ranks, "load_known", layout, model=model, folders=folders)
     assert not [wrong for wrong, _ in results if wrong]
     checkpoints.assert_all_held(folders[0], list(chain.from_iterable(pieces for _, pieces in results)))

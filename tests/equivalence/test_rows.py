@@ -10,6 +10,7 @@ from types import ModuleType
 
 from shoal.job.fits import EXCLUDED
 from shoal.job.layout import SCHEDULES
+from shoal.launch import excluded
 from tests.equivalence import (
     cases,
     test_attention_dropout,
@@ -53,6 +54,7 @@ def written_down() -> set[str]:
 
 def all_rows() -> set[str]:
     refused = {f"refused: {pair.one} x {pair.other}" for pair in EXCLUDED}
+    refused |= {f"refused by parallelize: {one.what}" for one in excluded.EXCLUDED}
     return refused.union(*(rows(module) for module in MODULES))
 
 

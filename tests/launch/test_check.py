@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal import check
 from shoal.cli.main import main
 from shoal.errors import JobError
 from shoal.job import Job, Layout
@@ -17,7 +18,7 @@ from shoal.job.every import MOST_PROCESSES, layouts, refusal, small
 from shoal.job.model import ModelOptions
 from shoal.job.optim import OptimOptions
 from shoal.job.train import TrainOptions
-from shoal.launch.check import Row, check
+from shoal.launch.check import Row
 from tests.launch.wrong import NORM
 
 DOCS = Path(__file__).parents[2] / "docs" / "check.md"

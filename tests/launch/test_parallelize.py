@@ -155,22 +155,25 @@ def test_too_few_micro_batches_are_refused_with_a_batch_that_would_do(ranks, lay
         assert not run(ranks, "net", layout, samples=fix)[0]["refused"]
 
 
+# With the nearest that it can have.
 ASKED = {
-    "context": "context=2",
-    "expert": "fsdp=2,expert=2",
-    "pipeline with tensor": "pipeline=2,tensor=2",
-    "schedule=interleaved_zero_bubble, zbv or dualpipev": "pipeline=2,schedule=zbv",
-    "recompute=block without pipeline": "fsdp=2,recompute=block",
-    "tensor_by=ring": "tensor=2,tensor_by=ring",
-    "stages": "pipeline=2,stages=3+5",
+    "context": ("context=2", "replicas=2"),
+    "expert": ("fsdp=2,expert=2", "fsdp=2"),
+    "pipeline with tensor": ("pipeline=2,tensor=2", "replicas=2,tensor=2"),
+    "schedule=interleaved_zero_bubble, zbv or dualpipev": ("pipeline=2,schedule=zbv", "pipeline=2,schedule=1f1b"),
+    "recompute=block without pipeline": ("fsdp=2,recompute=block", "fsdp=2"),
+    "tensor_by=ring": ("tensor=2,tensor_by=ring", "tensor=2"),
+    "stages": ("pipeline=2,stages=3+5", "pipeline=2"),
 }
 
 
 @pytest.mark.parametrize("excluded", EXCLUDED, ids=lambda excluded: excluded.what)
 def test_what_is_excluded_is_refused(excluded) -> None:
+    asked, near = ASKED[excluded.what]
     with pytest.raises(LayoutError) as caught:
-        shoal.parallelize(nn.Linear(2, 2), ASKED[excluded.what])
-    assert (caught.value.what, caught.value.fix) == (excluded.reason, excluded.fix)
+        shoal.parallelize(nn.Linear(2, 2), asked)
+    fix = f"layout {Layout.parse(near)} would do; or {excluded.fix}"
+    assert (caught.value.what, caught.value.fix) == (excluded.reason, fix)
 
 
 def test_what_is_excluded_is_in_the_documentation() -> None:

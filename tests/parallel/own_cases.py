@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,6 +11,7 @@ from unittest import mock
 import torch
 from examples import convnet, hf_module, two_tower
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils import _pytree as pytree
 
 import shoal
@@ -66,6 +68,24 @@ class Mixed(nn.Module):
         return {"out": x + skip @ self.shared.weight, "skip": skip}
 
 
+class WeightNorm(nn.Module):
+    """Weights that are computed from a length and a direction, in the new way and in the old one."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            self.blocks = nn.ModuleList(
+                nn.Sequential(weight_norm(nn.Linear(6, 6)), nn.Tanh(), nn.utils.weight_norm(nn.Linear(6, 6)))
+                for _ in range(3)
+            )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        out = x
+        for block in self.blocks:
+            out = out + block(out)
+        return {"out": out, "skip": x}
+
+
 def _mixed_batch(step: int, samples: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
     x = torch.randn(samples, 6, generator=generator)
@@ -82,6 +102,7 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[int, int], Any], own
     "hf_module": (hugging_face, hf_module.batch, hf_module.loss),
     "qwen3": (norms_of_heads, hf_module.batch, hf_module.loss),
     "mixed": (Mixed, _mixed_batch, _mixed_loss),
+    "weight_norm": (WeightNorm, _mixed_batch, _mixed_loss),
 }
 PLANS = {"two_tower": two_tower.PLAN}
 
@@ -246,6 +267,9 @@ def refused(seat: Seat, what: str) -> str:
         plan = None
     elif what == "no sum":
         plan = {"user_tower.0": "columns"}
+    elif what == "computed weight":
+        module, plan = WeightNorm(), {"blocks.*.0": "columns", "blocks.*.2": "rows"}
+        example = (torch.randn(4, 6),)
     elif what == "norms":
         module, plan, layout, example = convnet.ConvNet(), None, "fsdp=2", None
     elif what == "scalar":

@@ -34,6 +34,8 @@ LAYOUTS = [
     ("mixed", "pipeline=3"),
     ("mixed", "pipeline=2,schedule=looped_bfs"),
     ("mixed", "pipeline=2,fsdp=2,schedule=interleaved"),
+    ("weight_norm", "fsdp=2"),
+    ("weight_norm", "pipeline=2"),
 ]
 MORE = [
     ("hf_module", "fsdp=2"),
@@ -147,6 +149,7 @@ def test_a_checkpoint_goes_on_in_another_layout(ranks, tmp_path, name: str, save
         ("heads", 4, "tensor=4 does not divide 4 query heads and 2 key and value heads\n  → tensor=1 or 2; or fsdp=4"),
         ("no plan", 2, "TwoTower does not say how its matrices can be shared"),
         ("no sum", 2, "the module fails on the example|computes something else"),
+        ("computed weight", 2, "'blocks.0.0', whose weight is computed from others"),
         ("norms", 2, "'blocks.0.norm' (BatchNorm2d) computes with the statistics of a micro-batch"),
         ("scalar", 2, "'scale' has no dimension"),
         ("dtypes", 2, "fsdp gathers parameters of one dtype"),

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from shoal.errors import LayoutError
-from shoal.parallel import graph as graph_room
-from shoal.parallel import partition
-from shoal.parallel.graph import FLOPS_PER_BYTE, Graph, trace
+from shoal.parallel import facts, partition
+from shoal.parallel.facts import FLOPS_PER_BYTE
+from shoal.parallel.graph import Graph, trace
 from shoal.parallel.partition import Stage, _hold_tensors, _Line, _replace_device, best_ends, cut
 
 Example = tuple[Tensor, ...]
@@ -291,7 +291,7 @@ BUGS: dict[str, tuple[str, Any, str, Any]] = {
         "_bonds",
         lambda line: ((line.place[n], line.last[n]) for n in line.nodes if not isinstance(n.meta["val"], Tensor)),
     ),
-    "running statistics in two stages": ("writes", graph_room, "_SILENT_WRITERS", ()),
+    "running statistics in two stages": ("writes", facts, "_SILENT_WRITERS", ()),
     "random numbers drawn by both stages": (
         "writes",
         _Line,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from shoal.errors import LayoutError
 from shoal.job import Layout
 from shoal.job.fits import SPLIT_BACKWARD
+from shoal.job.nearby import or_nearest
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,16 @@ EXCLUDED = (
 
 
 def refuse_excluded(layout: Layout) -> None:
-    """LayoutError for the first of `EXCLUDED` that the layout asks for."""
+    """LayoutError for the first of `EXCLUDED` that the layout asks for, with the nearest layout of as many ranks."""
+
+    def as_many(other: Layout) -> None:
+        if other.world != layout.world:
+            raise LayoutError(f"{other.world} ranks")
+
+    or_nearest(layout, _refuse, as_many)
+
+
+def _refuse(layout: Layout) -> None:
     for excluded in EXCLUDED:
         if excluded.asked(layout):
             raise LayoutError(excluded.reason, where=f"layout {layout}", fix=excluded.fix)

@@ -23,8 +23,8 @@ from shoal.launch.unfit import refuse_unfit
 from shoal.mesh import Mesh, Seat, build
 from shoal.parallel.foreign import divide
 from shoal.parallel.statistics import loose, momenta, norms
-from shoal.training.micro_batch import Loss
-from shoal.training.own import Outline, Trained, as_inputs
+from shoal.training.micro_batch import Loss, as_inputs
+from shoal.training.own import Outline, Trained
 
 # Nothing that was not asked for, where the defaults of shoal's recipes do something.
 _PLAIN: dict[str, Any] = {

@@ -44,7 +44,7 @@ def charts(rows: Rows) -> list[dict[str, Any]]:
         _chart("Balance of experts", "1 = all used alike", _balance(rows)),
         _chart("Dropped choices of experts", "%", _dropped(rows)),
         _chart("Learning rate", "", _line(rows, "lr", "learning rate", ORANGE)),
-        _chart("Memory", "GiB, highest so far, rank 0", _line(rows, "memory_gib", "memory", SKY)),
+        _chart("Memory", "GiB, highest so far, of the fullest rank", _line(rows, "memory_gib", "memory", SKY)),
     ]
     return [chart for chart in found if chart["data"]]
 

@@ -1,4 +1,4 @@
-"""Any module as a graph of tensor operations, with what each of them costs and writes to.
+"""Any module as a graph of tensor operations.
 
 `torch.export` runs the module once on fake tensors and records its ATen operations, in the order in which they
 ran. Nothing is decomposed or made functional, so the graph computes what the module computes, bit for bit.
@@ -15,7 +15,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,33 +22,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from shoal.errors import LayoutError
 from shoal.parallel.autocast import take_apart
-
-# How many operations a device does in the time of moving one byte: accelerators have 100 to 300, a CPU about 10.
-# Stages change little in between, as products then have far more operations per byte, and others far fewer.
-FLOPS_PER_BYTE = 50.0
-
-# They write running statistics, which their schemas do not say.
-_SILENT_WRITERS = ("batch_norm", "instance_norm")
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What was seen when an operation ran on fake tensors.
-
-    cost: in floating-point operations, see `trace`. needs_gradient: whether backward passes through its result.
-    storages: the memory in which its result lies. written: the nodes whose memory it writes to.
-    """
-
-    cost: float
-    bytes: int
-    needs_gradient: bool
-    contiguous: bool
-    storages: frozenset[int]
-    written: frozenset[fx.Node]
+from shoal.parallel.facts import Fact, observe, tensors_in
 
 
 @dataclass(frozen=True)
@@ -104,9 +80,9 @@ def trace(module: nn.Module, example: tuple[Tensor, ...]) -> Graph:
     held = {name: t for name, t in tensors.items() if names[name] == name}
     result = exported.call_spec.out_spec
     passing = frozenset(held) - module.state_dict().keys()
-    facts = _observe(program)
+    facts = observe(program)
     if _settle_writes(program, facts):
-        facts = _observe(program)
+        facts = observe(program)
     return Graph(program, facts, held, names, passing, result, device)
 
 
@@ -204,7 +180,7 @@ def _refusal(module: nn.Module, reason: str, where: str) -> LayoutError:
 
 def _refuse_varying_shapes(module: nn.Module, program: fx.GraphModule) -> None:
     for node in program.graph.nodes:
-        if not all(isinstance(size, int) for t in _tensors(node.meta.get("val")) for size in t.shape):
+        if not all(isinstance(size, int) for t in tensors_in(node.meta.get("val")) for size in t.shape):
             frames = re.findall(r'File "(.+)", line (\d+)', node.meta.get("stack_trace") or "")
             where = next((f"{path}:{line}" for path, line in reversed(frames) if _is_users(Path(path))), str(node))
             raise _refusal(module, "data-dependent shape", where)
@@ -234,92 +210,6 @@ def _tidy(program: fx.GraphModule) -> None:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             program.graph.erase_node(node)
     program.recompile()
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-# The one kernel of attention for which FlopCounterMode has no formula.
-_MORE_FORMULAS = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-
-
-class _Observer(fx.Interpreter):
-    """Runs the program on fake tensors, all of which stay alive, so that memory tells which are views of which."""
-
-    def __init__(self, program: fx.GraphModule):
-        super().__init__(program, garbage_collect_values=False)
-        self.flops: dict[fx.Node, int] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = n.meta.get("val")
-        if n.op in ("placeholder", "get_attr") and isinstance(value, Tensor):
-            return value
-        with FlopCounterMode(display=False, custom_mapping=_MORE_FORMULAS) as counter:
-            value = super().run_node(n)
-        self.flops[n] = counter.get_total_flops()
-        return value
-
-    def fact(self, node: fx.Node) -> Fact:
-        """After all have run: a write in place may have changed whether a gradient is needed."""
-        tensors = _tensors(self.env[node])
-        storages = frozenset(t.untyped_storage()._cdata for t in tensors)
-        written = _written(node, self.module)
-        inputs = [t for n in node.all_input_nodes for t in _tensors(self.env[n])]
-        is_view = storages <= {t.untyped_storage()._cdata for t in inputs} and not written
-        moved = 0 if is_view or node.op != "call_function" else sum(map(_bytes, (*inputs, *tensors)))
-        return Fact(
-            cost=max(float(self.flops.get(node, 0)), FLOPS_PER_BYTE * moved),
-            bytes=sum(map(_bytes, tensors)),
-            needs_gradient=any(t.requires_grad for t in tensors),
-            contiguous=all(t.is_contiguous() for t in tensors),
-            storages=storages,
-            written=written,
-        )
-
-
-def _observe(program: fx.GraphModule) -> dict[fx.Node, Fact]:
-    inputs = [node.meta["val"] for node in program.graph.find_nodes(op="placeholder")]
-    mode = next((t.fake_mode for node in program.graph.nodes for t in _tensors(node.meta.get("val"))), FakeTensorMode())
-    observer = _Observer(program)
-    with mode, torch.enable_grad():
-        observer.run(*inputs, enable_io_processing=False)
-        return {node: observer.fact(node) for node in program.graph.nodes}
-
-
-def _tensors(value: Any) -> list[Any]:
-    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _written(node: fx.Node, program: Any) -> frozenset[fx.Node]:
-    """The arguments whose memory `node` writes to."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        # A nested graph, as of `torch.no_grad()`: if anything in it writes, it may be to any argument.
-        nested = (n for graph in nested_graphs(node, program) for n in graph.nodes)
-        writes = any(_written(n, n.graph.owning_module) for n in nested)
-        return frozenset(node.all_input_nodes if writes else ())
-    if not isinstance(node.target, torch._ops.OpOverload) or node.target is torch.ops.aten.detach_.default:
-        return frozenset()
-    if any(word in node.target._opname for word in _SILENT_WRITERS):
-        return frozenset(n for n in node.all_input_nodes if n.op == "get_attr")
-    arguments = node.target._schema.arguments
-    values = [*zip(arguments, node.args, strict=False), *((a, node.kwargs.get(a.name)) for a in arguments)]
-    written = [v for a, v in values if a.alias_info is not None and a.alias_info.is_write]
-    return frozenset(n for n in pytree.tree_leaves(written) if isinstance(n, fx.Node))
-
-
-def nested_graphs(node: fx.Node, program: fx.GraphModule) -> list[fx.Graph]:
-    """The graphs that `node` takes as arguments, and theirs."""
-    found = []
-    for argument in node.all_input_nodes:
-        inner = attrgetter(str(argument.target))(program) if argument.op == "get_attr" else None
-        if isinstance(inner, fx.GraphModule):
-            found += [inner.graph, *(g for n in inner.graph.nodes for g in nested_graphs(n, inner))]
-    return found
 
 
 def _settle_writes(program: fx.GraphModule, facts: dict[fx.Node, Fact]) -> bool:

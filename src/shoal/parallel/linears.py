@@ -73,6 +73,9 @@ def split(module: nn.Module, plan: Mapping[str, str] | None, group: dist.Process
         if not isinstance(part, nn.Linear):
             what = f"the plan cuts '{name}' by {kind}, which is a {type(part).__name__}"
             raise LayoutError(what, where=f"tensor={ranks}", fix="only torch.nn.Linear can be cut")
+        if "weight" not in part._parameters | part._buffers:
+            what = f"the plan cuts '{name}', whose weight is computed from others (weight_norm, a parametrization)"
+            raise LayoutError(what, where=f"tensor={ranks}", fix=f"plan '{name}' as {WHOLE}; or fsdp={ranks}")
         if places[id(part.weight)] > 1:
             what = f"the plan cuts '{name}', whose matrix is tied to another layer's ('{canonical[id(part.weight)]}')"
             raise LayoutError(what, where=f"tensor={ranks}", fix=f"plan '{name}' as {WHOLE}")

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from shoal.errors import LayoutError
-from shoal.parallel.graph import Graph, nested_graphs
+from shoal.parallel.facts import nested_graphs
+from shoal.parallel.graph import Graph
 
 Signature = list[tuple[torch.Size, torch.dtype]]
 

@@ -66,7 +66,7 @@ class Loop:
         job = self.parts.job
         validate_every, save_every = job.train.validate_every, job.checkpoint.every
         assert validate_every > 0 < save_every
-        stopped = False
+        stopped, begun, fullest = False, self.step, 0.0
         if self.length is None:
             self._warn_of_no_trace()
         while self.step < self.steps and not stopped:
@@ -74,7 +74,12 @@ class Loop:
                 row, applied = self._step(span)
             stopped = applied.stop
             self._check(applied, row)
-            if self.validation and self.step % validate_every == 0 and self.step < self.steps and not stopped:
+            glance = self.step % validate_every == 0
+            # The second step has gradients beside the optimizer's state, which the first one made.
+            if glance or self.step in (begun + 2, self.steps):
+                fullest = self.parts.mesh.largest(row["memory_gib"])
+            row["memory_gib"] = fullest = max(fullest, row["memory_gib"])
+            if self.validation and glance and self.step < self.steps and not stopped:
                 row["val_loss"] = self._validate(glance=True).nats
             if self.validation and self.step == self.steps:
                 row["val_loss"] = self._validate(glance=False).nats

@@ -20,8 +20,6 @@ from torch.utils import _pytree as pytree
 from shoal import checkpoint
 from shoal.checkpoint.contents import find
 from shoal.errors import CheckpointError, DataError, LayoutError
-from shoal.job.check import count
-from shoal.job.fits import enough
 from shoal.job.optim import OptimOptions
 from shoal.mesh import Mesh
 from shoal.optim.update import Update
@@ -31,7 +29,7 @@ from shoal.parallel.statistics import RunningStatistics, called_norm, loose
 from shoal.parallel.tensor import Cut
 from shoal.shard import Shard, State
 from shoal.sync import AllReduce
-from shoal.training.micro_batch import Batch, Loss, Objective, rows
+from shoal.training.micro_batch import Batch, Loss, Objective, as_inputs, refuse_too_few, shared
 from shoal.training.watch import Watch
 
 
@@ -61,18 +59,6 @@ class Outline:
     names: Mapping[str, str]
     momenta: Mapping[str, float]
     frozen: AbstractSet[str]
-
-
-def as_inputs(given: Any) -> tuple[Tensor, ...]:
-    """What a module is called with, as a tuple. DataError for anything but a tensor or a tuple (or list) of tensors."""
-    inputs = (given,) if isinstance(given, Tensor) else given
-    if isinstance(inputs, tuple | list) and inputs and all(isinstance(x, Tensor) for x in inputs):
-        return tuple(inputs)
-    found = type(given).__name__
-    if isinstance(inputs, tuple | list):
-        found += f" with {next((type(x).__name__ for x in inputs if not isinstance(x, Tensor)), 'nothing')} in it"
-    fix = "wrap the module in one that is called with tensors only, and knows the rest"
-    raise DataError(f"inputs are a tensor or a tuple of tensors, and this is a {found}", fix=fix)
 
 
 def _forward(module: nn.Module, batch: Batch, handed: tuple[Tensor, ...] | None) -> Any:
@@ -126,21 +112,7 @@ class Trained:
 
         DataError where the layout does not divide the samples evenly: ranks would count more or less than others.
         """
-        layout, leaves = self.mesh.layout, [x for x in pytree.tree_leaves(batch) if isinstance(x, Tensor)]
-        counts = {x.shape[0] if x.ndim else 0 for x in leaves}
-        if len(counts) != 1:
-            raise DataError(f"the batch's tensors have {sorted(counts)} rows", fix="dimension 0 of each is the sample")
-        (total,) = counts
-        size = layout.micro_batch or max(1, total // layout.readers)
-        if not total or total % (layout.readers * size):
-            unit = layout.readers * (layout.micro_batch or 1)
-            raise DataError(
-                f"layout {layout} does not divide a batch of {total} samples evenly",
-                fix=f"a multiple of {unit}, such as {max(1, total // unit) * unit}; drop_last=True leaves out the rest",
-            )
-        part = total // layout.readers
-        starts = range(part * self.reader, part * (self.reader + 1), size)
-        return [rows(batch, start, size) for start in starts]
+        return shared(batch, self.mesh.layout, self.reader)
 
     def step(self, batches: Sequence[Batch]) -> Step:
         """One update from this rank's micro-batches, equally many on every rank.
@@ -150,7 +122,7 @@ class Trained:
         """
         objective = Objective(self._loss, self._last)
         batches = self._ready(batches)
-        self._refuse_too_few(len(batches))
+        refuse_too_few(len(batches), self.mesh.layout)
         self._statistics.begin()
         self.sync.begin(self.steps_done)
         with warnings.catch_warnings(), self._watch.step(), self._naming_bypassed():
@@ -178,23 +150,6 @@ class Trained:
             return out, weight
 
         return compute
-
-    def _refuse_too_few(self, micro_batches: int) -> None:
-        layout = self.mesh.layout
-        if layout.pipeline == 1 or enough(micro_batches, layout):
-            return
-        further = range(micro_batches + 1, micro_batches + 1 + layout.stage_count + layout.pipeline)
-        more = next(n for n in further if enough(n, layout))
-        # The example has the shape of a micro-batch, so another size is another example.
-        samples = micro_batches * layout.micro_batch
-        sizes = (n for n in range(layout.micro_batch - 1, 0, -1) if samples % n == 0 and enough(samples // n, layout))
-        smaller = next((f"micro_batch={n} (an example of {n}), " for n in sizes), "")
-        raise LayoutError(
-            f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages cannot run "
-            f"{count(micro_batches, 'micro-batch')}",
-            where=f"layout {layout}",
-            fix=f"a batch of {more * layout.micro_batch * layout.readers} samples, {smaller}or schedule=gpipe",
-        )
 
     def evaluate(self, batches: Sequence[Batch], loss: Loss | None = None) -> float:
         """The loss over all ranks' micro-batches, divided by their weight, in evaluation mode. loss: another one.
