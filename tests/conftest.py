@@ -12,8 +12,12 @@ hypothesis.settings.register_profile("shoal", deadline=None)
 hypothesis.settings.load_profile("shoal")
 
 
+# What the ranks of most tests import: once, before they are forked.
+_PRELOAD = ("shoal.training.equality", "shoal.launch.parallelize", "shoal.serving.staged", "tests.equivalence.cases")
+
+
 @pytest.fixture(scope="session")
 def ranks():
     """A pool of 4 ranks that grows; `ranks.run("tests.room.cases:function", world, **args)` gives a list."""
-    with Pool(4) as pool:
+    with Pool(4, _PRELOAD) as pool:
         yield pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def job(tmp_path_factory) -> Job:
         model=ModelOptions(num_hidden_layers=8, hidden_size=64),
         train=TrainOptions(steps=10, global_batch=24),
     )
+
+
+@pytest.fixture(autouse=True)
+def shared_ranks(request, monkeypatch):
+    """`check` takes the ranks of all tests; it starts its own where the command line is tried."""
+    if "command_line" not in request.node.name:
+        pool = request.getfixturevalue("ranks")
+        monkeypatch.setattr("shoal.launch.check.Pool", lambda most, preload: nullcontext(pool))
 
 
 def test_layouts_of_a_job_compute_the_same_and_impossible_ones_are_refused(job):

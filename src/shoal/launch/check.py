@@ -126,7 +126,7 @@ def check(
     runs = [(dtype, name) for dtype in dtypes for name in _optimizers(job, dtype)]
     say(f"{len(kept)} layouts, {len(runs) * len(kept)} rows; {len(refused)} layouts are not for this job")
     rows = []
-    with tempfile.TemporaryDirectory() as scratch, Pool(most, [ENTRY.partition(":")[0]]) as pool:
+    with tempfile.TemporaryDirectory() as scratch, Pool(most, [entry.partition(":")[0]]) as pool:
         reduced = small(job, processes, list(kept.values()))
         bench = _Bench(pool, reduced, str(prepared.folder), steps, Path(scratch), entry)
         for dtype, optimizer in runs:
