@@ -1,5 +1,6 @@
 """A causal language model of Hugging Face's, as `transformers` makes it, in any layout.
 
+    pip install transformers
     python examples/hf_module.py
     torchrun --nproc-per-node 2 examples/hf_module.py --layout tensor=2
     torchrun --nproc-per-node 2 examples/hf_module.py --layout pipeline=2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -275,10 +276,15 @@ def gradient_errors(results: list[dict[str, Any]], expected: dict[str, torch.Ten
         for name, offsets, values in result["gradients"]:
             piece, like = torch.tensor(values, dtype=torch.float64), expected[name]
             if piece.numel():
-                difference = (piece - like[place(offsets, piece)]).norm() / like.norm()
-                errors[name] = max(errors.get(name, 0.0), difference.item())
+                errors[name] = max(errors.get(name, 0.0), apart(piece, like[place(offsets, piece)], like))
     assert errors.keys() == expected.keys(), "no rank holds a piece of some parameter"
     return errors
+
+
+def apart(one: torch.Tensor, other: torch.Tensor, whole: torch.Tensor) -> float:
+    """The norm of what they differ by, relative to the whole's where that is not 0; inf where anything is no number."""
+    difference = ((one - other).double().norm() / (whole.double().norm() or 1.0)).item()
+    return difference if math.isfinite(difference) else math.inf
 
 
 def place(offsets: list[int], piece: torch.Tensor) -> tuple[slice, ...]:

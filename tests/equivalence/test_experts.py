@@ -49,6 +49,7 @@ _AXES = [
 ]
 EVERY = [
     *((model, layout) for model in ("qwen", "deepseek") for layout in [*SINGLES, *PAIRS]),
+    *(("deepseek", layout) for layout in test_layouts.TRIPLES),
     *SHARED,
     *(
         (model, f"{axes},expert={ranks}")

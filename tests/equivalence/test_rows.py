@@ -71,6 +71,11 @@ def test_all_that_is_promised_has_a_row():
         assert any(getattr(layout, one) > 1 < getattr(layout, other) for layout in pairs)
     assert set(test_layouts.SINGLES) <= set(test_experts.SINGLES)
     assert set(test_layouts.PAIRS) <= set(test_experts.PAIRS)
+    axes = ("replicas", "pipeline", "fsdp", "context", "tensor")
+    triples = [cases.Layout.parse(layout) for layout in test_layouts.TRIPLES]
+    for three in combinations(axes, 3):
+        assert any(all(getattr(layout, axis) > 1 for axis in three) for layout in triples)
+    assert set(test_layouts.TRIPLES) <= {layout for _, layout in test_experts.EVERY}
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def test_ctrl_c_before_the_first_step_ends_all(arguments, tmp_path):
         (
             ["--layout", "replicas=3"],
             "error: layout replicas=3 has 3 ranks, torchrun started 2\n"
-            "  → torchrun --nproc-per-node 3, or another layout\n",
+            "  → torchrun --nproc-per-node 3, or layout replicas=2\n",
         ),
         pytest.param(
             ["--data", "/nowhere.txt"],

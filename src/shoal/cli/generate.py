@@ -24,7 +24,7 @@ class Generate:
     """
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Folder of a run, or a Hugging Face folder (config.json, safetensors, tokenizer.json) of a Llama."""
+    """Folder of a run, or a Hugging Face folder (config.json, safetensors, tokenizer.json)."""
     prompt: str = ""
     """Text to go on from; empty = a new document."""
     max_tokens: int = 200

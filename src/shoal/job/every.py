@@ -107,8 +107,8 @@ def refusal(job: Job, layout: Layout) -> str:
 
 
 def accumulated(job: Job, layout: Layout) -> Layout:
-    """The layout with two micro-batches or more of the job's batch: those of a pipeline as it decides, else two."""
+    """The layout with two micro-batches or more of the job's batch: those of a pipeline as it decides, else as few."""
     if layout.micro_batch or layout.pipeline > 1:
         return layout
     part = job.train.global_batch // layout.readers
-    return replace(layout, micro_batch=part // 2 if part % 2 == 0 else 0)
+    return replace(layout, micro_batch=max((size for size in range(1, part) if part % size == 0), default=0))

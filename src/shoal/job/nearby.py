@@ -49,6 +49,24 @@ def nearest_layout(asked: Layout, *checks: Callable[[Layout], object]) -> Layout
     return next((k for k in sorted(kept, key=lambda k: _distance(asked, k)) if _passes(k, checks)), None)
 
 
+def of_world(asked: Layout, world: int, *checks: Callable[[Layout], object]) -> Layout | None:
+    """On so many ranks: with one axis of another degree, replicas first; else the nearest where these are fewer.
+
+    checks: as for `nearest_layout`. None if nothing near will do.
+    """
+
+    def as_many(layout: Layout) -> None:
+        if layout.world != world:
+            raise JobError(f"{layout.world} ranks")
+
+    for axis in AXES:
+        others = asked.world // getattr(asked, axis)
+        layout = replace(asked, **{axis: world // others})
+        if world % others == 0 and _passes(layout, checks):
+            return layout
+    return nearest_layout(asked, as_many, *checks)
+
+
 def _changes(asked: Layout) -> Iterator[tuple[str, Any]]:
     """(option, another value)."""
     for axis in (*AXES, "expert"):

@@ -13,7 +13,7 @@ from typing import Any
 from shoal.data.prepare import prepare
 from shoal.errors import JobError, RankError
 from shoal.job import Job, Layout, write
-from shoal.job.check import at_least, require
+from shoal.job.check import at_least, count, require
 from shoal.job.every import MOST_PROCESSES, accumulated, layouts, refusal, small
 from shoal.launch.pool import Pool
 from shoal.launch.train import absolute_paths, architecture, vocabulary
@@ -124,7 +124,8 @@ def check(
         return Report(False, [], refused)
     most = max(layout.world for layout in kept.values())
     runs = [(dtype, name) for dtype in dtypes for name in _optimizers(job, dtype)]
-    say(f"{len(kept)} layouts, {len(runs) * len(kept)} rows; {len(refused)} layouts are not for this job")
+    several, left = count(len(runs) * len(kept), "row"), count(len(refused), "layout")
+    say(f"{count(len(kept), 'layout')}, {several}; {left} {'is' if len(refused) == 1 else 'are'} not for this job")
     rows = []
     with tempfile.TemporaryDirectory() as scratch, Pool(most, [entry.partition(":")[0]]) as pool:
         reduced = small(job, processes, list(kept.values()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from shoal.errors import LayoutError
 from shoal.job import Layout
 from shoal.job.fits import SPLIT_BACKWARD
-from shoal.job.nearby import or_nearest
+from shoal.job.nearby import of_world
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,17 @@ EXCLUDED = (
 
 def refuse_excluded(layout: Layout) -> None:
     """LayoutError for the first of `EXCLUDED` that the layout asks for, with the nearest layout of as many ranks."""
-
-    def as_many(other: Layout) -> None:
-        if other.world != layout.world:
-            raise LayoutError(f"{other.world} ranks")
-
-    or_nearest(layout, _refuse, as_many)
+    asked = next((excluded for excluded in EXCLUDED if excluded.asked(layout)), None)
+    if asked is not None:
+        near = of_as_many_ranks(layout, layout.world)
+        raise LayoutError(asked.reason, where=f"layout {layout}", fix=f"layout {near} would do; or {asked.fix}")
 
 
-def _refuse(layout: Layout) -> None:
-    for excluded in EXCLUDED:
-        if excluded.asked(layout):
-            raise LayoutError(excluded.reason, where=f"layout {layout}", fix=excluded.fix)
+def _pass(layout: Layout) -> None:
+    if any(excluded.asked(layout) for excluded in EXCLUDED):
+        raise LayoutError("excluded")
+
+
+def of_as_many_ranks(layout: Layout, world: int) -> Layout:
+    """The nearest layout of so many ranks that is not excluded."""
+    return of_world(layout, world, _pass) or Layout(replicas=world)

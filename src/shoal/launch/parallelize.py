@@ -17,7 +17,7 @@ from shoal.errors import DataError, JobError, LayoutError, ModelError
 from shoal.job import Layout
 from shoal.job.check import nearest
 from shoal.job.optim import OptimOptions
-from shoal.launch.excluded import refuse_excluded
+from shoal.launch.excluded import of_as_many_ranks, refuse_excluded
 from shoal.launch.torchrun import seat_from_environment
 from shoal.launch.unfit import refuse_unfit
 from shoal.mesh import Mesh, Seat, build
@@ -69,7 +69,7 @@ def parallelize(
     if seat.world != layout.world:
         raise LayoutError(
             f"layout {layout} is of {layout.world} ranks, and there are {seat.world}",
-            fix=f"torchrun --nproc-per-node {layout.world} ...; or a layout of {seat.world}",
+            fix=f"torchrun --nproc-per-node {layout.world} ...; or layout {of_as_many_ranks(layout, seat.world)}",
         )
     if dist.is_initialized():
         what = "this process has a process group already: init_process_group, or another parallelize, was called"

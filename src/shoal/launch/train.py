@@ -16,6 +16,7 @@ from shoal.checkpoint import hf_folder
 from shoal.data.prepare import Prepared, prepare
 from shoal.errors import JobError, ShoalError
 from shoal.job import Job, Layout, write
+from shoal.job.nearby import of_world
 from shoal.launch import elastic, local, torchrun
 from shoal.launch.cores import cores, has_driver, too_many_workers
 from shoal.launch.ranks import Ranks
@@ -115,9 +116,10 @@ def _afterwards(arguments: dict[str, Any], figures: dict[str, Any]) -> dict[str,
 def _fits(job: Job, world: int) -> None:
     assert job.layout is not None
     if job.layout.world != world:
+        near = of_world(job.layout, world, lambda layout: replace(job, layout=layout).validate())
         raise JobError(
             f"layout {job.layout} has {job.layout.world} ranks, torchrun started {world}",
-            fix=f"torchrun --nproc-per-node {job.layout.world}, or another layout",
+            fix=f"torchrun --nproc-per-node {job.layout.world}, or {f'layout {near}' if near else 'another layout'}",
         )
 
 
