@@ -5,6 +5,8 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,18 @@ def test_memory_that_cannot_be_had_is_said_in_a_sentence(ranks):
     with pytest.raises(RankError, match=r"^rank \d: out of memory: 1.05e\+06 GiB more could not be had") as caught:
         ranks.run("tests.launch.cases:greedy", 2)
     assert "micro_batch" in caught.value.fix
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a process's threads can be counted")
+def test_training_leaves_no_group_behind_whose_threads_go_on():
+    """They and the model would stay, one more with every call. (Torch itself keeps those of a `fully_shard`, once.)"""
+    layouts = ["replicas=2,micro_batch=3", "fsdp=2,micro_batch=3", "pipeline=2,micro_batch=3", "tensor=2,micro_batch=6"]
+    with Pool(2, ["tests.equivalence.cases"]) as pool:
+        for _ in range(3):
+            for layout in layouts:
+                pool.run("tests.equivalence.cases:run", 2, layout=layout, steps=1, model="even")
+        # A thread that has ended may still be listed for a moment.
+        deadline = time.monotonic() + 30
+        while max(pool.run("tests.launch.cases:talking", 2)) > 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import os
 import signal
 import socket
@@ -60,6 +61,8 @@ def _answer(call: Call, member: int, store: dist.Store) -> Returned | Failed:
         value = resolve(call.entry)(seat, **call.args)
         if dist.is_initialized():
             dist.destroy_process_group()
+        # A model that lies in a cycle holds its groups, and their threads would go on in the next call.
+        gc.collect()
         # Encoded here, so that a value that is not JSON fails like anything else the entry does.
         return Returned(msgspec.Raw(msgspec.msgpack.encode(value)))
     except BaseException as error:

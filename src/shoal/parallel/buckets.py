@@ -7,6 +7,7 @@ rebuilds its buckets after the first step, so a resumed run sums in another orde
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -39,22 +40,32 @@ class Buckets:
         self.buckets = [Bucket(group) for group in _plan(parameters[::-1], capacity_bytes)]
         self._next = 0
         self._awaited: dict[Tensor, int] = {}
-        for bucket in self.buckets:
-            for parameter, view in zip(bucket.parameters, bucket.views, strict=True):
-                parameter.register_post_accumulate_grad_hook(self._arrived(bucket, view))
+        for index, bucket in enumerate(self.buckets):
+            for place, parameter in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(self._hook(index, place))
 
-    def _arrived(self, bucket: Bucket, view: Tensor) -> Callable[[Tensor], None]:
+    def _hook(self, index: int, place: int) -> Callable[[Tensor], None]:
+        # Weak: torch's C++ holds a parameter's hooks where Python's collector does not look, and what they hold would
+        # never be freed: the model, its groups of ranks and their threads.
+        this = weakref.ref(self)
+
         def hook(parameter: Tensor) -> None:
-            self._awaited[parameter] = self._awaited.get(parameter, 0) - 1
-            if self._awaited[parameter] == 0:
-                # Copied once, on the last micro-batch: cheaper than accumulating into zeroed views throughout.
-                assert parameter.grad is not None
-                view.copy_(parameter.grad)
-                parameter.grad = view
-                bucket.missing -= 1
-                self._launch(force=False)
+            buckets = this()
+            if buckets is not None:
+                buckets._arrived(parameter, buckets.buckets[index], place)
 
         return hook
+
+    def _arrived(self, parameter: Tensor, bucket: Bucket, place: int) -> None:
+        self._awaited[parameter] = self._awaited.get(parameter, 0) - 1
+        if self._awaited[parameter] == 0:
+            # Copied once, on the last micro-batch: cheaper than accumulating into zeroed views throughout.
+            assert parameter.grad is not None
+            view = bucket.views[place]
+            view.copy_(parameter.grad)
+            parameter.grad = view
+            bucket.missing -= 1
+            self._launch(force=False)
 
     def _launch(self, force: bool) -> None:
         """Hands over every bucket that is complete, but none before the ones ahead of it."""
