@@ -126,7 +126,7 @@ def _built(seat: Any, row: str, contender: str, size: str, keep: bool) -> tuple[
     torch.set_num_threads(1)
     mesh = meshes.build(LAYOUTS[row], seat)
     if keep:
-        device.keep_memory(mesh.device)
+        device.keep_memory(mesh.device, gathering=LAYOUTS[row].sharers > 1)
     by_hand = {"fsdp": by_fully_shard, "tensor": by_parallelize_module, "pipeline": by_schedule_1f1b}[row]
     make = with_shoal if contender.startswith("shoal") else by_hand
     return make(job(row, SIZES[size]), mesh, SIZES[size]), mesh, SIZES[size].steps

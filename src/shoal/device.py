@@ -36,8 +36,12 @@ _PEER_GONE = (
     "remote process exited",
 )
 
-# glibc's <malloc.h>: how many blocks may be mapped one by one, and the free memory above which some is given back.
-_M_MMAP_MAX, _M_TRIM_THRESHOLD = -4, -1
+# glibc's <malloc.h>: how many blocks may be mapped one by one, from which size on, and the free memory above which
+# some is given back.
+_M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -4, -3, -1
+
+# From this size on, ranks that gather weights give memory back: a gathered block and its gradient, not activations.
+_GATHERED = 16 << 20
 
 # Seconds that a thread which is not run for the other load of the machine is waited for.
 _PATIENCE = 30.0
@@ -143,12 +147,17 @@ def synchronize(where: torch.device) -> None:
         torch.cuda.synchronize(where)
 
 
-def keep_memory(where: torch.device) -> bool:
+def keep_memory(where: torch.device, gathering: bool = False) -> bool:
     """Has the process keep the memory of freed tensors for those of the next step; whether it does from now on.
+
+    gathering: weights are gathered block by block and freed again (fsdp, context). Then pieces from 16 MiB on are
+    given back. Kept, the place of a gathered block is soon taken in part by a small tensor that lives longer, and
+    the next block needs a new one: a rank of fsdp=2 came to hold more than one process does alone.
 
     What a GPU's allocator does anyway. On a CPU, glibc returns every large tensor to the system when it is freed,
     and the next one is made of fresh pages, each of which the kernel zeroes when it is first touched: 33,000 page
-    faults in three steps of the benchmark's model, none if memory is kept. The peak is that of a step either way.
+    faults in three steps of the benchmark's model, none if memory is kept. The peak is that of a step either way,
+    where nothing is gathered.
     Allocators other than glibc's, and what the user has set (MALLOC_…, GLIBC_TUNABLES, LD_PRELOAD), are left alone.
     """
     chosen = any(name.startswith("MALLOC_") for name in os.environ) or any(
@@ -160,7 +169,9 @@ def keep_memory(where: torch.device) -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    # A threshold that is set stays; glibc's own moves up with what is freed.
+    mapped = mallopt(_M_MMAP_THRESHOLD, _GATHERED) if gathering else mallopt(_M_MMAP_MAX, 0)
+    return bool(mapped and mallopt(_M_TRIM_THRESHOLD, -1))
 
 
 def memory_peak(where: torch.device) -> int:

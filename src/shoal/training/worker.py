@@ -47,7 +47,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
     given = parse(job)
     assert given.layout is not None
     ranks = mesh.build(given.layout, seat, timeout=given.sync.timeout)
-    device.keep_memory(ranks.device)
+    device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
     with contextlib.ExitStack() as ending:
         ending.callback(ranks.close)
         show = ending.enter_context(Show(run, quiet=ranks.rank > 0))
