@@ -87,7 +87,13 @@ def pickles(path: Path) -> list[str]:
     found = [name for name in found if not f"{name}.".startswith(f"{SHARED_MEMORY}.") and name != "multiprocessing"]
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names if alias.name == "multiprocessing"]
+            names = [alias.name for alias in node.names]
+            found += [name for name in names if name == "multiprocessing" or name.startswith("torch.multiprocessing")]
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            names = [alias.name for alias in node.names]
+            queues = node.module == "torch.multiprocessing" or "multiprocessing" in names
+            of_torch = node.module == "torch" and {"save", "load"} & {*names}
+            found += names if queues or of_torch or OBJECTS & {*names} else []
         if isinstance(node, ast.Attribute):
             of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch"
             found += [node.attr] if node.attr in OBJECTS or (of_torch and node.attr in ("save", "load")) else []
@@ -106,6 +112,11 @@ def test_nothing_is_pickled():
         "import multiprocessing as mp",
         "torch.load('x')",
         "dist.broadcast_object_list([1])",
+        "from torch import load",
+        "from torch.distributed import all_reduce, broadcast_object_list",
+        "def f():\n    import torch.multiprocessing as mp",
+        "from torch import multiprocessing",
+        "from torch.multiprocessing import Queue",
     ],
 )
 def test_a_planted_pickle_is_found(planted: str, tmp_path: Path):

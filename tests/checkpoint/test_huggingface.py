@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,3 +223,43 @@ def test_export_refuses_missing_tensors(tmp_path: Path) -> None:
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(AssertionError, match="embed_tokens"):
         huggingface.export(replace(model.options, vocab_size=9), canonical(model), tmp_path)
+
+
+SLICE = """
+import sys, torch
+from pathlib import Path
+from shoal.checkpoint import huggingface
+from shoal.shard import Shard
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+shard = Shard("one", (1 << 12, 1 << 12), (64, 0), torch.ones(64, 1 << 12))
+class Whole:
+    def __init__(self, piece):
+        self.piece = piece
+    def __getattr__(self, name):
+        return getattr(self.piece, name)
+    def __getitem__(self, place):
+        return self.piece[:].clone()[place]
+class File:
+    def __init__(self, file):
+        self.get_slice = lambda name: Whole(file.get_slice(name))
+path = Path(sys.argv[1])
+with huggingface._open(path) as file:
+    before = peak()
+    huggingface._read(File(file) if sys.argv[2] else file, path, shard, None)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_slice_is_read_without_the_rest(tmp_path: Path) -> None:
+    """1 of 64 MiB, by what the process comes to hold."""
+    path = tmp_path / "model.safetensors"
+    save_file({"one": torch.ones(1 << 12, 1 << 12)}, path)
+
+    def more(planted: str) -> int:
+        command = [sys.executable, "-c", SLICE, str(path), planted]
+        return int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=120).stdout)
+
+    assert more("") < 8 << 20
+    assert more("whole") > 32 << 20

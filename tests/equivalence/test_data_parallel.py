@@ -111,6 +111,8 @@ def gradient_floor(ranks, precision: str) -> tuple[dict[str, torch.Tensor], dict
     errors = [cases.gradient_errors(results, base) for results in reordered]
     floor = {name: max(row[name] for row in errors) for name in base}
     assert 0 < min(floor.values()) <= max(floor.values()) < LARGEST_FLOOR[precision]
+    # Else bf16 would not be computed in bf16.
+    assert precision == "fp32" or min(floor.values()) > 10 * LARGEST_FLOOR["fp32"]
     return base, floor
 
 

@@ -22,6 +22,7 @@ from shoal.models.moe import MoE, Usage
 from shoal.ops import route
 from shoal.ops.loss import chunked_cross_entropy
 from tests.models import experts, tiny
+from tests.numbers import largest
 
 BOUND = 1e-12
 
@@ -110,7 +111,7 @@ def furthest(moe: MoE, x_BLD: Tensor, valid_BL: Tensor) -> float:
     assert usage is not None
     pairs = [(ours_BLD * valid_BL[..., None], loop_BLD * valid_BL[..., None]), *zip(ours, loop, strict=True)]
     differences = [((a - b).norm() / b.norm().clamp(min=1.0)).item() for a, b in pairs]
-    return max(*differences, abs(usage.balance_sum.item() - balance.item()) / balance.item())
+    return largest([*differences, abs(usage.balance_sum.item() - balance.item()) / balance.item()])
 
 
 @settings(deadline=None, max_examples=25)
@@ -172,7 +173,7 @@ def test_each_row_answers_for_itself() -> None:
     assert usage.counts_E.sum() == 4 * 9 * 3
     assert usage.dropped == apart.dropped > 0
     assert distance(apart.balance_sum, usage.balance_sum) < BOUND
-    assert max(distance(p.grad, t) for p, t in zip(moe.parameters(), together, strict=True)) < BOUND
+    assert largest(distance(p.grad, t) for p, t in zip(moe.parameters(), together, strict=True)) < BOUND
 
 
 # --- What is noted, and when

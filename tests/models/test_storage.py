@@ -10,6 +10,7 @@ from torch import Tensor
 from shoal.models.spec import parameters
 from shoal.models.storage import FusedLinear, canonical, stored_in
 from tests.models import experts, tiny
+from tests.numbers import largest
 
 BOUND = 1e-13
 """In float64: sums of 5 numbers, which a matrix of another height may add up in another order."""
@@ -38,7 +39,7 @@ def counting(x_BLD: Tensor, layer: FusedLinear) -> Tensor:
 
 
 def distance(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+    return largest(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.ops import grouped
 from shoal.ops.grouped import count, gather, grouped_gated, grouped_linear, order, spread
+from tests.numbers import largest
 
 BOUND = 1e-12
 
@@ -61,7 +62,7 @@ def furthest(
         out_MO = way(x_MI, weight_EOI, counts_E)
         (out_MO * torch.arange(1.0, out_MO.numel() + 1, dtype=dtype).view_as(out_MO).sin()).sum().backward()
         results.append((out_MO, x_MI.grad, weight_EOI.grad))
-    return max(distance(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    return largest(distance(ours, theirs) for ours, theirs in zip(*results, strict=True))
 
 
 @settings(deadline=None, max_examples=40)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 MICRO_BATCHES = 3
@@ -29,3 +31,35 @@ def test_a_step_sends_what_the_documentation_says(ranks, layout, all_gather, red
         assert least * size <= sent["all_gather"] <= all_gather * size * 1.1
         assert reduce_scatter * size <= sent["reduce_scatter"] <= reduce_scatter * size * 1.1
         assert all_reduce * size <= sent["all_reduce"] <= all_reduce * size * 1.1
+
+
+def test_in_bf16_weights_travel_in_it_and_sums_in_fp32(ranks):
+    """Blocks are gathered in bf16, embedding and output layer as they are stored."""
+    for result in ranks.run("tests.parallel.cases:count_bytes", 4, layout="replicas=2,fsdp=2", precision="bf16"):
+        assert result["dtypes"] == {
+            "all_gather": ["torch.bfloat16", "torch.float32"],
+            "reduce_scatter": ["torch.float32"],
+            "all_reduce": ["torch.float32"],
+        }
+
+
+@pytest.mark.parametrize("context_by", ["ring", "ulysses"])
+def test_ulysses_exchanges_heads_and_the_ring_does_not(ranks, context_by):
+    for calls in ranks.run("tests.parallel.cases:exchanges", 2, layout=f"context=2,context_by={context_by}"):
+        assert (calls > 0) == (context_by == "ulysses")
+
+
+def test_recomputed_blocks_keep_less(ranks):
+    plain, again = (
+        ranks.run("tests.parallel.cases:held", 2, layout=f"fsdp=2,{how}micro_batch=2")[0]["kept"]
+        for how in ("", "recompute=block,")
+    )
+    assert 0 < again < 0.7 * plain
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on CPU")
+@pytest.mark.parametrize("compile", ["on", "off"])
+def test_compiled_blocks_are_compiled(ranks, compile):
+    (held,) = ranks.run("tests.parallel.cases:held", 1, layout="replicas=1", compile=compile, precision="fp32")
+    assert (held["graphs"] > 0) == (compile == "on")

@@ -30,6 +30,7 @@ from shoal.ops.initialise import initialise_
 from shoal.serving.load import load
 from shoal.shard import Shard, State
 from tests.models import experts, tiny
+from tests.numbers import largest
 
 # As many blocks as any layout here has stages, and one more.
 MODELS = {
@@ -87,7 +88,7 @@ def difference(ranks, folder: Path, layout: str, bug: str = "") -> float:
     made = [torch.tensor(rank["logits"], dtype=torch.float64) for rank in found if rank["logits"]]
     assert len(made) == Layout.parse(layout).tensor
     expected = whole(folder)
-    return max(float((logits - expected).abs().max() / expected.abs().max()) for logits in made)
+    return largest(float((logits - expected).abs().max() / expected.abs().max()) for logits in made)
 
 
 def run(ranks, folder: Path, layout: str, bug: str = "") -> list[dict[str, Any]]:

@@ -30,8 +30,9 @@ class Check(Job):
 
     In float64, where rounding cannot hide a mistake: the first gradient of every parameter within 1e-10 of its norm,
     losses, gradient norms and weights within 1e-8 over all steps, with SGD and with the job's own optimizer. In fp32
-    and bf16: within 4 times what the job itself moves on one process when only the order of its sums changes. Exit
-    code 1 if anything exceeds its bound. Always uncompiled; which layouts are tried: docs/check.md.
+    and bf16: within 4 times what the job itself moves on one process when only the order of its sums changes
+    (weights: or a share of what training moved them). Exit code 1 if anything exceeds its bound. Always uncompiled;
+    the bounds, and which layouts are tried: docs/check.md.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="JOB.toml")] = ""
