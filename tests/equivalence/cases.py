@@ -196,18 +196,19 @@ def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: A
 
 
 @functools.cache
-def reference(steps: int, stop: int = 0, **options: Any) -> dict[str, Any]:
+def reference(steps: int, stop: int = 0, replicas: int = 1, codec: str = "", **options: Any) -> dict[str, Any]:
     """The same job in one process in float64, with torch's own loss, clipping and optimizers. Once for all rows of it:
-    not to be written to. stop: the step before which it ends, 0 = after the last."""
+    not to be written to. stop: the step before which it ends, 0 = after the last. codec: dtype to which each replica's
+    gradient is rounded, and their sum."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other, ten times as long as they compute
     try:
-        return _reference(steps, stop or steps, **options)
+        return _reference(steps, stop or steps, replicas, codec, **options)
     finally:
         torch.set_num_threads(threads)
 
 
-def _reference(steps: int, stop: int, **options: Any) -> dict[str, Any]:
+def _reference(steps: int, stop: int, replicas: int, codec: str, **options: Any) -> dict[str, Any]:
     what = job("replicas=1", steps, **options)
     model = build(what.model).double()
     fills = parameters(what.model)
@@ -225,22 +226,18 @@ def _reference(steps: int, stop: int, **options: Any) -> dict[str, Any]:
     losses, norms, gradients = [], [], {}
     for step in range(stop):
         batch = global_batch(step)
-        model.zero_grad()
-        drop = Dropout(what.train.dropout, what.train.seed, step, batch.sample_B, torch.arange(LENGTH))
-        attend = document_attend(batch.document_BL)
-        if what.train.attention_dropout:
-            rate, place_L = what.train.attention_dropout, torch.arange(LENGTH)
-            attend = dropped_attend(batch.document_BL, Dropout(rate, what.train.seed, step, batch.sample_B, place_L))
-        logits_BLV = model(batch.tokens_BL, batch.position_BL, attend, None, batch.weight_BL > 0, drop)
-        nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none").view_as(
-            batch.weight_BL
-        )
+        loss_sum, sums = 0.0, [torch.zeros_like(p) for p in model.parameters()]
+        for part in micro_batches(batch, GLOBAL_BATCH // replicas):
+            model.zero_grad()
+            loss = _loss(what, model, part, step)
+            # Experts add their balance loss on the way back, as a sum over tokens.
+            loss.backward()
+            loss_sum += loss.item()
+            for p, total in zip(model.parameters(), sums, strict=True):
+                total += _rounded(p.grad, codec)
         tokens = batch.weight_BL.double().sum()
-        loss = (nll_BL * batch.weight_BL).sum() / tokens
-        # Experts add their balance loss on the way back, as a sum over tokens.
-        (loss * tokens).backward()
-        for p in model.parameters():
-            p.grad.div_(tokens)
+        for p, total in zip(model.parameters(), sums, strict=True):
+            p.grad = _rounded(total, codec) / tokens
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
         for p in model.parameters():
             p.grad.mul_(min(1.0, o.clip / norms[-1]) if o.clip else 1.0)
@@ -254,9 +251,25 @@ def _reference(steps: int, stop: int, **options: Any) -> dict[str, Any]:
                 p.data.mul_(1 - lr * o.weight_decay)
         optimizer_.step()
         balance_(model)
-        losses.append(loss.item())
+        losses.append(loss_sum / tokens.item())
     weights = {name: tensor.detach() for name, tensor in experts.canonical(model)}
     return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights}
+
+
+def _loss(what: Job, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
+    """Summed over the batch's tokens."""
+    drop = Dropout(what.train.dropout, what.train.seed, step, batch.sample_B, torch.arange(LENGTH))
+    attend = document_attend(batch.document_BL)
+    if what.train.attention_dropout:
+        rate, place_L = what.train.attention_dropout, torch.arange(LENGTH)
+        attend = dropped_attend(batch.document_BL, Dropout(rate, what.train.seed, step, batch.sample_B, place_L))
+    logits_BLV = model(batch.tokens_BL, batch.position_BL, attend, None, batch.weight_BL > 0, drop)
+    nll_BL = F.cross_entropy(logits_BLV.flatten(0, 1), batch.labels_BL.flatten(), reduction="none")
+    return (nll_BL.view_as(batch.weight_BL) * batch.weight_BL).sum()
+
+
+def _rounded(tensor: torch.Tensor, codec: str) -> torch.Tensor:
+    return tensor.to(getattr(torch, codec)).double() if codec else tensor
 
 
 def balance_(model: nn.Module) -> None:

@@ -21,5 +21,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         "backward_s": 0.3,
         "communication_s": 0.02,
         "optimizer_s": 0.02,
+        "sent_bytes": 2_000_000,
+        "received_bytes": 3_000_000,
     }
     return figures | changes

@@ -22,7 +22,7 @@ LINE = {
 }  # fmt: skip
 ROW = {
     "step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "seconds", "mfu", "memory_gib", "data_s",
-    "forward_s", "backward_s", "communication_s", "optimizer_s",
+    "forward_s", "backward_s", "communication_s", "optimizer_s", "sent_bytes", "received_bytes",
 }  # fmt: skip
 FILES = {
     "job.toml", "metrics.jsonl", "log.txt", "environment.json", "result.json", "report.html", "checkpoints", "model",

@@ -13,6 +13,9 @@ class SyncOptions:
 
     name: str = "allreduce"
     """`allreduce`: every step, sums of gradients over all replicas."""
+    codec: str = "none"
+    """How gradients are written on their way between replicas: `none` = as they are, `bf16` or `fp16` = in half the
+    bytes, rounded once on the way there and once on the way back. Sums are made in full precision."""
     bucket_mib: float = 25.0
     """Gradients that travel together, in MiB; small buckets start early, large ones cost fewer latencies."""
     timeout: float = 600.0
@@ -23,5 +26,6 @@ class SyncOptions:
 
     def validate(self) -> None:
         one_of("sync.name", self.name, ("allreduce",))
+        one_of("sync.codec", self.codec, ("none", "bf16", "fp16"))
         positive("sync.bucket_mib", self.bucket_mib)
         positive("sync.timeout", self.timeout)

@@ -115,7 +115,9 @@ def check(
     processes = _processes(processes, named)
     job = architecture(absolute_paths(job))
     prepared = prepare(job.data, say=say)
-    job = replace(vocabulary(job, prepared), layout=None)
+    if job.sync.codec != "none":
+        say(f"sync.codec={job.sync.codec} rounds each replica's gradient, so no two layouts agree: checked without")
+    job = replace(vocabulary(job, prepared), layout=None, sync=replace(job.sync, codec="none"))
     given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
     reasons = {text: refusal(job, layout) for text, layout in given.items()}
     refused = [Refused(text, reason) for text, reason in reasons.items() if reason]

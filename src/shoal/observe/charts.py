@@ -41,12 +41,23 @@ def charts(rows: Rows) -> list[dict[str, Any]]:
         _chart("Throughput", "tokens/s", _noisy(rows, "tokens_per_second", "each step", GREEN)),
         _chart("Step breakdown", "ms", _breakdown(rows)),
         _chart("Gradient norm", "before clipping", _noisy(rows, "grad_norm", "each step", PURPLE)),
+        _chart("Network", "MB a step over TCP, of one rank", _network(rows)),
         _chart("Balance of experts", "1 = all used alike", _balance(rows)),
         _chart("Dropped choices of experts", "%", _dropped(rows)),
         _chart("Learning rate", "", _line(rows, "lr", "learning rate", ORANGE)),
         _chart("Memory", "GiB, highest so far, of the fullest rank", _line(rows, "memory_gib", "memory", SKY)),
     ]
     return [chart for chart in found if chart["data"]]
+
+
+def _network(rows: Rows) -> list[dict[str, Any]]:
+    """Nothing where nothing was sent."""
+    if not any(row.get("sent_bytes") for row in rows):
+        return []
+    return [
+        *_line(rows, "sent_bytes", "sent", SKY, scale=1e-6),
+        *_line(rows, "received_bytes", "received", ORANGE, scale=1e-6),
+    ]
 
 
 def median(rows: Rows, key: str) -> float | None:
@@ -75,9 +86,11 @@ def _values(rows: Rows, key: str, scale: float = 1.0) -> list[float | None]:
     return [row[key] * scale if finite(row.get(key)) else None for row in rows]
 
 
-def _line(rows: Rows, key: str, name: str, colour: str, faint: bool = False) -> list[dict[str, Any]]:
+def _line(
+    rows: Rows, key: str, name: str, colour: str, faint: bool = False, scale: float = 1.0
+) -> list[dict[str, Any]]:
     """One trace, or none if there is nothing to draw."""
-    steps, values = [row["step"] for row in rows], _values(rows, key)
+    steps, values = [row["step"] for row in rows], _values(rows, key, scale)
     return _drawn(steps, values, name, colour, faint) if any(v is not None for v in values) else []
 
 

@@ -18,6 +18,8 @@ from shoal.optim.norm import sum_of_squares
 from shoal.optim.update import Update
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import State
+from shoal.sync.codec import Codec
+from shoal.sync.encoded import EncodedSum
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,20 @@ class Applied:
 class AllReduce:
     """One update a step, from the sum of all replicas' gradients, clipped and applied on every rank."""
 
-    def __init__(self, mesh: Mesh, clip: float):
-        """clip: largest gradient norm, 0 = none."""
+    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None = None):
+        """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are."""
         self.mesh, self.clip = mesh, clip
         self._works: list[dist.Work] = []
+        self._encoded = None if codec is None else EncodedSum(codec)
 
     def attach(self, replica: Replica, update: Update) -> None:
         self.replica, self.update = replica, update
         replica.on_bucket(self._send)
 
     def _send(self, flat: Tensor) -> None:
+        if self._encoded is not None:
+            self._encoded.start(flat, self.mesh.across_replicas)
+            return
         work = dist.all_reduce(flat, group=self.mesh.across_replicas, async_op=True)
         assert work is not None
         self._works.append(work)
@@ -70,7 +76,7 @@ class AllReduce:
     def begin(self, step: int) -> Version:
         """Nothing to wait for: every rank already holds the newest weights."""
         operations.step(step + 1)
-        self._works.clear()
+        self._forget()
         return Version(step)
 
     def end(self, tally: Tally) -> Applied:
@@ -80,7 +86,9 @@ class AllReduce:
         counted = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)
         for work in self._works:
             self.mesh.wait(work)
-        self._works.clear()
+        if self._encoded is not None:
+            self._encoded.finish(self.mesh.across_replicas, self.mesh.wait)
+        self._forget()
         self.mesh.wait(counted)
         loss_sum, weight, stop = totals.tolist()
         shards = self.replica.collect()
@@ -116,8 +124,13 @@ class AllReduce:
 
     def abandon(self) -> None:
         """After a failure: breaks off this step, so that whoever waits for this rank learns of it too."""
-        self._works.clear()
+        self._forget()
         self.mesh.abandon()
+
+    def _forget(self) -> None:
+        self._works.clear()
+        if self._encoded is not None:
+            self._encoded.forget()
 
     def reconfigure(self, view: View) -> Mesh:
         """Goes on among the members of `view`, at a step boundary: the broken step is computed again by them.
@@ -131,7 +144,7 @@ class AllReduce:
                 f"layout {layout}: a replica that lost one of its ranks cannot go on in process",
                 fix="resume from the last checkpoint, on any number of ranks",
             )
-        self._works.clear()
+        self._forget()
         self.mesh.close()
         self.mesh = build(replace(layout, replicas=len(view.members)), self.mesh.seat, view, self.mesh.timeout)
         self.replica.move(self.mesh)

@@ -16,6 +16,7 @@ from shoal.data.loader import Loader
 from shoal.errors import DivergedError
 from shoal.job import Job
 from shoal.observe import perfetto
+from shoal.observe.traffic import traffic
 from shoal.optim.schedule import learning_rate
 from shoal.shard import State
 from shoal.sync.allreduce import Applied
@@ -134,7 +135,7 @@ class Loop:
     def _step(self, span: Spanning) -> tuple[dict[str, Any], Applied]:
         """One step: data, gradients, update; and what it cost."""
         parts, mesh = self.parts, self.parts.mesh
-        start = time.perf_counter()
+        start, before = time.perf_counter(), traffic()
         with span("data", "data"):
             batches = step_batches(self.training, mesh, self.position)
         ready = time.perf_counter()
@@ -166,6 +167,8 @@ class Loop:
             "communication_s": applied.waited,
             "optimizer_s": end - computed - applied.waited,
         }
+        if before and (now := traffic()):
+            row |= {"sent_bytes": now.sent - before.sent, "received_bytes": now.received - before.received}
         # Of a step that was not applied, nobody summed them up.
         if parts.replica.used is not None:
             row |= asdict(parts.replica.used)

@@ -27,6 +27,7 @@ from shoal.parallel.replica import Replica
 from shoal.parallel.stages import layers_of_stages
 from shoal.parallel.tensor import Tensors
 from shoal.sync import SYNCS, AllReduce
+from shoal.sync.codec import CODECS
 from shoal.training.objective import Objective
 from shoal.training.precision import compute, stored
 
@@ -50,7 +51,8 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
     """
     replica, objective = spread(job, mesh, fresh)
     update = Update(replica.shards(), job.optim, job.train.steps)
-    sync = SYNCS[job.sync.name](mesh, job.optim.clip)
+    codec = CODECS[job.sync.codec]() if job.sync.codec != "none" else None
+    sync = SYNCS[job.sync.name](mesh, job.optim.clip, codec)
     sync.attach(replica, update)
     return Parts(job, mesh, replica, update, sync, objective)
 

@@ -52,6 +52,8 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         ending.callback(ranks.close)
         show = ending.enter_context(Show(run, quiet=ranks.rank > 0))
         saver = ending.enter_context(_saver(run, given, ranks, started))
+        if given.sync.codec != "none" and given.layout.replicas == 1:
+            show.say(f"sync.codec={given.sync.codec} does nothing here: one replica has no other to send gradients to")
         corpus = Prepared.load(Path(prepared))
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = _validation(corpus, given)
