@@ -9,8 +9,8 @@ torchtitan). pipeline: 1F1B of eight micro-batches against `PipelineStage` and `
 cuts them. By hand: shoal's Decoder (under tensor parallelism with nn.RMSNorm and with q, k, v, gate and up as layers of
 their own, where ours do not take DTensor), F.cross_entropy, clip_grad_norm_ and fused AdamW, as one would write it
 first. Same first weights, tokens, fp32, one thread a rank, all logits of a batch at once. Each contender has two
-processes of its own, which take turns (see step.py). All keep the memory of freed tensors as `shoal train` does (fsdp:
-up to 16 MiB a piece); with --no-keep those by hand give it back, as torch does by itself.
+processes of its own, which take turns (see step.py). All keep the memory of freed tensors, shoal's fsdp up to 16 MiB a
+piece, as `shoal train` does; with --no-keep those by hand give it back, as torch does by itself.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def _built(seat: Any, row: str, contender: str, size: str, keep: bool) -> tuple[
     torch.set_num_threads(1)
     mesh = meshes.build(LAYOUTS[row], seat)
     if keep:
-        device.keep_memory(mesh.device, gathering=LAYOUTS[row].sharers > 1)
+        ours = contender.startswith("shoal")
+        device.keep_memory(mesh.device, gathering=ours and LAYOUTS[row].sharers > 1)
     by_hand = {"fsdp": by_fully_shard, "tensor": by_parallelize_module, "pipeline": by_schedule_1f1b}[row]
     make = with_shoal if contender.startswith("shoal") else by_hand
     return make(job(row, SIZES[size]), mesh, SIZES[size]), mesh, SIZES[size].steps
