@@ -40,7 +40,8 @@ _PEER_GONE = (
 # some is given back.
 _M_MMAP_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -4, -3, -1
 
-# From this size on, ranks that gather weights give memory back: a gathered block and its gradient, not activations.
+# From this size on, ranks that gather weights give memory back: of large blocks what is gathered and its gradient, and
+# of activations only the largest.
 _GATHERED = 16 << 20
 
 # Seconds that a thread which is not run for the other load of the machine is waited for.

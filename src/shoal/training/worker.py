@@ -52,8 +52,6 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         ending.callback(ranks.close)
         show = ending.enter_context(Show(run, quiet=ranks.rank > 0))
         saver = ending.enter_context(_saver(run, given, ranks, started))
-        if given.sync.codec != "none" and given.layout.replicas == 1:
-            show.say(f"sync.codec={given.sync.codec} does nothing here: one replica has no other to send gradients to")
         corpus = Prepared.load(Path(prepared))
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = _validation(corpus, given)
@@ -123,6 +121,8 @@ def _parts(
     job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None], fresh: bool
 ) -> Parts:
     """Model, optimizer and sync, with every `auto` of the job resolved on the way. fresh: as for `assemble`."""
+    if job.sync.codec != "none" and ranks.layout.replicas == 1:
+        say(f"sync.codec={job.sync.codec} does nothing here: one replica has no other to send gradients to")
     batch = on_device(training.batch(0, ranks.reader, ranks.layout.readers), ranks.device)
     batches = micro_batches(batch, ranks.layout.micro_batch)
     job = settle(job, ranks, batches, say)
