@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 
+import msgspec
 import pytest
 
 from shoal import checkpoint
-from shoal.checkpoint import Saver, saver
-from shoal.checkpoint.messages import part_name
+from shoal.checkpoint import Saver, folders, saver
+from shoal.checkpoint.messages import Order, part_name
 from tests.checkpoint.fleet import LARGE, Fleet, assert_is, names, newest_is_whole, rank_state
 
 
@@ -150,6 +151,24 @@ def test_a_killed_rank_leaves_no_process_and_no_memory_behind(tmp_path):
         # As Python's and torch's shared memory is named.
         left = {name for name in os.listdir("/dev/shm") if name.startswith(("shoal", "psm_", "torch_"))}
         assert not left - shared
+
+
+def test_a_helper_whose_rank_is_gone_says_nothing(tmp_path):
+    """Its last report reaches nobody, which it may find out before it reads the end of its orders."""
+    memory = os.memfd_create("orders")
+    helper = subprocess.Popen(
+        [sys.executable, "-m", saver._WRITER, str(memory)], pass_fds=[memory], stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    os.close(memory)
+    assert helper.stdin is not None and helper.stdout is not None and helper.stderr is not None
+    helper.stdout.close()
+    order = Order(str(tmp_path), 1, 0, 1, 2, folders.Attempt("n", 1), 20.0, 0, {}, {"step": 1})
+    helper.stdin.write(msgspec.json.encode(order) + b"\n")
+    helper.stdin.flush()
+    assert helper.stderr.read() == b""
+    assert helper.wait(20) == 0
+    assert names(tmp_path) == ["step-00000001"]
 
 
 def test_signals_to_the_whole_group_do_not_end_a_save(tmp_path):

@@ -46,7 +46,11 @@ def main() -> None:
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     while True:
         report = msgspec.json.encode(obey(orders.get(), memory))
-        os.write(sys.stdout.fileno(), report + b"\n")
+        try:
+            os.write(sys.stdout.fileno(), report + b"\n")
+        except BrokenPipeError:
+            # The rank is gone, and `_listen` has not yet been told.
+            os._exit(0)
 
 
 def _listen(orders: SimpleQueue[Order]) -> None:
