@@ -21,3 +21,7 @@ def ranks():
     """A pool of 4 ranks that grows; `ranks.run("tests.room.cases:function", world, **args)` gives a list."""
     with Pool(4, _PRELOAD) as pool:
         yield pool
+
+
+def pytest_addoption(parser):
+    parser.addoption("--golden", action="append", metavar="FILE", help="trajectories for tests/sync/test_golden.py")

@@ -161,7 +161,9 @@ def test_a_helper_whose_rank_is_gone_says_nothing(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     os.close(memory)
-    assert helper.stdin is not None and helper.stdout is not None and helper.stderr is not None
+    assert helper.stdin is not None
+    assert helper.stdout is not None
+    assert helper.stderr is not None
     helper.stdout.close()
     order = Order(str(tmp_path), 1, 0, 1, 2, folders.Attempt("n", 1), 20.0, 0, {}, {"step": 1})
     helper.stdin.write(msgspec.json.encode(order) + b"\n")

@@ -308,5 +308,14 @@ def test_experts_have_charts_where_there_are_any(tmp_path):
     assert "Dropped choices of experts" not in page(tmp_path / "all").charts
 
 
+def test_replicas_that_train_apart_have_a_chart_of_how_far(tmp_path):
+    outer = {"outer_drift": 0.5, "outer_common": 0.25}
+    run_folder(tmp_path, [row(1), row(2, **outer), row(3), row(4, **outer)])
+    own, common = page(tmp_path).charts["Replicas apart"]["data"]
+    assert (own["x"], own["y"], common["y"]) == ([2, 4], [0.5, 0.5], [0.25, 0.25])
+    (tmp_path / "together").mkdir()
+    assert "Replicas apart" not in page(run_folder(tmp_path / "together", [row(1), row(2)])).charts
+
+
 def test_models_without_experts_have_no_charts_of_them(tmp_path):
     assert not any("expert" in title for title in page(run_folder(tmp_path, [row(1), row(2)])).charts)

@@ -13,6 +13,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,12 +22,13 @@ import torch
 import torch.distributed.distributed_c10d as c10d
 from torch import Tensor
 
+from shoal import checkpoint
 from shoal import mesh as meshes
-from shoal.checkpoint import Pending, Saver
+from shoal.checkpoint import Pending, Saver, manifest
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
 from shoal.errors import DivergedError
-from shoal.job import read
+from shoal.job import Layout, parse, read
 from shoal.launch.forkserver import resolve
 from shoal.mesh import Seat
 from shoal.observe import files
@@ -113,7 +115,7 @@ def flips_a_bit(seat: Seat, at: int, victim: int, **args: Any) -> dict[str, Any]
 
     def after(run: Loop) -> None:
         if seat.member == victim and run.step == at:
-            (norm,) = [s for s in run.parts.replica.shards() if s.name == "model.layers.0.input_layernorm.weight"]
+            (norm,) = [s for s in run.parts.sync.alike() if s.name == "model.layers.0.input_layernorm.weight"]
             norm.local.view(-1).view(torch.int32)[0] ^= 1
 
     try:
@@ -262,3 +264,21 @@ def without_space(seat: Seat, **args: Any) -> Any:
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with mock.patch.object(files, "replace", side_effect=full):
         return worker.main(seat, **args)
+
+
+def loaded(seat: Seat, job: str, layout: str, folder: str) -> dict[str, Any]:
+    """What a rank has after it has loaded a checkpoint in another layout."""
+    what = replace(parse(job), layout=Layout.parse(layout)).validate()
+    assert what.layout is not None
+    ranks = meshes.build(what.layout, seat, timeout=60)
+    try:
+        parts = assemble(what, ranks, fresh=False)
+        wanted = parts.sync.wanted(manifest.read(Path(folder)).values)
+        for shard in wanted:
+            shard.local.fill_(float("nan"))
+        parts.sync.restore(checkpoint.load(Path(folder), wanted))
+        weights = {shard.name: shard.local.tolist() for shard in parts.replica.held()}
+        slots = {shard.name.partition(".")[2]: shard.local.tolist() for shard in parts.update.state()[: len(weights)]}
+        return {"replica": ranks.replica, "weights": weights, "moments": slots}
+    finally:
+        ranks.close()

@@ -22,6 +22,8 @@ SHORT = {
     "--minutes": "--train.minutes",
     "--run-dir": "--run.dir",
     "--trace": "--run.trace",
+    "--sync": "--sync.name",
+    "--codec": "--sync.codec",
 }
 
 
@@ -35,8 +37,8 @@ class Train(Job):
     $ shoal train --resume runs/quickstart-...               go on where a run stopped
 
     What is not given on the command line comes from the recipe, and what is not in the recipe is the default.
-    --data, --steps, --minutes, --run-dir, --trace: short for --data.source, --train.steps, --train.minutes, --run.dir,
-    --run.trace.
+    --data, --steps, --minutes, --run-dir, --trace, --sync, --codec: short for --data.source, --train.steps,
+    --train.minutes, --run.dir, --run.trace, --sync.name, --sync.codec.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE.toml]")] = ""

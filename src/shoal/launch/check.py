@@ -117,7 +117,10 @@ def check(
     prepared = prepare(job.data, say=say)
     if job.sync.codec != "none":
         say(f"sync.codec={job.sync.codec} rounds each replica's gradient, so no two layouts agree: checked without")
-    job = replace(vocabulary(job, prepared), layout=None, sync=replace(job.sync, codec="none"))
+    if job.sync.name != "allreduce":
+        say(f"sync.name={job.sync.name} lets replicas differ, so no two layouts agree: checked with allreduce")
+    sync = replace(job.sync, name="allreduce", codec="none")
+    job = replace(vocabulary(job, prepared), layout=None, sync=sync)
     given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
     reasons = {text: refusal(job, layout) for text, layout in given.items()}
     refused = [Refused(text, reason) for text, reason in reasons.items() if reason]

@@ -42,6 +42,7 @@ def charts(rows: Rows) -> list[dict[str, Any]]:
         _chart("Step breakdown", "ms", _breakdown(rows)),
         _chart("Gradient norm", "before clipping", _noisy(rows, "grad_norm", "each step", PURPLE)),
         _chart("Network", "MB a step over TCP, of one rank", _network(rows)),
+        _chart("Replicas apart", "length of a step between exchanges", _drift(rows)),
         _chart("Balance of experts", "1 = all used alike", _balance(rows)),
         _chart("Dropped choices of experts", "%", _dropped(rows)),
         _chart("Learning rate", "", _line(rows, "lr", "learning rate", ORANGE)),
@@ -58,6 +59,13 @@ def _network(rows: Rows) -> list[dict[str, Any]]:
         *_line(rows, "sent_bytes", "sent", SKY, scale=1e-6),
         *_line(rows, "received_bytes", "received", ORANGE, scale=1e-6),
     ]
+
+
+def _drift(rows: Rows) -> list[dict[str, Any]]:
+    """Nothing where replicas are equal after every step."""
+    outer = [row for row in rows if finite(row.get("outer_drift"))]
+    own = _line(outer, "outer_drift", "a replica, root mean square", PURPLE)
+    return own + _line(outer, "outer_common", "their mean", BLUE)
 
 
 def median(rows: Rows, key: str) -> float | None:

@@ -68,7 +68,14 @@ class Update:
     def state(self) -> list[Shard]:
         """The optimizer's tensors: `<slot>.<parameter>`."""
         return [
-            Shard(f"{slot}.{shard.name}", shard.global_shape, shard.offsets, tensor, owner=shard.owner)
+            Shard(
+                f"{slot}.{shard.name}",
+                shard.global_shape,
+                shard.offsets,
+                tensor,
+                owner=shard.owner,
+                counted=shard.counted,
+            )
             for slot, tensors in self.slots.items()
             for shard, tensor in zip(self.shards, tensors, strict=True)
         ]

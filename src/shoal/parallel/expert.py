@@ -188,10 +188,11 @@ class Balance:
         for layer in self._layers.values():
             layer.take_usage()
 
-    def move(self, mesh: Mesh) -> Use | None:
-        """Moves biases by the counts of the global batch. All ranks call it, also those of stages without experts.
+    def move(self, mesh: Mesh, counting: dist.ProcessGroup | None) -> Use | None:
+        """Moves biases by the counts of all batches of `counting` (None = this rank's alone). All its ranks call it,
+        also those of stages without experts.
 
-        None where the model has no experts. One sum over all ranks, 8 bytes an expert and layer.
+        None where the model has no experts. One sum over these ranks, 8 bytes an expert and layer.
         """
         if not self._routed:
             return None
@@ -203,8 +204,8 @@ class Balance:
             assert usage is not None, "a layer of experts saw no backward pass"
             here = usage.counts_E.double(), usage.balance_sum[None], usage.dropped[None].double()
             totals_NX[self._routed.index(number)] = torch.cat(here)
-        if mesh.world > 1:
-            mesh.wait(dist.all_reduce(totals_NX, group=mesh.everyone, async_op=True))
+        if counting is not None:
+            mesh.wait(dist.all_reduce(totals_NX, group=counting, async_op=True))
         for number, layer in self._layers.items():
             layer.rebalance_(totals_NX[self._routed.index(number), :experts])
         return _use(totals_NX[:, :experts], totals_NX[:, -2], totals_NX[:, -1], self._options.num_experts_per_tok)

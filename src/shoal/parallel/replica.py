@@ -137,10 +137,8 @@ class Replica(Generic[B]):
         """The same, and what else the model needs to go on but no gradient reaches, which every rank has whole."""
         return [*self._shards, *self._states]
 
-    def alike(self, axis: str) -> list[Shard]:
-        """Those of `held` that are the same on all ranks of the axis, `replicas` or `tensor`."""
-        if axis == "replicas":
-            return self.held()
+    def alike(self) -> list[Shard]:
+        """Those of `held` that are the same on all ranks of the tensor axis."""
         alike = (piece for piece in self._pieces if piece.cut.summed == "tensor" and piece.cut.everywhere)
         return [*(piece.shard for piece in alike), *self._states]
 
@@ -241,9 +239,12 @@ class Replica(Generic[B]):
             self._sum_shared(self.pipeline)
         return self._shards
 
-    def updated(self) -> None:
-        """To be called on all ranks once the update has been applied: what goes by how experts were used moves on."""
-        self.used = self._balance.move(self.mesh)
+    def updated(self, counting: dist.ProcessGroup | None) -> None:
+        """To be called once the update has been applied: what goes by how experts were used moves on.
+
+        counting: the ranks whose batches the step was of, all of which call it; None = this one alone.
+        """
+        self.used = self._balance.move(self.mesh, counting)
 
     def _sum_shared(self, pipeline: Pipeline[B]) -> None:
         """What the first stage and the last one both have: the sum of both gradients, added in the same order."""

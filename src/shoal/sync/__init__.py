@@ -1,5 +1,17 @@
 """How replicas are kept consistent: how often, through whom, in which encoding."""
 
+from shoal.job import Job
+from shoal.mesh import Mesh
 from shoal.sync.allreduce import AllReduce
+from shoal.sync.codec import CODECS
+from shoal.sync.local import Local
 
-SYNCS = {"allreduce": AllReduce}
+Sync = AllReduce | Local
+
+
+def build(job: Job, mesh: Mesh) -> Sync:
+    """As the job says. `job` has been validated."""
+    codec = CODECS[job.sync.codec]() if job.sync.codec != "none" else None
+    if job.sync.name == "local":
+        return Local(mesh, job.optim.clip, codec, job.sync)
+    return AllReduce(mesh, job.optim.clip, codec)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,42 +15,13 @@ from torch import Tensor
 from shoal import operations
 from shoal.errors import LayoutError
 from shoal.mesh import Mesh, View, build
-from shoal.optim.norm import sum_of_squares
 from shoal.optim.update import Update
 from shoal.parallel.replica import Replica, Tally
-from shoal.shard import State
+from shoal.shard import Shard, State
+from shoal.sync import saved
 from shoal.sync.codec import Codec
 from shoal.sync.encoded import EncodedSum
-
-
-@dataclass(frozen=True)
-class Version:
-    """Which weights a step computes its gradients from: the number of updates in them."""
-
-    number: int
-
-
-@dataclass(frozen=True)
-class Applied:
-    """What became of one step, the same on every rank.
-
-    applied: False where loss or gradient was not finite. loss_sum, weight: over the global batch.
-    grad_norm: of the normalised gradient, before clipping. staleness: updates between pull and commit.
-    stop: some rank asked to end the run after this step.
-    waited: seconds this rank waited for others and the network, not covered by computing.
-    whence: where it was not finite, e.g. `weights of rank 2`; empty where only the gradient was.
-    """
-
-    applied: bool
-    version: Version
-    loss_sum: float
-    weight: float
-    grad_norm: float
-    lr: float
-    staleness: int = 0
-    stop: bool = False
-    waited: float = 0.0
-    whence: str = ""
+from shoal.sync.step import Applied, Version, apply, totals_of
 
 
 class AllReduce:
@@ -82,7 +54,7 @@ class AllReduce:
     def end(self, tally: Tally) -> Applied:
         """Waits for the sums, then normalises, clips and updates. Raises what collectives raise when a rank is lost."""
         start = time.perf_counter()
-        totals = torch.stack([tally.loss_sum, tally.weight, torch.full_like(tally.weight, tally.stop)])
+        totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
         counted = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)
         for work in self._works:
             self.mesh.wait(work)
@@ -93,21 +65,12 @@ class AllReduce:
         loss_sum, weight, stop = totals.tolist()
         shards = self.replica.collect()
         waited = time.perf_counter() - start
-        squares = sum_of_squares(shards)
-        if self.mesh.layout.ranks_per_replica > 1:
-            start = time.perf_counter()
-            self.mesh.wait(dist.all_reduce(squares, group=self.mesh.within_replica, async_op=True))
-            waited += time.perf_counter() - start
-        norm = math.sqrt(squares.item()) / weight if weight else math.nan
-        finite = math.isfinite(norm) and math.isfinite(loss_sum)
-        lr = 0.0
-        if finite:
-            clip = min(1.0, self.clip / norm) if self.clip and norm else 1.0
-            lr = self.update.apply(clip / weight)
-            self.replica.updated()
-        version = Version(self.update.done)
-        whence = "" if finite else self._whence(tally)
-        return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited, whence=whence)
+        counting = self.mesh.everyone if self.mesh.world > 1 else None
+        done = apply(self.replica, self.update, shards, self.clip, loss_sum, weight, counting)
+        return Applied(
+            done.finite, Version(self.update.done), loss_sum, weight, weight, done.norm, done.lr, stop=stop > 0,
+            waited=waited + done.waited, whence="" if done.finite else self._whence(tally),
+        )  # fmt: skip
 
     def _whence(self, tally: Tally) -> str:
         """Whose weights or whose loss is not finite, by what each rank sees in its own; all call it together."""
@@ -158,9 +121,23 @@ class AllReduce:
             self.update.restore({"updates": int(done.max())})
         return self.mesh
 
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Within, the replica has the weights that all have in common: as always."""
+        yield
+
+    def alike(self) -> list[Shard]:
+        """What must be equal to the last bit on all replicas."""
+        return self.replica.held()
+
     def state(self) -> State:
-        """Replicas are equal after every step: nothing beyond weights and optimizer."""
-        return State([])
+        """Weights and optimizer; replicas are equal after every step."""
+        return State([*self.replica.held(), *self.update.state()])
+
+    def wanted(self, values: dict[str, Any]) -> list[Shard]:
+        """What to load from a checkpoint with these values, before `restore`."""
+        return saved.equal(self.replica, self.update, values)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """After the tensors of `state()` have been filled: nothing more."""
+        """After the tensors that were `wanted` have been filled."""
+        self.update.restore(values["update"])

@@ -4,26 +4,30 @@ an operation that gives another result each time, machines whose processors roun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from shoal.errors import DivergedError
-from shoal.parallel.replica import Replica
+from shoal.mesh import Mesh
+from shoal.shard import Shard
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def check_agreement(replica: Replica, step: int) -> None:
+def check_agreement(mesh: Mesh, alike: Mapping[str, list[Shard]], step: int) -> None:
     """Compares checksums along every axis whose ranks hold the same. To be called on all ranks.
 
-    Raises DivergedError that names ranks and a tensor, the same on all ranks.
+    alike: axis -> what is the same on all of its ranks. Raises DivergedError that names ranks and a tensor, the same on
+    all ranks.
     """
-    mesh, key = replica.mesh, f"apart at {step}"
-    axes = [axis for axis in ("replicas", "tensor") if getattr(mesh.layout, axis) > 1]
+    key = f"apart at {step}"
+    axes = [axis for axis in alike if getattr(mesh.layout, axis) > 1]
     if not axes:
         return
-    found = next(filter(None, [_difference(replica, axis) for axis in axes]), "")
+    found = next(filter(None, [_difference(mesh, axis, alike[axis]) for axis in axes]), "")
     if found:
         mesh.seat.store.set(key, found)
     if mesh.largest(float(bool(found))):
@@ -35,14 +39,14 @@ def check_agreement(replica: Replica, step: int) -> None:
         )
 
 
-def _difference(replica: Replica, axis: str) -> str:
+def _difference(mesh: Mesh, axis: str, alike: list[Shard]) -> str:
     """What is not the same on all ranks of the axis, and who has it; empty if nothing is."""
-    group, alike = replica.mesh.group(axis), replica.alike(axis)
+    group = mesh.group(axis)
     if not alike:
         return ""
     sums_N = torch.stack([checksum(shard.local) for shard in alike])
     sums_GN = sums_N.new_empty(group.size(), len(alike))
-    replica.mesh.wait(dist.all_gather(list(sums_GN.unbind()), sums_N, group=group, async_op=True))
+    mesh.wait(dist.all_gather(list(sums_GN.unbind()), sums_N, group=group, async_op=True))
     different = (sums_GN != sums_GN[0]).any(0).nonzero().flatten().tolist()
     if not different:
         return ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import checkpoint, device
-from shoal.checkpoint import Pending, Saver
+from shoal.checkpoint import Pending, Saver, manifest
 from shoal.data.loader import Loader
 from shoal.errors import DivergedError
 from shoal.job import Job
@@ -19,7 +19,7 @@ from shoal.observe import perfetto
 from shoal.observe.traffic import traffic
 from shoal.optim.schedule import learning_rate
 from shoal.shard import State
-from shoal.sync.allreduce import Applied
+from shoal.sync.step import Applied
 from shoal.training.agreement import check_agreement
 from shoal.training.feed import step_batches
 from shoal.training.length import Length
@@ -157,8 +157,8 @@ class Loop:
             "loss": applied.loss_sum / applied.weight if applied.weight else float("nan"),
             "grad_norm": applied.grad_norm,
             "lr": applied.lr,
-            "tokens": int(applied.weight),
-            "tokens_per_second": applied.weight / seconds,
+            "tokens": int(applied.tokens),
+            "tokens_per_second": applied.tokens / seconds,
             "seconds": seconds,
             "memory_gib": device.memory_peak(mesh.device) / 2**30,
             "data_s": ready - start,
@@ -172,6 +172,8 @@ class Loop:
         # Of a step that was not applied, nobody summed them up.
         if parts.replica.used is not None:
             row |= asdict(parts.replica.used)
+        if applied.outer is not None:
+            row |= {f"outer_{name}": value for name, value in asdict(applied.outer).items()}
         return row, applied
 
     def _check(self, applied: Applied, row: dict[str, Any]) -> None:
@@ -200,7 +202,8 @@ class Loop:
         length = self.parts.job.data.sequence_length
         limit = self.parts.job.train.validate_tokens or (GLANCE_TOKENS if glance else self.validation.samples * length)
         start = time.perf_counter()
-        self.last = validate(self.parts, self.validation, max(1, limit // length))
+        with self.parts.sync.agreed():
+            self.last = validate(self.parts, self.validation, max(1, limit // length))
         if self.length:
             self.length.validated(self.last.tokens, time.perf_counter() - start)
         self.parts.objective.lap(self.parts.mesh.device)
@@ -212,7 +215,8 @@ class Loop:
         Raises DivergedError where ranks have gone apart.
         """
         if self.parts.job.sync.compare:
-            check_agreement(self.parts.replica, self.step)
+            replica = self.parts.replica
+            check_agreement(replica.mesh, {"replicas": self.parts.sync.alike(), "tensor": replica.alike()}, self.step)
         before, self.saved = self.saved, self.saver.save(self.state(), self.step)
         # Known by now: a save waits for the one before.
         if before is not None and before.error:
@@ -243,12 +247,12 @@ class Loop:
             "sync": sync.values,
             "layout": str(parts.job.layout),
         }
-        return State([*parts.replica.held(), *parts.update.state(), *sync.shards], values)
+        return State(sync.shards, values)
 
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint, of whatever layout."""
         parts = self.parts
-        values = checkpoint.load(folder, self.state().shards, verified=True)
-        parts.update.restore(values["update"])
-        parts.sync.restore(values["sync"])
+        wanted = parts.sync.wanted(manifest.read(folder).values)
+        values = checkpoint.load(folder, wanted, verified=True)
+        parts.sync.restore(values)
         self.step, self.position = values["step"], values["position"]

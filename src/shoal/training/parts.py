@@ -26,8 +26,8 @@ from shoal.parallel.pieces import Part
 from shoal.parallel.replica import Replica
 from shoal.parallel.stages import layers_of_stages
 from shoal.parallel.tensor import Tensors
-from shoal.sync import SYNCS, AllReduce
-from shoal.sync.codec import CODECS
+from shoal.sync import Sync
+from shoal.sync import build as build_sync
 from shoal.training.objective import Objective
 from shoal.training.precision import compute, stored
 
@@ -40,7 +40,7 @@ class Parts:
     mesh: Mesh
     replica: Replica[Batch]
     update: Update
-    sync: AllReduce
+    sync: Sync
     objective: Objective
 
 
@@ -51,8 +51,7 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
     """
     replica, objective = spread(job, mesh, fresh)
     update = Update(replica.shards(), job.optim, job.train.steps)
-    codec = CODECS[job.sync.codec]() if job.sync.codec != "none" else None
-    sync = SYNCS[job.sync.name](mesh, job.optim.clip, codec)
+    sync = build_sync(job, mesh)
     sync.attach(replica, update)
     return Parts(job, mesh, replica, update, sync, objective)
 

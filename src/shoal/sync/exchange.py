@@ -1,0 +1,136 @@
+"""What replicas that train apart send each other: pseudo-gradients of fragments on their way, and their outer step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.job.sync import SyncOptions
+from shoal.mesh import Mesh
+from shoal.shard import Shard
+from shoal.sync.codec import Codec
+from shoal.sync.codec.plain import Plain
+from shoal.sync.encoded import EncodedSum
+from shoal.sync.fragment import Fragment
+from shoal.sync.rounds import fragment_of
+from shoal.sync.step import Outer
+
+
+@dataclass
+class _Travelling:
+    """moved_N: a fragment's pseudo-gradient, and once that is here the mean of all. squares: of this rank's own."""
+
+    moved_N: Tensor
+    squares: Tensor
+    here: bool = False
+
+
+class Exchange:
+    """The fragments of one rank, each with what is on its way of it.
+
+    Sums over replicas are made number by number in the order of ranks, so the common weights are equal to the last bit
+    on all of them, and do not depend on how many numbers travel together.
+    """
+
+    def __init__(self, mesh: Mesh, options: SyncOptions, codec: Codec | None, learned: list[Shard], fixed: list[Shard]):
+        """learned, fixed: as for `Fragment`. codec: how pseudo-gradients are written, None = as they are."""
+        self.mesh, self.options = mesh, options
+
+        def of(index: int, shards: list[Shard]) -> list[Shard]:
+            return [shard for shard in shards if fragment_of(shard.name, options.fragments) == index]
+
+        self.fragments = [Fragment(of(i, learned), of(i, fixed)) for i in range(options.fragments)]
+        self.travelling: dict[int, _Travelling] = {}
+        self._sums = [EncodedSum(codec or Plain()) for _ in self.fragments]
+        # Loss and weight of this rank's batches since the last outer step.
+        self.round = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+
+    def leave(self, index: int) -> None:
+        """Sends a fragment's pseudo-gradient to the other replicas; by all ranks in the same order."""
+        moved_N = self.fragments[index].moved()
+        self.travelling[index] = _Travelling(moved_N, self.fragments[index].squares(moved_N))
+        if self.mesh.layout.replicas > 1 and moved_N.numel():
+            bucket = max(1, int(self.options.bucket_mib * 2**20) // moved_N.element_size())
+            for piece in moved_N.split(bucket):
+                self._sums[index].start(piece, self.mesh.across_replicas)
+
+    def finish(self, index: int) -> None:
+        """Waits until the mean of all replicas is here."""
+        sent = self.travelling[index]
+        if not sent.here:
+            if self.mesh.layout.replicas > 1 and sent.moved_N.numel():
+                self._sums[index].finish(self.mesh.across_replicas, self.mesh.wait)
+            sent.moved_N.div_(self.mesh.layout.replicas)
+            sent.here = True
+
+    def arrive(self, due: list[int], stop: bool) -> tuple[Outer | None, bool, bool]:
+        """The outer step of these fragments: (what it was, whether some rank asked to stop, whether all was finite).
+
+        Where a mean is not finite, all replicas go back to the weights that they had in common.
+        """
+        for index in due:
+            self.finish(index)
+        outer, asked, finite = self._agree(due, stop)
+        for index in due:
+            if finite:
+                mean_N = self.travelling[index].moved_N
+                self.fragments[index].step(mean_N, self.options.outer_lr, self.options.outer_momentum)
+            self.fragments[index].mix(self.options.mix if finite else 0.0)
+            del self.travelling[index]
+        return outer, asked, finite
+
+    def average(self, due: list[int], stop: bool) -> tuple[Outer | None, bool, bool]:
+        """As `arrive`, but replicas take the mean of their weights as they are. What was on its way is forgotten."""
+        for index in due:
+            if index in self.travelling:
+                self.finish(index)
+            self.leave(index)
+            self.finish(index)
+        outer, asked, finite = self._agree(due, stop)
+        for index in due:
+            if finite:
+                self.fragments[index].step(self.travelling[index].moved_N, 1.0, 0.0)
+            self.fragments[index].mix(0.0)
+            del self.travelling[index]
+        return outer, asked, finite
+
+    def _agree(self, due: list[int], stop: bool) -> tuple[Outer | None, bool, bool]:
+        """One small sum over all ranks, once the means are here."""
+        if not due:
+            return None, False, True
+        sent = [self.travelling[index] for index in due]
+        means = [self.fragments[index].squares(one.moved_N) for index, one in zip(due, sent, strict=True)]
+        squares = torch.stack([torch.stack([one.squares for one in sent]).sum(), torch.stack(means).sum()])
+        squares /= self.mesh.layout.replicas
+        broken = not all(bool(one.moved_N.isfinite().all()) for one in sent)
+        flags = torch.tensor([stop, broken], dtype=torch.float64, device=self.mesh.device)
+        totals = torch.cat([self.round, flags, squares])
+        self.mesh.wait(dist.all_reduce(totals, group=self.mesh.everyone, async_op=True))
+        self.round.zero_()
+        loss_sum, tokens, asked, not_finite, drift, common = totals.tolist()
+        outer = Outer(loss_sum / tokens if tokens else float("nan"), tokens, drift**0.5, common**0.5)
+        return outer, asked > 0, not not_finite
+
+    def expect(self, index: int) -> None:
+        """A mean that was here when the run was saved: it is filled in by whoever loads."""
+        moved_N = torch.zeros_like(self.fragments[index].common_N)
+        self.travelling[index] = _Travelling(moved_N, self.fragments[index].squares(moved_N), here=True)
+
+    def figures(self) -> Tensor:
+        """This rank's part of what the next outer steps will tell: loss, weight, and squares of what travels."""
+        return torch.cat([self.round, *(self.travelling[index].squares[None] for index in sorted(self.travelling))])
+
+    def count(self, figures: list[float]) -> None:
+        """All ranks' `figures`, as this one's."""
+        self.round.copy_(torch.tensor(figures[:2], dtype=torch.float64))
+        for index, squares in zip(sorted(self.travelling), figures[2:], strict=False):
+            self.travelling[index].squares.fill_(squares)
+
+    def forget(self) -> None:
+        """What was sent does not arrive any more."""
+        self.travelling.clear()
+        for one in self._sums:
+            one.forget()

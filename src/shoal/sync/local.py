@@ -1,0 +1,202 @@
+"""Replicas train apart and come together every so many steps: local SGD, DiLoCo, streaming DiLoCo.
+
+After H steps of its own, a replica's pseudo-gradient is the weights that all had in common minus its own. The mean of
+these goes through an outer optimizer, which moves the common weights, and every replica goes on from them.
+
+outer_lr=1, outer_momentum=0: weights are averaged (Stich 2019, "Local SGD Converges Fast and Communicates Little";
+after some steps with all-reduce, Lin et al. 2020, "Don't Use Large Mini-batches, Use Local SGD"). Nesterov outside,
+AdamW inside: Douillard et al. 2023, "DiLoCo". With fragments, delay and mix: Douillard et al. 2025, "Streaming DiLoCo".
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from shoal import operations
+from shoal.job.sync import SyncOptions
+from shoal.mesh import Mesh
+from shoal.optim.update import Update
+from shoal.parallel.replica import Replica, Tally
+from shoal.shard import Shard, State
+from shoal.sync import saved
+from shoal.sync.allreduce import AllReduce
+from shoal.sync.codec import Codec
+from shoal.sync.exchange import Exchange
+from shoal.sync.fragment import named
+from shoal.sync.rounds import Rounds
+from shoal.sync.step import Applied, Outer, Version, apply, sum_within, totals_of
+
+
+class Local:
+    """One update a step within each replica; between replicas, nothing but the outer steps."""
+
+    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None, options: SyncOptions):
+        """clip: of each replica's own gradient. codec: how gradients are written on their way, or pseudo-gradients."""
+        self.mesh, self.clip, self.options, self._codec = mesh, clip, options, codec
+        self.rounds = Rounds(options.every, options.fragments, options.delay)
+        self._together = AllReduce(mesh, clip, codec)
+        self._apart = False
+        self._step = 0
+
+    def attach(self, replica: Replica[Any], update: Update) -> None:
+        self.replica, self.update = replica, update
+        self._together.attach(replica, update)
+        learned = replica.shards()
+        self.exchange = Exchange(self.mesh, self.options, self._codec, learned, replica.held()[len(learned) :])
+
+    def begin(self, step: int) -> Version:
+        """Nothing to wait for: a replica goes on from its own weights."""
+        self._step = step
+        if not self._apart:
+            if step < self.options.together:
+                return self._together.begin(step)
+            for fragment in self.exchange.fragments:
+                fragment.agree()
+            self._part()
+        operations.step(step + 1)
+        return Version(self.update.done)
+
+    def _part(self) -> None:
+        """From here on gradients stay in the replica."""
+        self._apart = True
+        self.replica.on_bucket(lambda flat: None)
+
+    def end(self, tally: Tally) -> Applied:
+        """This replica's own update, and after some steps the outer one. Raises what collectives raise when a rank is
+        lost."""
+        if not self._apart:
+            return self._together.end(tally)
+        totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
+        counted = totals[:2].clone()
+        waited = sum_within(self.mesh, totals)
+        loss_sum, weight, _ = totals.tolist()
+        start = time.perf_counter()
+        shards = self.replica.collect()
+        waited += time.perf_counter() - start
+        within = self.mesh.within_replica if self.mesh.layout.ranks_per_replica > 1 else None
+        done = apply(self.replica, self.update, shards, self.clip, loss_sum, weight, within)
+        if done.finite:
+            self.exchange.round += counted
+        start = time.perf_counter()
+        outer, stop, finite = self._come_together(tally.stop)
+        waited += done.waited + time.perf_counter() - start
+        whence = "" if finite else "the mean over replicas of how far they had moved"
+        return Applied(
+            done.finite and finite, Version(self.update.done), loss_sum, weight, weight * self.mesh.layout.replicas,
+            done.norm, done.lr, stop=stop, waited=waited, whence=whence, outer=outer,
+        )  # fmt: skip
+
+    def _come_together(self, stop: bool) -> tuple[Outer | None, bool, bool]:
+        """What is due after this step, as `Exchange.arrive` tells it."""
+        step, exchange = self._step + 1, self.exchange
+        for index in self.rounds.starts(step):
+            exchange.leave(index)
+        # After a resume with other rounds, or where replicas parted late, some may never have left.
+        due = [index for index in self.rounds.ends(step) if index in exchange.travelling]
+        outer, asked, finite = exchange.arrive(due, stop)
+        if step < self.update.steps:
+            return outer, asked, finite
+        # The run ends: what was learned since a fragment left shall not be lost.
+        rest = [i for i in range(self.rounds.fragments) if i not in due or self.options.mix]
+        average, also_asked, also_finite = exchange.average(rest, stop)
+        return outer or average, asked or also_asked, finite and also_finite
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """Within, the replica has the weights that all have in common."""
+        if not self._apart:
+            yield
+            return
+        held = self.replica.held()
+        before = [shard.local.clone() for shard in held]
+        for fragment in self.exchange.fragments:
+            fragment.mix(0.0)
+        try:
+            yield
+        finally:
+            for shard, values in zip(held, before, strict=True):
+                shard.local.copy_(values)
+
+    def alike(self) -> list[Shard]:
+        """What must be equal to the last bit on all replicas."""
+        return self._common() if self._apart else self.replica.held()
+
+    def _common(self) -> list[Shard]:
+        return [shard for fragment in self.exchange.fragments for shard in fragment.common()]
+
+    def abandon(self) -> None:
+        """After a failure: breaks off this step, so that whoever waits for this rank learns of it too."""
+        self.exchange.forget()
+        self._together.abandon()
+
+    def state(self) -> State:
+        """What all have in common, and what each replica has of its own. To be called on all ranks."""
+        if not self._apart:
+            return self._together.state()
+        layout, exchange = self.mesh.layout, self.exchange
+        travelling = sorted(exchange.travelling)
+        for index in travelling:
+            exchange.finish(index)
+        updates_R = torch.zeros(layout.replicas, dtype=torch.float64, device=self.mesh.device)
+        updates_R[self.mesh.replica] = self.update.done / layout.ranks_per_replica
+        totals = torch.cat([updates_R, exchange.figures()])
+        self.mesh.wait(dist.all_reduce(totals, group=self.mesh.everyone, async_op=True))
+        updates, figures = totals.tolist()[: layout.replicas], totals.tolist()[layout.replicas :]
+        values = {
+            "apart": layout.replicas,
+            "updates": [round(done) for done in updates],
+            "rounds": [self.rounds.every, self.rounds.fragments, self.rounds.delay],
+            "travelling": travelling,
+            "figures": figures if all(map(math.isfinite, figures)) else [],
+        }
+        return State([*self._shared(values), *self._own(self.mesh.replica)], values)
+
+    def _shared(self, values: dict[str, Any]) -> list[Shard]:
+        """Of the state that these values belong to, what is equal on all replicas."""
+        fragments, sent = self.exchange.fragments, self.exchange.travelling
+        arriving = [named("arriving", fragments[i].shards, sent[i].moved_N) for i in values["travelling"]]
+        return [*self._common(), *(s for f in fragments for s in f.velocity()), *(s for a in arriving for s in a)]
+
+    def _own(self, replica: int) -> list[Shard]:
+        """This replica's, under the name of that one."""
+        return [*saved.weights_of(replica, self.replica.held()), *saved.own(replica, self.update.state())]
+
+    def wanted(self, values: dict[str, Any]) -> list[Shard]:
+        """What to load from a checkpoint with these values, before `restore`.
+
+        A replica that is new begins with the common weights, and with the optimizer's state of one that was there.
+        """
+        replicas = saved.replicas_apart(values)
+        if not replicas or values["step"] < self.options.together:
+            return saved.equal(self.replica, self.update, values)
+        told, exchange = values["sync"], self.exchange
+        if told["rounds"] != [self.rounds.every, self.rounds.fragments, self.rounds.delay]:
+            # What was on its way had left for other rounds than these: it stays in each replica's own weights.
+            told["travelling"] = []
+        exchange.forget()
+        for index in told["travelling"]:
+            exchange.expect(index)
+        mine = self.mesh.replica
+        own = self._own(mine % replicas)
+        if mine >= replicas:
+            weights = self.replica.held()
+            own = [*weights, *own[len(weights) :]]
+        return [*self._shared(told), *own]
+
+    def restore(self, values: dict[str, Any]) -> None:
+        """After the tensors that were `wanted` have been filled."""
+        replicas, told = saved.replicas_apart(values), values["sync"]
+        if not replicas or values["step"] < self.options.together:
+            self._together.restore(values)
+            return
+        self.update.restore({"updates": told["updates"][self.mesh.replica % replicas]})
+        if self.mesh.rank == 0 and told["figures"]:
+            self.exchange.count(told["figures"])
+        self._part()

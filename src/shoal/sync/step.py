@@ -1,0 +1,113 @@
+"""What every way of keeping replicas consistent does in a step: gradients normalised, clipped, applied."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal.mesh import Mesh
+from shoal.optim.norm import sum_of_squares
+from shoal.optim.update import Update
+from shoal.parallel.replica import Replica
+from shoal.shard import Shard
+
+
+@dataclass(frozen=True)
+class Version:
+    """Which weights a step computes its gradients from: the number of updates in them."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Outer:
+    """An outer step, in which replicas that had trained apart came together; the same on every rank.
+
+    loss: mean over the tokens of all replicas since the one before. tokens: how many these were. drift: how far a
+    replica had moved from the common weights, root mean square over replicas. common: how far their mean had; as
+    far as the drift where all moved alike, its part 1/√replicas where each went a way of its own.
+    """
+
+    loss: float
+    tokens: float
+    drift: float
+    common: float
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What became of one step, the same on every rank; while replicas train apart, on every rank of a replica.
+
+    applied: False where loss or gradient was not finite. loss_sum, weight: over the global batch, or a replica's part.
+    tokens: of the global batch; of a replica's part, times the replicas. grad_norm: of the normalised gradient, before
+    clipping. staleness: updates between pull and commit. stop: some rank asked to end the run after this step.
+    waited: seconds this rank waited for others and the network, not covered by computing.
+    whence: where it was not finite, e.g. `weights of rank 2`; empty where only the gradient was.
+    """
+
+    applied: bool
+    version: Version
+    loss_sum: float
+    weight: float
+    tokens: float
+    grad_norm: float
+    lr: float
+    staleness: int = 0
+    stop: bool = False
+    waited: float = 0.0
+    whence: str = ""
+    outer: Outer | None = None
+
+
+@dataclass(frozen=True)
+class Updated:
+    """finite: whether the update was applied. norm: before clipping. lr: 0 where not applied. waited: in seconds."""
+
+    finite: bool
+    norm: float
+    lr: float
+    waited: float
+
+
+def apply(
+    replica: Replica,
+    update: Update,
+    shards: list[Shard],
+    clip: float,
+    loss_sum: float,
+    weight: float,
+    counting: dist.ProcessGroup | None,
+) -> Updated:
+    """Divides the gradient sums in the shards by the weight, clips and applies them; on all ranks of a replica.
+
+    clip: largest norm, 0 = none. counting: the ranks whose batches the step was of, None = this one alone.
+    """
+    squares = sum_of_squares(shards)
+    waited = sum_within(replica.mesh, squares)
+    norm = math.sqrt(squares.item()) / weight if weight else math.nan
+    finite = math.isfinite(norm) and math.isfinite(loss_sum)
+    lr = 0.0
+    if finite:
+        scale = min(1.0, clip / norm) if clip and norm else 1.0
+        lr = update.apply(scale / weight)
+        replica.updated(counting)
+    return Updated(finite, norm, lr, waited)
+
+
+def sum_within(mesh: Mesh, tensor: Tensor) -> float:
+    """Over the ranks of this one's replica, in place. Returns the seconds that this rank waited."""
+    if mesh.layout.ranks_per_replica == 1:
+        return 0.0
+    start = time.perf_counter()
+    mesh.wait(dist.all_reduce(tensor, group=mesh.within_replica, async_op=True))
+    return time.perf_counter() - start
+
+
+def totals_of(loss_sum: Tensor, weight: Tensor, stop: bool) -> Tensor:
+    """(loss_sum, weight, stop), float64, for one sum over ranks."""
+    return torch.stack([loss_sum, weight, torch.full_like(weight, stop)])

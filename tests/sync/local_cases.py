@@ -1,0 +1,239 @@
+"""Ranks whose replicas train apart, and the same in one process with nothing of shoal's but the model."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from shoal import mesh as meshes
+from shoal.job import Job
+from shoal.models import build
+from shoal.models.spec import parameters
+from shoal.observe.traffic import traffic
+from shoal.ops.initialise import initialise_
+from shoal.optim.schedule import learning_rate
+from shoal.training.feed import micro_batches
+from shoal.training.parts import Parts, assemble
+from tests.equivalence import cases
+from tests.models import experts
+
+
+def job(layout: str, steps: int, sync: dict[str, Any], **options: Any) -> Job:
+    what = cases.job(layout, steps, **options)
+    return replace(what, sync=replace(what.sync, name="local", **sync)).validate()
+
+
+def train(seat: meshes.Seat, layout: str, steps: int, sync: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Every step's own figures, outer steps, and after each step the common weights and this replica's own."""
+    torch.set_num_threads(1)
+    what = job(layout, steps, sync, **options)
+    assert what.layout is not None
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        return take_steps(assemble(what, mesh), steps)
+    finally:
+        mesh.close()
+
+
+def take_steps(parts: Parts, steps: int, first: int = 0) -> dict[str, Any]:
+    told: dict[str, Any] = {"losses": [], "norms": [], "outer": {}, "common": [], "own": []}
+    told["replica"] = parts.mesh.replica
+    for step in range(first, steps):
+        parts.objective.step = step
+        parts.sync.begin(step)
+        tally = parts.replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective)
+        applied = parts.sync.end(tally)
+        told["losses"].append(applied.loss_sum / applied.weight)
+        told["norms"].append(applied.grad_norm)
+        if applied.outer is not None:
+            told["outer"][step + 1] = vars(applied.outer)
+        told["common"].append([(s.name, s.offsets, s.local.tolist()) for s in parts.sync.alike()])
+        told["own"].append([(s.name, s.offsets, s.local.tolist()) for s in parts.replica.held()])
+    return told
+
+
+@functools.cache
+def _data(step: int, replicas: int) -> list[Any]:
+    return micro_batches(cases.global_batch(step), cases.GLOBAL_BATCH // replicas)
+
+
+def reference(replicas: int, steps: int, sync: dict[str, Any], codec: str = "", **options: Any) -> dict[str, Any]:
+    """The algorithm as its papers have it, in float64: every replica a model of its own with torch's own optimizers.
+
+    codec: dtype to which what each has learned is rounded, and their sum. Returns the common weights after every step,
+    each replica's losses, and its weights after the last one. Computed once: not to be written to.
+    """
+    return _once(replicas, steps, tuple(sync.items()), codec, tuple(options.items()))
+
+
+@functools.cache
+def _once(replicas: int, steps: int, sync: tuple[Any, ...], codec: str, options: tuple[Any, ...]) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more would wait for each other, ten times as long as they compute
+    try:
+        return _reference(replicas, steps, **dict(sync), codec=codec, **dict(options))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _reference(
+    replicas: int, steps: int, every: int, outer_lr: float, outer_momentum: float, fragments: int = 1, delay: int = 0,
+    mix: float = 0.0, together: int = 0, codec: str = "", **options: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """together: that many steps at the start are one step on the mean gradient of all."""
+    what = cases.job("replicas=1", steps, **options)
+    models = [_model(what) for _ in range(replicas)]
+    inner = [_optimizer(what, model) for model in models]
+    named = [{name: t.detach() for name, t in experts.canonical(model)} for model in models]
+    common = {name: tensor.clone() for name, tensor in named[0].items()}
+    # What moves by counts, not by gradients, is averaged.
+    fixed = {name for name, _ in models[0].named_buffers() if name in common}
+    velocity = {name: torch.zeros_like(tensor) for name, tensor in common.items()}
+    sent: dict[int, dict[str, torch.Tensor]] = {}
+    losses: list[list[float]] = [[] for _ in range(replicas)]
+    history = []
+    for step in range(steps):
+        tokens = [batch.weight_BL.double().sum() for batch in _data(step, replicas)]
+        for r, batch in enumerate(_data(step, replicas)):
+            models[r].zero_grad()
+            loss = cases._loss(what, models[r], batch, step)
+            loss.backward()
+            losses[r].append(loss.item() / tokens[r].item())
+            for p in models[r].parameters():
+                p.grad = (torch.zeros_like(p) if p.grad is None else p.grad) / tokens[r]
+        if step < together:
+            for group in zip(*(model.parameters() for model in models), strict=True):
+                total = sum(p.grad * n for p, n in zip(group, tokens, strict=True)) / sum(tokens)
+                for p in group:
+                    p.grad = total.clone()
+        for r in range(replicas):
+            _update(what, models[r], inner[r], step, steps)
+        done = step + 1
+        if done <= together:
+            common = {name: tensor.clone() for name, tensor in named[0].items()}
+            history.append({name: tensor.clone() for name, tensor in common.items()})
+            continue
+        for i in range(fragments):
+            if _due(i, done + delay, every, fragments):
+                sent[i] = {n: _mean([_codec(common[n] - m[n], codec) for m in named], codec) for n in common
+                           if _fragment(n, fragments) == i}  # fmt: skip
+        settled = set()
+        for i in range(fragments):
+            if _due(i, done, every, fragments) and i in sent:
+                settled.add(i)
+                for n, mean in sent.pop(i).items():
+                    velocity[n] = outer_momentum * velocity[n] + mean
+                    common[n] = common[n] - (mean if n in fixed else outer_lr * (mean + outer_momentum * velocity[n]))
+                    for m in named:
+                        m[n].copy_((1 - mix) * common[n] + mix * m[n])
+        if done == steps:
+            for n in common:
+                if _fragment(n, fragments) not in settled or mix:
+                    common[n] = common[n] - _mean([_codec(common[n] - m[n], codec) for m in named], codec)
+                    for m in named:
+                        m[n].copy_(common[n])
+        history.append({name: tensor.clone() for name, tensor in common.items()})
+    return {"losses": losses, "common": history, "own": named}
+
+
+def _model(what: Job) -> torch.nn.Module:
+    model = build(what.model).double()
+    fills = parameters(what.model)
+    for name, tensor in experts.canonical(model):
+        initialise_(tensor.detach(), name, tuple(tensor.shape), (0,) * tensor.ndim, fills[name].fill, what.train.seed)
+    return model
+
+
+def _optimizer(what: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
+    o = what.optim
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if o.name == "adamw":
+        return torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=False)
+    return torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
+
+
+def _update(what: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+    o = what.optim
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
+    lr = learning_rate(o, step, steps)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    for p in model.parameters():
+        p.grad.mul_(min(1.0, o.clip / norm) if o.clip else 1.0)
+        if o.name == "sgd" and p.ndim > 1:
+            p.data.mul_(1 - lr * o.weight_decay)
+    optimizer.step()
+    cases.balance_(model)
+
+
+def _due(fragment: int, done: int, every: int, fragments: int) -> bool:
+    """Every fragment's turn comes once a round, the last one's at its end."""
+    return done % every == (fragment + 1) * every // fragments % every and done > 0
+
+
+def _fragment(name: str, fragments: int) -> int:
+    parts = name.split(".")
+    if "layers" in parts:
+        return int(parts[parts.index("layers") + 1]) % fragments
+    return 0 if "embed_tokens" in parts else fragments - 1
+
+
+def _codec(tensor: torch.Tensor, codec: str) -> torch.Tensor:
+    return tensor.to(getattr(torch, codec)).double() if codec else tensor
+
+
+def _mean(tensors: list[torch.Tensor], codec: str) -> torch.Tensor:
+    return _codec(sum(tensors[1:], tensors[0].clone()), codec) / len(tensors)
+
+
+def agreement(seat: meshes.Seat, bucket_mib: float, steps: int, sync: dict[str, Any]) -> list[dict[str, Any]]:
+    """In float32 after every step: the bits of the common weights, and of those of this replica's own."""
+    torch.set_num_threads(1)
+    what = job(f"replicas={seat.world},micro_batch=2", steps, sync, precision="fp32", model="even")
+    what = replace(what, sync=replace(what.sync, bucket_mib=bucket_mib))
+    assert what.layout is not None
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        parts, told = assemble(what, mesh), []
+        for step in range(steps):
+            parts.objective.step = step
+            parts.sync.begin(step)
+            parts.sync.end(parts.replica.gradients(cases.rank_batches(mesh, step, 0), parts.objective))
+            told.append({"common": _bits(parts.sync.alike()), "own": _bits(parts.replica.held())})
+        return told
+    finally:
+        mesh.close()
+
+
+def _bits(shards: list[Any]) -> dict[str, list[int]]:
+    return {shard.name: shard.local.contiguous().view(torch.int32).flatten().tolist() for shard in shards}
+
+
+def bytes_of_steps(seat: meshes.Seat, sync: dict[str, Any], codec: str, steps: int) -> list[tuple[int, int]]:
+    """What this rank's process has sent and received over TCP in each step; how many numbers the model has."""
+    torch.set_num_threads(1)
+    what = job(f"replicas={seat.world},micro_batch=2", steps, sync, precision="fp32", model="even")
+    what = replace(what, sync=replace(what.sync, codec=codec, bucket_mib=25.0))
+    assert what.layout is not None
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        parts, told = assemble(what, mesh), []
+        for step in range(steps):
+            mesh.largest(0.0)
+            before = traffic()
+            parts.objective.step = step
+            parts.sync.begin(step)
+            parts.sync.end(parts.replica.gradients(cases.rank_batches(mesh, step, 0), parts.objective))
+            mesh.largest(0.0)
+            after = traffic()
+            assert before is not None
+            assert after is not None
+            told.append((after.sent - before.sent, after.received - before.received))
+        numbers = sum(shard.local.numel() for shard in parts.replica.held())
+        return [*told, (numbers, numbers)]
+    finally:
+        mesh.close()
