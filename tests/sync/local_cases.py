@@ -23,7 +23,7 @@ from tests.models import experts
 
 def job(layout: str, steps: int, sync: dict[str, Any], **options: Any) -> Job:
     what = cases.job(layout, steps, **options)
-    return replace(what, sync=replace(what.sync, name="local", **sync)).validate()
+    return replace(what, sync=replace(what.sync, **({"name": "local"} | sync))).validate()
 
 
 def train(seat: meshes.Seat, layout: str, steps: int, sync: dict[str, Any], **options: Any) -> dict[str, Any]:

@@ -282,3 +282,13 @@ def loaded(seat: Seat, job: str, layout: str, folder: str) -> dict[str, Any]:
         return {"replica": ranks.replica, "weights": weights, "moments": slots}
     finally:
         ranks.close()
+
+
+def asked_to_stop(seat: Seat, at: int, victim: int, **args: Any) -> dict[str, Any]:
+    """After step `at`, somebody asks one rank to stop."""
+
+    def after(run: Loop) -> None:
+        run.stop.asked |= seat.member == victim and run.step == at
+
+    with around_steps(lambda run: None, after):
+        return worker.main(seat, **args)

@@ -14,17 +14,22 @@ class SyncOptions:
     name: str = "allreduce"
     """`allreduce`: every step, sums of gradients over all replicas. `local`: each replica takes steps of its own, and
     after `every` of them an outer optimizer moves the common weights by the mean of what replicas have learned (local
-    SGD, DiLoCo; docs/local-steps.md)."""
+    SGD, DiLoCo; docs/local-steps.md). `gossip`: the same, but every replica averages with one other, another one each
+    time (docs/gossip.md)."""
     codec: str = "none"
     """How gradients are written on their way between replicas: `none` = as they are, `bf16` or `fp16` = in half the
     bytes, rounded once on the way there and once on the way back. Sums are made in full precision. With `local`, what
     replicas have learned."""
     every: int = 50
-    """local: steps of its own between two outer steps."""
+    """local, gossip: steps of its own between two outer steps."""
     outer_lr: float = 0.7
-    """local: learning rate of the outer optimizer; 1, with `outer_momentum` 0, averages weights."""
-    outer_momentum: float = 0.9
-    """local: Nesterov momentum of the outer optimizer."""
+    """local, gossip: learning rate of the outer optimizer; 1, with `outer_momentum` 0, averages weights."""
+    outer_momentum: float = -1.0
+    """local: Nesterov momentum of the outer optimizer; gossip: momentum of the slow weights. -1 = 0.9 with local, 0.5
+    with gossip."""
+    pull: float = 0.0
+    """gossip: what part of the way to the mean of a pair its slow weights gain in velocity when they meet; 0 = half of
+    the largest that does not drive them apart, 1 - momentum²."""
     fragments: int = 1
     """local: parts of the model that are exchanged in turn, each once in `every` steps: as many bytes, lower peaks."""
     delay: int = 0
@@ -41,8 +46,20 @@ class SyncOptions:
     compare: bool = True
     """Before every checkpoint, whether what several ranks hold is still equal to the last bit; if not, the run ends."""
 
+    @property
+    def momentum(self) -> float:
+        """Of the outer optimizer."""
+        if self.outer_momentum >= 0:
+            return self.outer_momentum
+        return 0.5 if self.name == "gossip" else 0.9
+
+    @property
+    def pulled(self) -> float:
+        """`pull`, decided."""
+        return self.pull or 1 - self.momentum**2
+
     def validate(self) -> None:
-        one_of("sync.name", self.name, ("allreduce", "local"))
+        one_of("sync.name", self.name, ("allreduce", "local", "gossip"))
         one_of("sync.codec", self.codec, ("none", "bf16", "fp16"))
         positive("sync.bucket_mib", self.bucket_mib)
         positive("sync.timeout", self.timeout)
@@ -54,11 +71,11 @@ class SyncOptions:
         positive("sync.outer_lr", self.outer_lr)
         for name in ("delay", "together"):
             at_least(f"sync.{name}", getattr(self, name), 0)
-        for name in ("outer_momentum", "mix"):
-            value = getattr(self, name)
-            require(
-                0 <= value < 1, f"sync.{name}={value} is not in [0, 1)", "e.g. 0.9" if name != "mix" else "e.g. 0.5"
-            )
+        require(0 <= self.mix < 1, f"sync.mix={self.mix} is not in [0, 1)", "e.g. 0.5")
+        what = f"sync.outer_momentum={self.outer_momentum} is not in [0, 1)"
+        require(0 <= self.outer_momentum < 1 or self.outer_momentum == -1, what, "e.g. 0.9, or -1 for the usual one")
+        if self.name == "gossip":
+            self._validate_gossip()
         require(
             self.fragments <= self.every,
             f"sync.fragments={self.fragments} take turns in sync.every={self.every} steps: more than one a step",
@@ -69,3 +86,14 @@ class SyncOptions:
             f"sync.delay={self.delay} is not less than sync.every={self.every}: a fragment would leave twice",
             f"sync.delay={self.every - 1} or less",
         )
+
+    def _validate_gossip(self) -> None:
+        at_least("sync.pull", self.pull, 0)
+        # From there on the variance of replicas that meet at random, without any gradient, grows.
+        most = 2 * (1 - self.momentum**2)
+        what = f"sync.pull={self.pull} with sync.outer_momentum={self.momentum} would drive replicas apart"
+        require(self.pull < most, what, f"less than {most:.3g}, or 0 for half of that")
+        others = {"fragments": 1, "delay": 0, "mix": 0.0, "together": 0, "codec": "none"}
+        for name, none in others.items():
+            what = f"sync.name=gossip excludes sync.{name}: pairs exchange whole models, in full precision"
+            require(getattr(self, name) == none, what, f"leave out sync.{name}, or take sync.name=local")

@@ -4,9 +4,10 @@ from shoal.job import Job
 from shoal.mesh import Mesh
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.codec import CODECS
+from shoal.sync.gossip import Gossip
 from shoal.sync.local import Local
 
-Sync = AllReduce | Local
+Sync = AllReduce | Local | Gossip
 
 
 def build(job: Job, mesh: Mesh) -> Sync:
@@ -14,4 +15,6 @@ def build(job: Job, mesh: Mesh) -> Sync:
     codec = CODECS[job.sync.codec]() if job.sync.codec != "none" else None
     if job.sync.name == "local":
         return Local(mesh, job.optim.clip, codec, job.sync)
+    if job.sync.name == "gossip":
+        return Gossip(mesh, job.optim.clip, job.sync, job.train.seed)
     return AllReduce(mesh, job.optim.clip, codec)

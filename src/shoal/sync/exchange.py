@@ -77,7 +77,7 @@ class Exchange:
         for index in due:
             if finite:
                 mean_N = self.travelling[index].moved_N
-                self.fragments[index].step(mean_N, self.options.outer_lr, self.options.outer_momentum)
+                self.fragments[index].step(mean_N, self.options.outer_lr, self.options.momentum)
             self.fragments[index].mix(self.options.mix if finite else 0.0)
             del self.travelling[index]
         return outer, asked, finite

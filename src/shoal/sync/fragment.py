@@ -70,7 +70,11 @@ class Fragment:
 
     def common(self) -> list[Shard]:
         """The common weights, under their own names."""
-        return [replace(shard, local=piece, grad=None) for shard, piece in _pieces(self.shards, self.common_N)]
+        return self.like(self.common_N)
+
+    def like(self, flat_N: Tensor) -> list[Shard]:
+        """What a flat tensor holds of the shards, under their own names."""
+        return [replace(shard, local=piece, grad=None) for shard, piece in _pieces(self.shards, flat_N)]
 
     def velocity(self) -> list[Shard]:
         """The outer optimizer's, as `outer.<name>`."""

@@ -31,7 +31,7 @@ from shoal.sync.codec import Codec
 from shoal.sync.exchange import Exchange
 from shoal.sync.fragment import named
 from shoal.sync.rounds import Rounds
-from shoal.sync.step import Applied, Outer, Version, apply, sum_within, totals_of
+from shoal.sync.step import Applied, Outer, Version, own_step
 
 
 class Local:
@@ -73,24 +73,17 @@ class Local:
         lost."""
         if not self._apart:
             return self._together.end(tally)
-        totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
-        counted = totals[:2].clone()
-        waited = sum_within(self.mesh, totals)
-        loss_sum, weight, _ = totals.tolist()
-        start = time.perf_counter()
-        shards = self.replica.collect()
-        waited += time.perf_counter() - start
-        within = self.mesh.within_replica if self.mesh.layout.ranks_per_replica > 1 else None
-        done = apply(self.replica, self.update, shards, self.clip, loss_sum, weight, within)
-        if done.finite:
-            self.exchange.round += counted
+        own = own_step(self.mesh, self.replica, self.update, self.clip, tally)
+        if own.done.finite:
+            self.exchange.round += own.counted
         start = time.perf_counter()
         outer, stop, finite = self._come_together(tally.stop)
-        waited += done.waited + time.perf_counter() - start
+        waited = own.waited + time.perf_counter() - start
         whence = "" if finite else "the mean over replicas of how far they had moved"
         return Applied(
-            done.finite and finite, Version(self.update.done), loss_sum, weight, weight * self.mesh.layout.replicas,
-            done.norm, done.lr, stop=stop, waited=waited, whence=whence, outer=outer,
+            own.done.finite and finite, Version(self.update.done), own.loss_sum, own.weight,
+            own.weight * self.mesh.layout.replicas, own.done.norm, own.done.lr, stop=stop, waited=waited,
+            whence=whence, outer=outer,
         )  # fmt: skip
 
     def _come_together(self, stop: bool) -> tuple[Outer | None, bool, bool]:
@@ -150,6 +143,7 @@ class Local:
         self.mesh.wait(dist.all_reduce(totals, group=self.mesh.everyone, async_op=True))
         updates, figures = totals.tolist()[: layout.replicas], totals.tolist()[layout.replicas :]
         values = {
+            "kind": "local",
             "apart": layout.replicas,
             "updates": [round(done) for done in updates],
             "rounds": [self.rounds.every, self.rounds.fragments, self.rounds.delay],
@@ -168,13 +162,18 @@ class Local:
         """This replica's, under the name of that one."""
         return [*saved.weights_of(replica, self.replica.held()), *saved.own(replica, self.update.state())]
 
+    def _were_apart(self, values: dict[str, Any]) -> bool:
+        """Whether these replicas go on from what each of others like them had of its own."""
+        apart = saved.replicas_apart(values) > 0 and values["sync"]["kind"] == "local"
+        return apart and values["step"] >= self.options.together
+
     def wanted(self, values: dict[str, Any]) -> list[Shard]:
         """What to load from a checkpoint with these values, before `restore`.
 
         A replica that is new begins with the common weights, and with the optimizer's state of one that was there.
         """
         replicas = saved.replicas_apart(values)
-        if not replicas or values["step"] < self.options.together:
+        if not self._were_apart(values):
             return saved.equal(self.replica, self.update, values)
         told, exchange = values["sync"], self.exchange
         if told["rounds"] != [self.rounds.every, self.rounds.fragments, self.rounds.delay]:
@@ -193,7 +192,7 @@ class Local:
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled."""
         replicas, told = saved.replicas_apart(values), values["sync"]
-        if not replicas or values["step"] < self.options.together:
+        if not self._were_apart(values):
             self._together.restore(values)
             return
         self.update.restore({"updates": told["updates"][self.mesh.replica % replicas]})

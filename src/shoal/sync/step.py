@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ from torch import Tensor
 from shoal.mesh import Mesh
 from shoal.optim.norm import sum_of_squares
 from shoal.optim.update import Update
-from shoal.parallel.replica import Replica
+from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard
 
 
@@ -75,7 +76,7 @@ class Updated:
 
 
 def apply(
-    replica: Replica,
+    replica: Replica[Any],
     update: Update,
     shards: list[Shard],
     clip: float,
@@ -97,6 +98,32 @@ def apply(
         lr = update.apply(scale / weight)
         replica.updated(counting)
     return Updated(finite, norm, lr, waited)
+
+
+@dataclass(frozen=True)
+class OwnStep:
+    """A step that a replica takes alone. loss_sum, weight: over its batches; counted: this rank's part of both."""
+
+    done: Updated
+    loss_sum: float
+    weight: float
+    counted: Tensor
+    stop: bool
+    waited: float
+
+
+def own_step(mesh: Mesh, replica: Replica[Any], update: Update, clip: float, tally: Tally) -> OwnStep:
+    """From gradients to the update within one replica, on all of its ranks."""
+    totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
+    counted = totals[:2].clone()
+    waited = sum_within(mesh, totals)
+    loss_sum, weight, stop = totals.tolist()
+    start = time.perf_counter()
+    shards = replica.collect()
+    waited += time.perf_counter() - start
+    within = mesh.within_replica if mesh.layout.ranks_per_replica > 1 else None
+    done = apply(replica, update, shards, clip, loss_sum, weight, within)
+    return OwnStep(done, loss_sum, weight, counted, stop > 0, waited + done.waited)
 
 
 def sum_within(mesh: Mesh, tensor: Tensor) -> float:
