@@ -127,7 +127,8 @@ def _parts(
     batches = micro_batches(batch, ranks.layout.micro_batch)
     job = settle(job, ranks, batches, say)
     if length:
-        steps = length.estimate(assemble(replace_train(job, steps=1), ranks), batches)
+        # Of a run that is far from its end, where local steps would come together.
+        steps = length.estimate(assemble(replace_train(job, steps=1_000_000), ranks), batches)
         gc.collect()  # the model that was measured, before there is another
         say(f"steps that fit into what is left of {job.train.minutes:g} minutes: {max(steps, 0):,}")
         if steps < 1:
