@@ -12,6 +12,7 @@ import torch.distributed as dist
 from shoal import device
 from shoal import mesh as meshes
 from shoal.membership.agree import next_view
+from shoal.parallel.flat import Flat
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 
@@ -65,11 +66,11 @@ def _dying(parts: Parts, seat: meshes.Seat, victim: int, now: bool) -> Any:
         return parts.objective
     sent = []
 
-    def half(flat: torch.Tensor) -> None:
+    def half(flat: torch.Tensor, place: Flat) -> None:
         sent.append(flat)
         if len(sent) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        parts.sync._send(flat)
+        parts.sync._send(flat, place)
 
     parts.replica.on_bucket(half)
     return parts.objective

@@ -16,6 +16,9 @@ class SyncOptions:
     codec: str = "none"
     """How gradients are written on their way between replicas: `none` = as they are, `bf16` or `fp16` = in half the
     bytes, rounded once on the way there and once on the way back. Sums are made in full precision."""
+    feedback: bool = True
+    """Whether what a codec's rounding has lost is added to the next gradient. Takes a rank the bytes of its gradients
+    once more, of a sum's chunk its part too, and twice that during a step; both go into checkpoints."""
     bucket_mib: float = 25.0
     """Gradients that travel together, in MiB; small buckets start early, large ones cost fewer latencies."""
     timeout: float = 600.0

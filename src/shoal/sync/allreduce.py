@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,9 @@ from shoal.errors import LayoutError
 from shoal.mesh import Mesh, View, build
 from shoal.optim.norm import sum_of_squares
 from shoal.optim.update import Update
+from shoal.parallel.flat import Flat
 from shoal.parallel.replica import Replica, Tally
-from shoal.shard import State
+from shoal.shard import Shard, State
 from shoal.sync.codec import Codec
 from shoal.sync.encoded import EncodedSum
 
@@ -55,19 +57,21 @@ class Applied:
 class AllReduce:
     """One update a step, from the sum of all replicas' gradients, clipped and applied on every rank."""
 
-    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None = None):
-        """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are."""
+    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None = None, feedback: bool = True):
+        """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are.
+        feedback: whether what it loses is added to the next ones."""
         self.mesh, self.clip = mesh, clip
         self._works: list[dist.Work] = []
-        self._encoded = None if codec is None else EncodedSum(codec)
+        alone = mesh.layout.replicas == 1
+        self._encoded = None if codec is None or alone else EncodedSum(codec, feedback)
 
     def attach(self, replica: Replica, update: Update) -> None:
         self.replica, self.update = replica, update
         replica.on_bucket(self._send)
 
-    def _send(self, flat: Tensor) -> None:
+    def _send(self, flat: Tensor, place: Flat) -> None:
         if self._encoded is not None:
-            self._encoded.start(flat, self.mesh.across_replicas)
+            self._encoded.start(flat, self.mesh.across_replicas, place)
             return
         work = dist.all_reduce(flat, group=self.mesh.across_replicas, async_op=True)
         assert work is not None
@@ -105,6 +109,8 @@ class AllReduce:
             clip = min(1.0, self.clip / norm) if self.clip and norm else 1.0
             lr = self.update.apply(clip / weight)
             self.replica.updated()
+        if self._encoded is not None:
+            self._encoded.settle(applied=finite)
         version = Version(self.update.done)
         whence = "" if finite else self._whence(tally)
         return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited, whence=whence)
@@ -136,7 +142,8 @@ class AllReduce:
         """Goes on among the members of `view`, at a step boundary: the broken step is computed again by them.
 
         One survivor may have finished the step in which another was cut off; everybody then takes the state of
-        whoever is furthest. Raises LayoutError where a lost rank held a piece that no other has.
+        whoever is furthest. What a codec has lost of the lost rank's gradients is lost. Raises LayoutError where a lost
+        rank held a piece that no other has.
         """
         layout = self.mesh.layout
         if layout.ranks_per_replica > 1:
@@ -151,6 +158,11 @@ class AllReduce:
         done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
         done[self.mesh.rank] = self.update.done
         self.mesh.wait(dist.all_reduce(done, group=self.mesh.everyone, async_op=True))
+        if self._encoded is not None:
+            # What whoever is behind has sent in the broken step is in the weights that it gets now.
+            self._encoded.settle(applied=self.update.done < int(done.max()))
+            if self._encoded.feedback is not None:
+                self._encoded.feedback.keep_sums()
         if done.min() < done.max():
             for shard in (*self.replica.held(), *self.update.state()):
                 source = int(done.argmax())
@@ -159,8 +171,17 @@ class AllReduce:
         return self.mesh
 
     def state(self) -> State:
-        """Replicas are equal after every step: nothing beyond weights and optimizer."""
-        return State([])
+        """Replicas are equal after every step: nothing beyond weights and optimizer but what a codec has lost."""
+        feedback = self._encoded.feedback if self._encoded is not None else None
+        return State([] if feedback is None else feedback.state(self.replica))
+
+    def wanted(self, saved: Collection[str]) -> Iterator[Shard]:
+        """Of a checkpoint with tensors of these names, those to be filled: each before the next is asked for."""
+        encoded = self._encoded
+        if encoded is not None and encoded.feedback is not None:
+            group = self.mesh.across_replicas
+            chunks = {place: encoded.owned(place, group) for place in self.replica.flats()}
+            yield from encoded.feedback.wanted(self.replica, saved, chunks)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """After the tensors of `state()` have been filled: nothing more."""
+        """After the tensors that were `wanted` have been filled: nothing more."""

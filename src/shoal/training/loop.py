@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from shoal import checkpoint, device
-from shoal.checkpoint import Pending, Saver
+from shoal.checkpoint import Pending, Saver, manifest
 from shoal.data.loader import Loader
 from shoal.errors import DivergedError
 from shoal.job import Job
@@ -248,7 +249,9 @@ class Loop:
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint, of whatever layout."""
         parts = self.parts
-        values = checkpoint.load(folder, self.state().shards, verified=True)
+        of_sync = parts.sync.wanted(manifest.read(folder).tensors)
+        wanted = chain(parts.replica.held(), parts.update.state(), of_sync)
+        values = checkpoint.load(folder, wanted, verified=True)
         parts.update.restore(values["update"])
         parts.sync.restore(values["sync"])
         self.step, self.position = values["step"], values["position"]

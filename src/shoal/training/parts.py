@@ -52,7 +52,7 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
     replica, objective = spread(job, mesh, fresh)
     update = Update(replica.shards(), job.optim, job.train.steps)
     codec = CODECS[job.sync.codec]() if job.sync.codec != "none" else None
-    sync = SYNCS[job.sync.name](mesh, job.optim.clip, codec)
+    sync = SYNCS[job.sync.name](mesh, job.optim.clip, codec, job.sync.feedback)
     sync.attach(replica, update)
     return Parts(job, mesh, replica, update, sync, objective)
 
