@@ -91,7 +91,10 @@ class Feedback:
 
     def _pieces(self, replica: Replica) -> Iterator[tuple[Residuals, Piece, Shard]]:
         for residuals, slot in ((self.own, f"residual-{replica.mesh.replica}"), (self.sums, "residual-sum")):
-            for place, (first, numbers_N) in residuals.kept.items():
+            for place in replica.flats():
+                if place not in residuals.kept:
+                    continue
+                first, numbers_N = residuals.kept[place]
                 for piece, shard in replica.lying_in(place, numbers_N, first):
                     copy = f"-{piece.cut.copy}" if piece.cut.copy else ""
                     yield residuals, piece, replace(shard, name=f"{slot}{copy}.{shard.name}")

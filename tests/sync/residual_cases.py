@@ -1,0 +1,77 @@
+"""Ranks that save residuals and go on from them, in the same layout and in others."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shoal import checkpoint
+from shoal import mesh as meshes
+from shoal.checkpoint import Saver, manifest
+from shoal.shard import State
+from shoal.sync import AllReduce
+from shoal.training.parts import Parts
+from tests.equivalence import cases
+from tests.sync.feedback_cases import Signs, running
+
+# After so many a checkpoint is written; and all.
+SAVED, STEPS = 3, 5
+
+
+def train(seat: meshes.Seat, layout: str, root: str, **options: Any) -> dict[str, Any]:
+    """All steps, with a checkpoint on the way; this rank's weights, and its residuals as they were saved."""
+    with (
+        running(seat, layout, STEPS, codec=Signs(), **options) as parts,
+        Saver(Path(root), seat.member, seat.world, 1, nonce="one") as saver,
+    ):
+        before = residuals(parts)
+        cases.take_steps(parts, SAVED)
+        update = parts.update
+        state = State([*parts.replica.held(), *update.state(), *parts.sync.state().shards], {"update": update.values()})
+        pending = saver.save(state, SAVED)
+        saved = residuals(parts)
+        pending.wait()
+        assert pending.error is None, pending.error
+        return {"before": before, "saved": saved} | cases.take_steps(parts, STEPS, first=SAVED)
+
+
+def go_on(seat: meshes.Seat, layout: str, folder: str, **options: Any) -> dict[str, Any]:
+    """The steps that were left; and the residuals with which they began."""
+    with running(seat, layout, STEPS, codec=Signs(), **options) as parts:
+        load(parts, folder)
+        return {"loaded": residuals(parts)} | cases.take_steps(parts, STEPS, first=SAVED)
+
+
+def only_load(seat: meshes.Seat, layout: str, folders: list[str], **options: Any) -> list[Any]:
+    """The residuals after each checkpoint."""
+    with running(seat, layout, STEPS, codec=Signs(), **options) as parts:
+        told = []
+        for folder in folders:
+            parts.sync = AllReduce(parts.mesh, 0.0, Signs())
+            parts.sync.attach(parts.replica, parts.update)
+            load(parts, folder)
+            told.append(residuals(parts))
+        return told
+
+
+def load(parts: Parts, folder: str) -> None:
+    saved = manifest.read(Path(folder)).tensors
+    wanted = chain(parts.replica.held(), parts.update.state(), parts.sync.wanted(saved))
+    parts.update.restore(checkpoint.load(Path(folder), wanted)["update"])
+
+
+def residuals(parts: Parts) -> list[tuple[str, tuple[int, ...], list[Any]]]:
+    """(name, offsets, numbers) of all that this rank saves of them."""
+    return [(s.name, s.offsets, s.local.tolist()) for s in parts.sync.state().shards]
+
+
+def totals(results: list[list[Any]], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of each parameter the sum of all ranks' residuals."""
+    out = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+    for name, offsets, numbers in chain.from_iterable(results):
+        piece = torch.tensor(numbers, dtype=torch.float64)
+        out[name.partition(".")[2]][cases.place(offsets, piece)] += piece
+    return out
