@@ -113,7 +113,11 @@ class Signs:
 
     granule = 1
 
+    def __init__(self) -> None:
+        self.encoded = 0
+
     def encode(self, values_RN: Tensor) -> Tensor:
+        self.encoded += 1
         scale_R1 = values_RN.abs().mean(1, keepdim=True, dtype=torch.float64)
         return torch.cat([scale_R1.view(torch.uint8), (values_RN < 0).to(torch.uint8)], 1)
 
@@ -131,10 +135,12 @@ def given(rank: int, step: int, size: int) -> Tensor:
 
 
 def sums(seat: meshes.Seat, sizes: list[int], steps: int, rejected: list[int]) -> dict[str, Any]:
-    """What arrives in each step of tensors of these sizes that go through `Signs`, and the residuals at the end."""
+    """What arrives in each step of tensors of these sizes that go through `Signs`, the residuals at the end, and how
+    often something was encoded."""
     mesh = meshes.build(Layout(replicas=seat.world), seat, timeout=60)
     try:
-        summing, group, arrived = EncodedSum(Signs(), feedback=True), mesh.across_replicas, []
+        codec = Signs()
+        summing, group, arrived = EncodedSum(codec, feedback=True), mesh.across_replicas, []
         places = [place_of(size) for size in sizes]
         for step in range(steps):
             tensors = [given(seat.member, step, size) for size in sizes]
@@ -147,7 +153,7 @@ def sums(seat: meshes.Seat, sizes: list[int], steps: int, rejected: list[int]) -
         assert feedback is not None
         own = [feedback.own.kept[place].numbers_N.tolist() for place in places]
         chunks = [(first, chunk_N.tolist()) for first, chunk_N in map(feedback.sums.kept.__getitem__, places)]
-        return {"arrived": arrived, "own": own, "sums": chunks}
+        return {"arrived": arrived, "own": own, "sums": chunks, "encoded": codec.encoded}
     finally:
         mesh.close()
 

@@ -13,7 +13,7 @@ from shoal import mesh as meshes
 from shoal.checkpoint import Saver, manifest
 from shoal.shard import State
 from shoal.sync import AllReduce
-from shoal.training.parts import Parts
+from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 from tests.sync.feedback_cases import Signs, running
 
@@ -75,3 +75,30 @@ def totals(results: list[list[Any]], like: dict[str, torch.Tensor]) -> dict[str,
         piece = torch.tensor(numbers, dtype=torch.float64)
         out[name.partition(".")[2]][cases.place(offsets, piece)] += piece
     return out
+
+
+def pay(seat: meshes.Seat, layout: str, folder: str, **options: Any) -> list[Any]:
+    """Without a codec: by how much the first summed gradient after the checkpoint differs from that of one without
+    residuals, and what is still to be added before it and after it."""
+    torch.set_num_threads(1)
+    what = cases.job(layout, STEPS, clip=0.0, **options)
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        parts, told, gradients = assemble(what, mesh), [], []
+        for saved in ([], manifest.read(Path(folder)).tensors):
+            wanted = chain(parts.replica.held(), parts.update.state(), parts.sync.wanted(saved))
+            parts.update.restore(checkpoint.load(Path(folder), wanted)["update"])
+            told.append(residuals(parts))
+            parts.sync.begin(SAVED)
+            tally = parts.replica.gradients(cases.rank_batches(mesh, SAVED, 0), parts.objective)
+            weight = parts.sync.end(tally).weight
+            gradients.append([shard.grad * weight for shard in parts.replica.shards()])
+        told.append(residuals(parts))
+        more = [
+            (f"more.{s.name}", s.offsets, (two - one).tolist())
+            for s, one, two in zip(parts.replica.shards(), *gradients, strict=True)
+            if s.counted and mesh.replica == 0
+        ]
+        return [*told, more]
+    finally:
+        mesh.close()

@@ -74,6 +74,7 @@ def test_sums_and_residuals_are_those_of_numpy_and_rejected_steps_leave_none(sum
         for rank, result in enumerate(summed):
             assert result["own"][index] == pytest.approx(list(own[rank, :size]), abs=1e-12)
             first, numbers = result["sums"][index]
+            assert result["encoded"] == 2 * ROUNDS * len(SIZES)
             assert first == rank * chunk
             assert numbers == pytest.approx(list(lost[first : min(first + chunk, size)]), abs=1e-12)
 

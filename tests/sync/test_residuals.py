@@ -83,3 +83,14 @@ def test_residuals_are_the_state_of_tensors_and_no_tensors_of_the_model(saved):
     slots = ["residual-0", "residual-0-1", "residual-1", "residual-1-1", "residual-sum", "residual-sum-1"]
     assert {*told["kinds"]} == {"model", "momentum", *slots}
     assert told["kinds"]["residual-1"]["elements"] == told["kinds"]["model"]["elements"]
+
+
+@pytest.mark.parametrize("layout", ["replicas=1", "replicas=2,tensor=2,micro_batch=2"])
+def test_without_feedback_the_first_gradient_gets_all_that_was_lost(ranks, saved, layout):
+    _, folder = saved(LAYOUTS[0])
+    expected = of_checkpoint(folder)
+    none, before, after, more = zip(*run(ranks, "pay", layout, folder=str(folder)), strict=True)
+    assert [*none] == [*after] == [[]] * Layout.parse(layout).world
+    for name, total in residual_cases.totals([*more], expected).items():
+        torch.testing.assert_close(total, expected[name], rtol=0, atol=1e-11 * float(expected[name].abs().max()))
+    assert {name for of_rank in before for name, _, _ in of_rank} == {f"residual-sum.{name}" for name in expected}

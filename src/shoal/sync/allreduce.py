@@ -22,6 +22,7 @@ from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
 from shoal.sync.codec import Codec
 from shoal.sync.encoded import EncodedSum
+from shoal.sync.feedback import Owed
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class AllReduce:
         self._works: list[dist.Work] = []
         alone = mesh.layout.replicas == 1
         self._encoded = None if codec is None or alone else EncodedSum(codec, feedback)
+        self._owed = Owed()
 
     def attach(self, replica: Replica, update: Update) -> None:
         self.replica, self.update = replica, update
@@ -96,6 +98,7 @@ class AllReduce:
         self.mesh.wait(counted)
         loss_sum, weight, stop = totals.tolist()
         shards = self.replica.collect()
+        self._owed.add_to(shards)
         waited = time.perf_counter() - start
         squares = sum_of_squares(shards)
         if self.mesh.layout.ranks_per_replica > 1:
@@ -109,6 +112,7 @@ class AllReduce:
             clip = min(1.0, self.clip / norm) if self.clip and norm else 1.0
             lr = self.update.apply(clip / weight)
             self.replica.updated()
+        self._owed.settle(applied=finite)
         if self._encoded is not None:
             self._encoded.settle(applied=finite)
         version = Version(self.update.done)
@@ -173,7 +177,7 @@ class AllReduce:
     def state(self) -> State:
         """Replicas are equal after every step: nothing beyond weights and optimizer but what a codec has lost."""
         feedback = self._encoded.feedback if self._encoded is not None else None
-        return State([] if feedback is None else feedback.state(self.replica))
+        return State(self._owed.state() if feedback is None else feedback.state(self.replica))
 
     def wanted(self, saved: Collection[str]) -> Iterator[Shard]:
         """Of a checkpoint with tensors of these names, those to be filled: each before the next is asked for."""
@@ -182,6 +186,8 @@ class AllReduce:
             group = self.mesh.across_replicas
             chunks = {place: encoded.owned(place, group) for place in self.replica.flats()}
             yield from encoded.feedback.wanted(self.replica, saved, chunks)
+        else:
+            yield from self._owed.wanted(self.replica, saved)
 
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled: nothing more."""

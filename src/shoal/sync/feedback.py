@@ -7,16 +7,16 @@ with the sum that it encodes for all (Tang et al. 2019, "DoubleSqueeze", algorit
 algorithm 1). So what was applied and what is kept are together all gradients there have been.
 
 Residuals are sums over tokens, as gradients are. The papers' e has the unit of an update, and a step's update is a sum
-divided by its number of tokens, so that what is lost in a step of w tokens and sent in one of w′ is divided by w′, not
-by w. That is meant: a token's gradient weighs as much as those of the step with which it arrives (and nobody knows w′
-yet when the first bucket leaves). Nor do the learning rate and clipping change a residual: they come after the sum, and what
-clipping takes away is not lost but unwanted.
+divided by its number of tokens: what is lost in a step of w tokens and sent in one of w′ is divided by w′, not by w.
+That is meant: a token's gradient weighs as much as those of the step with which it arrives (whose w′ nobody knows yet
+when its first bucket leaves). Learning rate and clipping come after the sum and do not enter a residual; what clipping
+takes away is not lost but unwanted.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -114,16 +114,53 @@ class Feedback:
             self.own.kept[place] = Stretch(0, zeros_N.new_zeros(place.size))
         mesh = replica.mesh
         for residuals, piece, shard in self._pieces(replica):
-            of_sums, number = residuals is self.sums, 0
+            names = []
             for name, whose, copy in found.get(piece.shard.name, ()):
+                of_sums = residuals is self.sums
                 to = whose is None if of_sums else whose is not None and whose % mesh.layout.replicas == mesh.replica
-                if not to or copy % piece.cut.copies != piece.cut.copy:
-                    continue
-                part = replace(shard, name=name, local=torch.empty_like(shard.local) if number else shard.local)
-                yield part
-                if number:
-                    shard.local += part.local
-                number += 1
+                if to and copy % piece.cut.copies == piece.cut.copy:
+                    names.append(name)
+            yield from _added_up(shard, names)
+
+
+class Owed:
+    """Residuals of a checkpoint in a run without feedback: all of them are added to the first gradient that is applied,
+    once that has been summed."""
+
+    def __init__(self) -> None:
+        self.shards: list[Shard] = []
+
+    def wanted(self, replica: Replica, saved: Collection[str]) -> Iterator[Shard]:
+        """As of `Feedback`."""
+        found = _found(saved)
+        self.shards = [replace(s, local=torch.zeros_like(s.local)) for s in replica.shards() if s.name in found]
+        for shard in self.shards:
+            yield from _added_up(shard, [name for name, _, _ in found[shard.name]])
+
+    def add_to(self, shards: list[Shard]) -> None:
+        """shards: those of the replica, with their gradients."""
+        places = {(shard.name, shard.offsets): shard.local for shard in self.shards}
+        for shard in shards if places else ():
+            owed = places.get((shard.name, shard.offsets))
+            if owed is not None and shard.grad is not None:
+                shard.grad += owed
+
+    def settle(self, applied: bool) -> None:
+        if applied:
+            self.shards = []
+
+    def state(self) -> list[Shard]:
+        """Before the first step."""
+        return [replace(shard, name=f"residual-sum.{shard.name}") for shard in self.shards]
+
+
+def _added_up(shard: Shard, names: Sequence[str]) -> Iterator[Shard]:
+    """The tensors of these names one after the other, to be filled; their sum is then in the shard."""
+    for number, name in enumerate(names):
+        part = replace(shard, name=name, local=torch.empty_like(shard.local) if number else shard.local)
+        yield part
+        if number:
+            shard.local += part.local
 
 
 def _found(names: Iterable[str]) -> dict[str, list[tuple[str, int | None, int]]]:
