@@ -18,7 +18,6 @@ from shoal.sync.encoded import EncodedSum
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 
-
 STEPS = 4
 
 

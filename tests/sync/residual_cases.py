@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shoal import checkpoint
 from shoal import mesh as meshes
 from shoal.checkpoint import Saver, manifest
-from shoal.shard import State
+from shoal.parallel.flat import Flat
+from shoal.shard import Shard, State
 from shoal.sync import AllReduce
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
@@ -48,13 +51,13 @@ def go_on(seat: meshes.Seat, layout: str, folder: str, **options: Any) -> dict[s
 def only_load(seat: meshes.Seat, layout: str, folders: list[str], **options: Any) -> list[Any]:
     """The residuals after each checkpoint."""
     with running(seat, layout, STEPS, codec=Signs(), **options) as parts:
-        told = []
+        kept = []
         for folder in folders:
             parts.sync = AllReduce(parts.mesh, 0.0, Signs())
             parts.sync.attach(parts.replica, parts.update)
             load(parts, folder)
-            told.append(residuals(parts))
-        return told
+            kept.append(residuals(parts))
+        return kept
 
 
 def load(parts: Parts, folder: str) -> None:
@@ -84,21 +87,48 @@ def pay(seat: meshes.Seat, layout: str, folder: str, **options: Any) -> list[Any
     what = cases.job(layout, STEPS, clip=0.0, **options)
     mesh = meshes.build(what.layout, seat, timeout=60)
     try:
-        parts, told, gradients = assemble(what, mesh), [], []
+        parts, kept, gradients = assemble(what, mesh), [], []
         for saved in ([], manifest.read(Path(folder)).tensors):
             wanted = chain(parts.replica.held(), parts.update.state(), parts.sync.wanted(saved))
             parts.update.restore(checkpoint.load(Path(folder), wanted)["update"])
-            told.append(residuals(parts))
+            kept.append(residuals(parts))
             parts.sync.begin(SAVED)
             tally = parts.replica.gradients(cases.rank_batches(mesh, SAVED, 0), parts.objective)
             weight = parts.sync.end(tally).weight
             gradients.append([shard.grad * weight for shard in parts.replica.shards()])
-        told.append(residuals(parts))
+        kept.append(residuals(parts))
         more = [
-            (f"more.{s.name}", s.offsets, (two - one).tolist())
+            told("more", replace(s, local=two - one))
             for s, one, two in zip(parts.replica.shards(), *gradients, strict=True)
             if s.counted and mesh.replica == 0
         ]
-        return [*told, more]
+        return [*kept, more]
     finally:
         mesh.close()
+
+
+def keep_books(seat: meshes.Seat, layout: str, **options: Any) -> tuple[list[Any], list[Any]]:
+    """This rank's part of all gradients before they were sent; and of all that was applied, with its residuals."""
+    with running(seat, layout, STEPS, codec=Signs(), clip=0.0, **options) as parts:
+        sent: dict[Flat, Tensor] = {}
+        applied: dict[int, Tensor] = {}
+
+        def send(flat: Tensor, place: Flat) -> None:
+            sent[place] = sent.get(place, 0) + flat
+            parts.sync._send(flat, place)
+
+        replica = parts.replica
+        replica.on_bucket(send)
+        for step in range(STEPS):
+            parts.sync.begin(step)
+            done = parts.sync.end(replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective))
+            for index, shard in enumerate(replica.shards()):
+                applied[index] = applied.get(index, 0) + shard.grad * done.weight
+        given = [told("sent", s) for place, flat in sent.items() for _, s in replica.lying_in(place, flat)]
+        counted = [(i, s) for i, s in enumerate(replica.shards()) if s.counted and parts.mesh.replica == 0]
+        arrived = [told("applied", replace(s, local=applied[i])) for i, s in counted]
+        return given, arrived + residuals(parts)
+
+
+def told(slot: str, shard: Shard) -> tuple[str, tuple[int, ...], list[Any]]:
+    return f"{slot}.{shard.name}", shard.offsets, shard.local.tolist()

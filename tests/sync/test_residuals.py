@@ -10,6 +10,7 @@ import torch
 from shoal import checkpoint
 from shoal.checkpoint import contents, manifest
 from shoal.job import Layout
+from shoal.models.spec import parameters
 from tests.equivalence import cases
 from tests.sync import residual_cases
 
@@ -94,3 +95,17 @@ def test_without_feedback_the_first_gradient_gets_all_that_was_lost(ranks, saved
     for name, total in residual_cases.totals([*more], expected).items():
         torch.testing.assert_close(total, expected[name], rtol=0, atol=1e-11 * float(expected[name].abs().max()))
     assert {name for of_rank in before for name, _, _ in of_rank} == {f"residual-sum.{name}" for name in expected}
+
+
+@pytest.mark.parametrize(
+    "layout", ["replicas=2,tensor=2,micro_batch=2", "replicas=2,pipeline=2,schedule=zbv,micro_batch=2"]
+)
+def test_all_gradients_were_applied_or_are_kept(ranks, layout):
+    """Also where ranks of a replica each have a part of one gradient, so that no single process does the same."""
+    given, there = zip(*run(ranks, "keep_books", layout), strict=True)
+    shapes = parameters(cases.job("replicas=1", 1, **OPTIONS).model)
+    like = {name: torch.empty(spec.shape, dtype=torch.float64) for name, spec in shapes.items()}
+    there = residual_cases.totals([*there], like)
+    for name, total in residual_cases.totals([*given], like).items():
+        torch.testing.assert_close(there[name], total, rtol=0, atol=1e-11 * float(total.abs().max()), msg=name)
+        assert total.count_nonzero()

@@ -1,4 +1,4 @@
-"""What a codec has lost goes into the checkpoints of a run, and with it a resumed run ends as one that never stopped."""
+"""What a codec has lost goes into the checkpoints of a run; with it, a resumed run ends as one that never stopped."""
 
 from __future__ import annotations
 

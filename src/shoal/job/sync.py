@@ -17,8 +17,9 @@ class SyncOptions:
     """How gradients are written on their way between replicas: `none` = as they are, `bf16` or `fp16` = in half the
     bytes, rounded once on the way there and once on the way back. Sums are made in full precision."""
     feedback: bool = True
-    """Whether what a codec's rounding has lost is added to the next gradient. Takes a rank the bytes of its gradients
-    once more, of a sum's chunk its part too, and twice that during a step; both go into checkpoints."""
+    """Whether what a codec has lost of a gradient is kept and added to the next one. That takes the bytes of a rank's
+    gradients once more, and of sums one part in as many as there are replicas; of both twice as much during a step.
+    Checkpoints hold it."""
     bucket_mib: float = 25.0
     """Gradients that travel together, in MiB; small buckets start early, large ones cost fewer latencies."""
     timeout: float = 600.0

@@ -139,8 +139,7 @@ class Sharded:
 def _flat(group: nn.Module, ranks: int) -> Flat:
     """Where what this rank has of a group's parameters lies in what `fully_shard` hands over.
 
-    As many rows of each as the ranks with the most have; its parameters stand in the order in which `fully_shard` finds
-    them.
+    Of each parameter, in the order in which it finds them: room for as many rows as any rank has.
     """
     places = []
     for parameter in dict.fromkeys(_own(group)):

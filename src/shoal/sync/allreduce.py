@@ -112,12 +112,16 @@ class AllReduce:
             clip = min(1.0, self.clip / norm) if self.clip and norm else 1.0
             lr = self.update.apply(clip / weight)
             self.replica.updated()
-        self._owed.settle(applied=finite)
-        if self._encoded is not None:
-            self._encoded.settle(applied=finite)
+        self._settle(applied=finite)
         version = Version(self.update.done)
         whence = "" if finite else self._whence(tally)
         return Applied(finite, version, loss_sum, weight, norm, lr, stop=stop > 0, waited=waited, whence=whence)
+
+    def _settle(self, applied: bool) -> None:
+        """What a codec has lost of a step's gradients counts only where the step does."""
+        self._owed.settle(applied)
+        if self._encoded is not None:
+            self._encoded.settle(applied)
 
     def _whence(self, tally: Tally) -> str:
         """Whose weights or whose loss is not finite, by what each rank sees in its own; all call it together."""
@@ -162,11 +166,10 @@ class AllReduce:
         done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
         done[self.mesh.rank] = self.update.done
         self.mesh.wait(dist.all_reduce(done, group=self.mesh.everyone, async_op=True))
-        if self._encoded is not None:
-            # What whoever is behind has sent in the broken step is in the weights that it gets now.
-            self._encoded.settle(applied=self.update.done < int(done.max()))
-            if self._encoded.feedback is not None:
-                self._encoded.feedback.keep_sums()
+        # What whoever is behind has sent in the broken step is in the weights that it gets now.
+        self._settle(applied=self.update.done < int(done.max()))
+        if self._encoded is not None and self._encoded.feedback is not None:
+            self._encoded.feedback.keep_sums()
         if done.min() < done.max():
             for shard in (*self.replica.held(), *self.update.state()):
                 source = int(done.argmax())

@@ -103,8 +103,8 @@ class Feedback:
         """Of a checkpoint with tensors of these names, what is to be filled: each shard before the next is asked for.
 
         With however many replicas, the sum of all residuals stays what it was: that of replica r goes to r modulo their
-        number. Without any in the checkpoint they begin at zero. chunks: zeros, of each flat tensor the one that this
-        rank owns.
+        number. Without any in the checkpoint they begin at zero. chunks: of each flat tensor, zeros for the chunk that
+        this rank owns.
         """
         found = _found(saved)
         if not found:
@@ -131,7 +131,7 @@ class Owed:
         self.shards: list[Shard] = []
 
     def wanted(self, replica: Replica, saved: Collection[str]) -> Iterator[Shard]:
-        """As of `Feedback`."""
+        """As `Feedback.wanted`."""
         found = _found(saved)
         self.shards = [replace(s, local=torch.zeros_like(s.local)) for s in replica.shards() if s.name in found]
         for shard in self.shards:
@@ -150,7 +150,7 @@ class Owed:
             self.shards = []
 
     def state(self) -> list[Shard]:
-        """Before the first step."""
+        """What is still owed, before the first step."""
         return [replace(shard, name=f"residual-sum.{shard.name}") for shard in self.shards]
 
 
