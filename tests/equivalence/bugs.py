@@ -68,14 +68,14 @@ def plant(parts: Parts, bug: str) -> None:
         end = sync.end
         sync.end = lambda tally: end(Tally(tally.loss_sum, tally.weight / parts.mesh.world))
     elif bug == "alone":  # no all-reduce over replicas
-        replica.on_bucket(lambda flat: None)
+        replica.on_bucket(lambda *_: None)
     elif bug == "bucket":  # one is not reduced
         sent: list[int] = []
 
-        def skip_second(flat):
+        def skip_second(flat, place):
             sent.append(1)
             if len(sent) != 2:
-                sync._send(flat)
+                sync._send(flat, place)
 
         replica.on_bucket(skip_second)
     elif bug == "local":  # normalised by this rank's tokens

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -196,19 +197,22 @@ def run(seat: meshes.Seat, layout: str, steps: int, order: int = 0, **options: A
 
 
 @functools.cache
-def reference(steps: int, stop: int = 0, replicas: int = 1, codec: str = "", **options: Any) -> dict[str, Any]:
+def reference(
+    steps: int, stop: int = 0, replicas: int = 1, codec: str = "", feedback: bool = False, **options: Any
+) -> dict[str, Any]:
     """The same job in one process in float64, with torch's own loss, clipping and optimizers. Once for all rows of it:
     not to be written to. stop: the step before which it ends, 0 = after the last. codec: dtype to which each replica's
-    gradient is rounded, and their sum."""
+    gradient is rounded, and their sum; "coarse": towards zero, to powers of 4. feedback: whether what that loses is
+    added to the next ones."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more would wait for each other, ten times as long as they compute
     try:
-        return _reference(steps, stop or steps, replicas, codec, **options)
+        return _reference(steps, stop or steps, replicas, codec, feedback, **options)
     finally:
         torch.set_num_threads(threads)
 
 
-def _reference(steps: int, stop: int, replicas: int, codec: str, **options: Any) -> dict[str, Any]:
+def _reference(steps: int, stop: int, replicas: int, codec: str, feedback: bool, **options: Any) -> dict[str, Any]:
     what = job("replicas=1", steps, **options)
     model = build(what.model).double()
     fills = parameters(what.model)
@@ -224,20 +228,22 @@ def _reference(steps: int, stop: int, replicas: int, codec: str, **options: Any)
         else torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
     )
     losses, norms, gradients = [], [], {}
+    # Of every replica, and behind them of the sum: what has been lost.
+    lost = [[torch.zeros_like(p) for p in model.parameters()] for _ in range(replicas + 1)]
     for step in range(stop):
         batch = global_batch(step)
         loss_sum, sums = 0.0, [torch.zeros_like(p) for p in model.parameters()]
-        for part in micro_batches(batch, GLOBAL_BATCH // replicas):
+        for part, own in zip(micro_batches(batch, GLOBAL_BATCH // replicas), lost, strict=False):
             model.zero_grad()
             loss = _loss(what, model, part, step)
             # Experts add their balance loss on the way back, as a sum over tokens.
             loss.backward()
             loss_sum += loss.item()
-            for p, total in zip(model.parameters(), sums, strict=True):
-                total += _rounded(p.grad, codec)
+            for p, total, e in zip(model.parameters(), sums, own, strict=True):
+                total += _sent(p.grad, e, codec, feedback)
         tokens = batch.weight_BL.double().sum()
-        for p, total in zip(model.parameters(), sums, strict=True):
-            p.grad = _rounded(total, codec) / tokens
+        for p, total, e in zip(model.parameters(), sums, lost[replicas], strict=True):
+            p.grad = _sent(total, e, codec, feedback) / tokens
         norms.append(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item())
         for p in model.parameters():
             p.grad.mul_(min(1.0, o.clip / norms[-1]) if o.clip else 1.0)
@@ -268,8 +274,22 @@ def _loss(what: Job, model: nn.Module, batch: Batch, step: int) -> torch.Tensor:
     return (nll_BL.view_as(batch.weight_BL) * batch.weight_BL).sum()
 
 
+def _sent(tensor: torch.Tensor, lost: torch.Tensor, codec: str, feedback: bool) -> torch.Tensor:
+    """What arrives of it, and of what has been lost, which changes."""
+    if not codec:
+        return tensor
+    if feedback:
+        tensor = tensor + lost
+    arrived = _rounded(tensor, codec)
+    lost.copy_(tensor - arrived)
+    return arrived
+
+
 def _rounded(tensor: torch.Tensor, codec: str) -> torch.Tensor:
-    return tensor.to(getattr(torch, codec)).double() if codec else tensor
+    if codec == "coarse":
+        values = tensor.numpy()
+        return torch.from_numpy(np.ldexp(np.sign(values), (np.frexp(values)[1] - 1) // 2 * 2))
+    return tensor.to(getattr(torch, codec)).double()
 
 
 def balance_(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from shoal.parallel.buckets import Buckets
 def test_every_gradient_goes_out_once_in_the_order_of_the_plan(sizes, order, unused):
     parameters = [Parameter(torch.zeros(n, dtype=torch.float64)) for n in sizes]
     sent: list[torch.Tensor] = []
-    buckets = Buckets(parameters, 160, sent.append)
+    buckets = Buckets(parameters, 160, lambda flat, _: sent.append(flat))
     used = list(range(len(parameters)))
     order.shuffle(used)
     used = used[: max(1, len(used) - unused)]
@@ -39,7 +39,7 @@ def test_every_gradient_goes_out_once_in_the_order_of_the_plan(sizes, order, unu
 
 def test_gradients_are_views_of_the_buckets_so_a_reduction_in_place_is_seen():
     parameters = [Parameter(torch.ones(3)), Parameter(torch.ones(2))]
-    buckets = Buckets(parameters, 1 << 20, lambda flat: flat.mul_(2))
+    buckets = Buckets(parameters, 1 << 20, lambda flat, _: flat.mul_(2))
     with buckets.backwards(1):
         (parameters[0].sum() + 3 * parameters[1].sum()).backward()
     assert parameters[0].grad.tolist() == [2.0] * 3

@@ -12,19 +12,24 @@ import torch.distributed as dist
 from shoal import device
 from shoal import mesh as meshes
 from shoal.membership.agree import next_view
+from shoal.parallel.flat import Flat
+from shoal.sync import AllReduce
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
+from tests.sync.feedback_cases import Coarse
 
 
-def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1) -> dict[str, Any]:
+def survive(
+    seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: bool = False
+) -> dict[str, Any]:
     """Trains; `victim` is killed in step `at`, in the middle of its backward pass; the others go on without it.
 
-    behind: a member that is cut off before its update, while the victim dies only after its own.
+    behind: a member that is cut off before its update, while the victim dies only after its own. codec: gradients go
+    through one that loses much, with feedback; then `kept` is what is kept of that right after the loss.
     """
     torch.set_num_threads(1)
-    what = cases.job("replicas=3,micro_batch=2", steps, "adamw")
-    assert what.layout is not None
-    parts = assemble(what, meshes.build(what.layout, seat, timeout=60))
+    parts = _parts(seat, steps, codec)
+    kept: list[Any] = []
     losses, ledger, worlds = [0.0] * steps, [[] for _ in range(steps)], [0] * steps
     step = 0
     while step < steps:
@@ -48,6 +53,7 @@ def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -
             parts.sync.abandon()
             parts.mesh = parts.sync.reconfigure(next_view(seat, parts.mesh.view, grace=3))
             step = parts.update.done
+            kept = _kept(parts) if codec else []
             continue
         losses[step] = applied.loss_sum / applied.weight
         ledger[step] = [int(sample) for batch in batches for sample in batch.sample_B]
@@ -56,7 +62,42 @@ def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -
     weights = {s.name: s.local.tolist() for s in parts.replica.shards()}
     number = parts.mesh.view.number
     parts.mesh.close()
-    return {"losses": losses, "ledger": ledger, "worlds": worlds, "weights": weights, "view": number}
+    return {
+        "losses": losses, "ledger": ledger, "worlds": worlds, "weights": weights, "view": number, "kept": kept,
+    }  # fmt: skip
+
+
+def undisturbed(seat: meshes.Seat, steps: int, stop: int) -> list[Any]:
+    """What each rank keeps of what was lost in the steps before `stop`, when nobody is killed."""
+    torch.set_num_threads(1)
+    parts = _parts(seat, steps, codec=True)
+    cases.take_steps(parts, stop)
+    kept = _kept(parts)
+    parts.mesh.close()
+    return kept
+
+
+def _parts(seat: meshes.Seat, steps: int, codec: bool) -> Parts:
+    what = cases.job("replicas=3,micro_batch=2", steps, "adamw")
+    assert what.layout is not None
+    parts = assemble(what, meshes.build(what.layout, seat, timeout=60))
+    if codec:
+        parts.sync = AllReduce(parts.mesh, what.optim.clip, Coarse())
+        parts.sync.attach(parts.replica, parts.update)
+    return parts
+
+
+def _kept(parts: Parts) -> list[Any]:
+    """Of each flat tensor, what this rank keeps of its own gradient and of the sums of its chunk, added up."""
+    feedback = parts.sync._encoded.feedback
+    kept = []
+    for place in parts.replica.flats():
+        total_N = feedback.own.kept[place].numbers_N.clone()
+        if place in feedback.sums.kept:
+            first, numbers_n = feedback.sums.kept[place]
+            total_N[first : first + len(numbers_n)] += numbers_n
+        kept.append(total_N.tolist())
+    return kept
 
 
 def _dying(parts: Parts, seat: meshes.Seat, victim: int, now: bool) -> Any:
@@ -65,11 +106,11 @@ def _dying(parts: Parts, seat: meshes.Seat, victim: int, now: bool) -> Any:
         return parts.objective
     sent = []
 
-    def half(flat: torch.Tensor) -> None:
+    def half(flat: torch.Tensor, place: Flat) -> None:
         sent.append(flat)
         if len(sent) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        parts.sync._send(flat)
+        parts.sync._send(flat, place)
 
     parts.replica.on_bucket(half)
     return parts.objective

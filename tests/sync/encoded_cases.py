@@ -57,13 +57,12 @@ def bytes_of_a_sum(seat: meshes.Seat, codec: str, size: int) -> tuple[int, int]:
         mesh.close()
 
 
-def train(seat: meshes.Seat, codec: str, **options: Any) -> dict[str, Any]:
+def train(seat: meshes.Seat, codec: str, feedback: bool, **options: Any) -> dict[str, Any]:
     """As `tests.equivalence.cases:run`, with a codec."""
-
     torch.set_num_threads(1)
     steps = options.pop("steps")
     what = cases.job(options.pop("layout"), steps, **options)
-    what = replace(what, sync=replace(what.sync, codec=codec)).validate()
+    what = replace(what, sync=replace(what.sync, codec=codec, feedback=feedback)).validate()
     assert what.layout is not None
     mesh = meshes.build(what.layout, seat, timeout=60)
     try:

@@ -52,7 +52,8 @@ def test_training_is_that_of_one_process_which_rounds_each_replicas_gradient(ran
     replicas = int(layout.split(",")[0].partition("=")[2])
     world = 3 if replicas == 3 else 4
     options = {"steps": STEPS, "optimizer": "sgd", "tied": False, "model": "even"}
-    results = ranks.run("tests.sync.encoded_cases:train", world, layout=layout, codec="bf16", **options)
+    how = {"layout": layout, "codec": "bf16", "feedback": False}
+    results = ranks.run("tests.sync.encoded_cases:train", world, **how, **options)
     cases.assert_one_answer(results, cases.reference(replicas=replicas, codec="bfloat16", **options))
 
 
@@ -69,7 +70,8 @@ def test_what_ranks_of_a_replica_sum_afterwards_is_near(ranks):
     """Each tensor rank rounds its own part of a norm's gradient."""
     options = {"steps": 1, "optimizer": "sgd", "tied": False, "model": "even"}
     layout = "replicas=2,tensor=2,micro_batch=2"
-    results = ranks.run("tests.sync.encoded_cases:train", 4, layout=layout, codec="bf16", **options)
+    how = {"layout": layout, "codec": "bf16", "feedback": False}
+    results = ranks.run("tests.sync.encoded_cases:train", 4, **how, **options)
     expected = cases.reference(**options)
     for name, error in cases.gradient_errors(results, expected["gradients"]).items():
         assert error < 2.0**-7, name

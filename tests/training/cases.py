@@ -273,9 +273,7 @@ def loaded(seat: Seat, job: str, layout: str, folder: str) -> dict[str, Any]:
     ranks = meshes.build(what.layout, seat, timeout=60)
     try:
         parts = assemble(what, ranks, fresh=False)
-        wanted = parts.sync.wanted(manifest.read(Path(folder)).values)
-        for shard in wanted:
-            shard.local.fill_(float("nan"))
+        wanted = parts.sync.wanted(manifest.read(Path(folder)))
         parts.sync.restore(checkpoint.load(Path(folder), wanted))
         weights = {shard.name: shard.local.tolist() for shard in parts.replica.held()}
         slots = {shard.name.partition(".")[2]: shard.local.tolist() for shard in parts.update.state()[: len(weights)]}

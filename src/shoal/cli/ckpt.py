@@ -168,10 +168,10 @@ def _print(facts: dict[str, Any]) -> None:
 
     print(facts["checkpoint"])
     print(f"  step    {facts['step']:,}" + (f", saved by layout {facts['layout']}" if facts["layout"] else ""))
-    width = max([11, *map(len, facts["kinds"])])
+    width = max(10, *map(len, facts["kinds"]))
     for kind, of in facts["kinds"].items():
         told = f"{counted(of['tensors'], 'tensor')}, {of['elements']:,} elements of {', '.join(of['dtypes'])}"
-        print(f"  {kind:<{width}} {told}, {size(of['bytes'])}")
+        print(f"  {kind:{width}}  {told}, {size(of['bytes'])}")
     for name, file in facts["files"].items():
         print(f"  {name}  {size(file['bytes'])}")
     print(f"  {size(facts['bytes'])} in {counted(len(facts['files']), 'file')} and the manifest")

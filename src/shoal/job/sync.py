@@ -20,6 +20,10 @@ class SyncOptions:
     """How gradients are written on their way between replicas: `none` = as they are, `bf16` or `fp16` = in half the
     bytes, rounded once on the way there and once on the way back. Sums are made in full precision. With `local`, what
     replicas have learned."""
+    feedback: bool = True
+    """Whether what a codec has lost of a gradient is kept and added to the next one. That takes the bytes of a rank's
+    gradients once more, and of sums one part in as many as there are replicas; of both twice as much during a step.
+    Checkpoints hold it."""
     every: int = 50
     """local, gossip: steps of its own between two outer steps."""
     outer_lr: float = 0.7

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from shoal.parallel.flat import Flat
+
 # The first bucket is small, so that communication starts early; the same choice as DDP's.
 _FIRST_BYTES = 1 << 20
 
@@ -24,17 +26,18 @@ class Bucket:
 
     def __init__(self, parameters: list[Parameter]):
         self.parameters = parameters
+        self.place = Flat([(p, p.numel(), p.numel()) for p in parameters])
         first = parameters[0]
-        self.flat = torch.zeros(sum(p.numel() for p in parameters), dtype=first.dtype, device=first.device)
+        self.flat = torch.zeros(self.place.size, dtype=first.dtype, device=first.device)
         pieces = self.flat.split([p.numel() for p in parameters])
         self.views = [piece.view_as(p) for piece, p in zip(pieces, parameters, strict=True)]
         self.missing = 0
 
 
 class Buckets:
-    """Calls `on_bucket(flat)` for each bucket, in a fixed order, as soon as its last gradient exists."""
+    """Calls `on_bucket(flat, place)` for each bucket, in a fixed order, as soon as its last gradient exists."""
 
-    def __init__(self, parameters: list[Parameter], capacity_bytes: int, on_bucket: Callable[[Tensor], None]):
+    def __init__(self, parameters: list[Parameter], capacity_bytes: int, on_bucket: Callable[[Tensor, Flat], None]):
         """parameters: in the order of the forward pass; backward makes their gradients roughly in reverse."""
         self.on_bucket = on_bucket
         self.buckets = [Bucket(group) for group in _plan(parameters[::-1], capacity_bytes)]
@@ -70,7 +73,8 @@ class Buckets:
     def _launch(self, force: bool) -> None:
         """Hands over every bucket that is complete, but none before the ones ahead of it."""
         while self._next < len(self.buckets) and (force or self.buckets[self._next].missing == 0):
-            self.on_bucket(self.buckets[self._next].flat)
+            bucket = self.buckets[self._next]
+            self.on_bucket(bucket.flat, bucket.place)
             self._next += 1
 
     @contextmanager

@@ -35,7 +35,7 @@ class ExpertAxis:
         self.ranks, self.rank = self.group.size(), self.group.rank()
         self.rest = mesh.group("rest").rank() if mesh.layout.rest > 1 else 0
         # With sharers, `zero` spreads a piece over the rest; else each of the rest has all of it and a part of the sum.
-        self._copied = mesh.layout.rest > 1 and mesh.layout.sharers == 1
+        self._copies = mesh.layout.rest if mesh.layout.sharers == 1 else 1
 
     def split(self, model: nn.Module) -> tuple[dict[str, Cut], list[nn.Module]]:
         """Replaces, on meta, the experts of `model` by those of this rank; returns where the pieces lie, and the
@@ -51,8 +51,8 @@ class ExpertAxis:
                 number = shape[0] // self.ranks
                 first = self.rank * number
                 setattr(module, key, nn.Parameter(parameter[first : first + number].clone()))
-                counted, summed = (self.rest == 0, "rest") if self._copied else (True, "")
-                cuts[f"{name}.{key}"] = Cut(shape, (first, 0, 0), counted, summed, everywhere=True)
+                copy, summed = (self.rest, "rest") if self._copies > 1 else (0, "")
+                cuts[f"{name}.{key}"] = Cut(shape, (first, 0, 0), copy == 0, summed, True, copy, self._copies)
             # The module keeps its parameters, their names and its hooks.
             module.__dict__["forward"] = _Dispatch(module, number * self.ranks, self.group)
         return cuts, modules

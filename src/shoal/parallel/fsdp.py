@@ -18,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from shoal.parallel.flat import Flat
+
 
 class Sharded:
     """Wraps a model in place and steers what its backward passes send."""
@@ -29,7 +31,7 @@ class Sharded:
         mesh: DeviceMesh,
         zero: int,
         compute: torch.dtype | None,
-        on_bucket: Callable[[Tensor], None] | None,
+        on_bucket: Callable[[Tensor, Flat], None] | None,
         stage: bool = False,
         experts: Sequence[nn.Module] = (),
         rest: DeviceMesh | None = None,
@@ -40,7 +42,8 @@ class Sharded:
         stage: of a pipeline. Its parameters are gathered once a step whatever `zero` is: schedules that compute the
         gradients of inputs and of weights apart need them from one to the other, and torch's keep them in any case.
 
-        on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches.
+        on_bucket: called with each group's flat gradient piece, summed over this replica and the micro-batches, and
+        with where what lies in it.
 
         experts: modules in the blocks that are shared by the ranks of `rest` only; if that is None, by nobody.
 
@@ -63,6 +66,9 @@ class Sharded:
         own = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
         fully_shard(model, mesh=mesh, mp_policy=own, reshard_after_forward=False, ignored_params=alone)
         self.groups = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self.flats: list[Flat] = []
+        of_experts = {id(module) for module in experts}
+        self._ranks = [rest.size() if rest and id(g) in of_experts else mesh.size() for g in self.groups]
         if mesh.device_type == "cpu":
             self._gather_ahead(in_order)
         self._sum: dict[int, Tensor] = {}
@@ -99,7 +105,7 @@ class Sharded:
                 flat.add_(earlier)
             if self._last:
                 assert self.on_bucket is not None
-                self.on_bucket(flat)
+                self.on_bucket(flat, self.flats[index])
             else:
                 self._sum[index] = flat
 
@@ -127,6 +133,28 @@ class Sharded:
     def hold(self, parameters: list[nn.Parameter]) -> None:
         """The sharded parameters, once they have memory. `model.parameters()` are others while they are gathered."""
         self.parameters = parameters
+        self.flats = [_flat(group, ranks) for group, ranks in zip(self.groups, self._ranks, strict=True)]
+
+
+def _flat(group: nn.Module, ranks: int) -> Flat:
+    """Where what this rank has of a group's parameters lies in what `fully_shard` hands over.
+
+    Of each parameter, in the order in which it finds them: room for as many rows as any rank has.
+    """
+    places = []
+    for parameter in dict.fromkeys(_own(group)):
+        if isinstance(parameter, DTensor) and parameter.requires_grad:
+            rows = -(-parameter.shape[0] // ranks)
+            places.append((parameter, parameter.to_local().numel(), rows * parameter.shape[1:].numel()))
+    return Flat(places)
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Of a group's module, those of its children first, but none of another group's."""
+    for child in module.children():
+        if not isinstance(child, FSDPModule):
+            yield from _own(child)
+    yield from module.parameters(recurse=False)
 
 
 def is_sharded(parameter: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from types import EllipsisType
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from shoal.mesh import Mesh
 from shoal.models.storage import Stored, stored_in
+from shoal.parallel.flat import Flat, boxes
 from shoal.parallel.fsdp import is_sharded, local_gradient, rows_here
 from shoal.parallel.tensor import Cut
 from shoal.shard import Shard
@@ -54,6 +56,21 @@ class Piece:
         gradient = local_gradient(self.parameter)
         self.shard.grad = None if gradient is None else gradient[self.index]
 
+    def lying_in(self, flat: Flat, stretch_N: Tensor, first: int) -> Iterator[Shard]:
+        """What there is of it in the stretch from `first` on of such a tensor: views of that."""
+        if self.parameter not in flat.starts:
+            return
+        index = self.index.start if isinstance(self.index, slice) else self.index
+        rows_ahead = index if isinstance(index, int) else 0
+        begin = flat.starts[self.parameter] + rows_ahead * prod(self.parameter.shape[1:])
+        start, stop = (min(max(edge - begin, 0), self.shard.local.numel()) for edge in (first, first + len(stretch_N)))
+        place = begin + start - first
+        for offsets, shape in boxes(start, stop, self.shard.local.shape):
+            numbers_n = stretch_N[place : place + prod(shape)]
+            place += len(numbers_n)
+            corner = tuple(o + p for o, p in zip(self.shard.offsets, offsets, strict=True))
+            yield replace(self.shard, offsets=corner, local=numbers_n.view(shape), grad=None, owner=True)
+
 
 def pieces_of(part: Part, stage: int, sharers: Callable[[nn.Parameter], dist.ProcessGroup]) -> Iterator[Piece]:
     """All that this rank has of a stage, in the order of its parameters.
@@ -72,7 +89,10 @@ def pieces_of(part: Part, stage: int, sharers: Callable[[nn.Parameter], dist.Pro
                 yield _piece(canonical, cut, (cut.offsets[0] + start, *cut.offsets[1:]), local[here], parameter, here)
             continue
         cut = part.cuts.get(name) or Cut(tuple(parameter.shape), (0,) * parameter.ndim)
-        cut = replace(cut, counted=cut.counted and not (stage > 0 and name in part.shared))
+        if name in part.shared:
+            # Rows of the vocabulary, of which the tensor axis has made no copies.
+            assert cut.copies == 1, f"{name}: copies along two axes"
+            cut = replace(cut, counted=cut.counted and stage == 0, copy=int(stage > 0), copies=2)
         offsets = (cut.offsets[0] + first, *cut.offsets[1:]) if cut.offsets else ()
         if stored is None:
             yield _piece(name, cut, offsets, local, parameter, ...)

@@ -16,8 +16,9 @@ from shoal.mesh import Mesh
 from shoal.models.storage import buffers
 from shoal.parallel.buckets import Buckets
 from shoal.parallel.expert import Balance, Use
+from shoal.parallel.flat import Flat
 from shoal.parallel.fsdp import Sharded, is_sharded
-from shoal.parallel.pieces import Part, pieces_of, sum_over
+from shoal.parallel.pieces import Part, Piece, pieces_of, sum_over
 from shoal.parallel.pipeline import Compute, Like, Pipeline
 from shoal.shard import Shard
 
@@ -58,7 +59,7 @@ class Replica(Generic[B]):
         as stored. hidden: batch -> on meta, what one stage hands to the next (for a pipeline)."""
         self.parts, self.mesh, self._hidden = parts, mesh, hidden
         layout = mesh.layout
-        self._on_bucket: Callable[[Tensor], None] | None = None
+        self._on_bucket: Callable[[Tensor, Flat], None] | None = None
         between_replicas = self._bucket if layout.replicas > 1 else None
         self._buckets: Buckets | None = None
         # Of experts, the ranks with the same ones; None where a rank has the only copy, or nothing is sharded.
@@ -89,7 +90,7 @@ class Replica(Generic[B]):
         """How experts were used by the last step, once it has been applied; None where there are none."""
         self._share_saving()
 
-    def _shard(self, compute: torch.dtype | None, on_bucket: Callable[[Tensor], None] | None) -> list[Sharded]:
+    def _shard(self, compute: torch.dtype | None, on_bucket: Callable[[Tensor, Flat], None] | None) -> list[Sharded]:
         layout, rest = self.mesh.layout, None if self._rest is None else self._fsdp_mesh(self._rest)
         everyone, is_stage = self._fsdp_mesh(self.mesh.sharers), layout.pipeline > 1
         return [
@@ -142,17 +143,30 @@ class Replica(Generic[B]):
         alike = (piece for piece in self._pieces if piece.cut.summed == "tensor" and piece.cut.everywhere)
         return [*(piece.shard for piece in alike), *self._states]
 
-    def on_bucket(self, fn: Callable[[Tensor], None]) -> None:
-        """`fn(flat)` gets each flat piece of the gradient sum that all replicas must add up, once a step.
+    def on_bucket(self, fn: Callable[[Tensor, Flat], None]) -> None:
+        """`fn(flat, place)` gets each flat piece of the gradient sum that all replicas must add up, once a step, and
+        where what lies in it: one of `flats`.
 
         In an order that is the same on every rank and in every step; it may start an operation that changes
         `flat` in place and must have ended when the shards' gradients are read.
         """
         self._on_bucket = fn
 
-    def _bucket(self, flat: Tensor) -> None:
+    def _bucket(self, flat: Tensor, place: Flat) -> None:
         assert self._on_bucket is not None, "attach a sync before asking for gradients"
-        self._on_bucket(flat)
+        self._on_bucket(flat, place)
+
+    def flats(self) -> list[Flat]:
+        """All that `on_bucket` hands over in a step, in some order."""
+        whole = [bucket.place for bucket in self._buckets.buckets] if self._buckets else []
+        return [*(place for sharded in self._sharded for place in sharded.flats if place.size), *whole]
+
+    def lying_in(self, place: Flat, stretch_N: Tensor, first: int = 0) -> Iterator[tuple[Piece, Shard]]:
+        """What lies in the stretch from `first` on of a flat tensor, by canonical name: each piece of this rank and a
+        view of the numbers that belong to (a part of) it."""
+        for piece in self._pieces:
+            for shard in piece.lying_in(place, stretch_N, first):
+                yield piece, shard
 
     def gradients(self, batches: Sequence[B], loss: Loss[B]) -> Tally:
         """Forward and backward over the micro-batches."""

@@ -32,6 +32,7 @@ class Cut:
 
     offsets: where it begins in the whole. counted: as in Shard. summed: "", or an axis: the gradient here is a part,
     and the whole is the sum over those ranks of the axis that hold the same piece. everywhere: which all of them do.
+    copy, copies: which of those that hold the same piece of the replica this is, and how many there are.
     """
 
     global_shape: tuple[int, ...]
@@ -39,6 +40,8 @@ class Cut:
     counted: bool = True
     summed: str = ""
     everywhere: bool = False
+    copy: int = 0
+    copies: int = 1
 
 
 class Tensors:
@@ -97,9 +100,9 @@ class Tensors:
 
     def _piece(self, how: str, key: str, parameter: nn.Parameter) -> tuple[nn.Parameter, Cut]:
         shape = tuple(parameter.shape)
-        dimension, counted, summed = 0, True, ""
+        dimension, summed, sharers = 0, "", 1
         if how == split.WHOLE or (how == split.INPUTS and key == "bias"):
-            return parameter, Cut(shape, (0,) * len(shape), counted=self.rank == 0, summed="tensor", everywhere=True)
+            return parameter, Cut(shape, (0,) * len(shape), self.rank == 0, "tensor", True, self.rank, self.ranks)
         if how == split.INPUTS:
             dimension, part = 1, self._rows(shape[1])
         elif how == split.KEYS:
@@ -107,12 +110,13 @@ class Tensors:
             size = self.options.head_size
             part = range(heads.start * size, heads.stop * size)
             sharers = max(1, self.ranks // self.options.num_key_value_heads)
-            counted, summed = self.rank % sharers == 0, "tensor" if sharers > 1 else ""
+            summed = "tensor" if sharers > 1 else ""
         else:
             part = self._rows(shape[0])
         local = parameter.narrow(dimension, part.start, len(part)).clone()
         offsets = tuple(part.start if d == dimension else 0 for d in range(len(shape)))
-        return nn.Parameter(local), Cut(shape, offsets, counted, summed)
+        copy = self.rank % sharers
+        return nn.Parameter(local), Cut(shape, offsets, copy == 0, summed, copy=copy, copies=sharers)
 
     def _own_heads(self) -> ModelOptions:
         """Latent attention asks its options how many heads there are."""

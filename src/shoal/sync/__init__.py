@@ -17,4 +17,4 @@ def build(job: Job, mesh: Mesh) -> Sync:
         return Local(mesh, job.optim.clip, codec, job.sync)
     if job.sync.name == "gossip":
         return Gossip(mesh, job.optim.clip, job.sync, job.train.seed)
-    return AllReduce(mesh, job.optim.clip, codec)
+    return AllReduce(mesh, job.optim.clip, codec, job.sync.feedback)

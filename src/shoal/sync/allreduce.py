@@ -13,33 +13,39 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import operations
+from shoal.checkpoint.manifest import Manifest
 from shoal.errors import LayoutError
 from shoal.mesh import Mesh, View, build
 from shoal.optim.update import Update
+from shoal.parallel.flat import Flat
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
 from shoal.sync import saved
 from shoal.sync.codec import Codec
 from shoal.sync.encoded import EncodedSum
+from shoal.sync.feedback import Owed
 from shoal.sync.step import Applied, Version, apply, totals_of
 
 
 class AllReduce:
     """One update a step, from the sum of all replicas' gradients, clipped and applied on every rank."""
 
-    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None = None):
-        """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are."""
+    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None = None, feedback: bool = True):
+        """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are.
+        feedback: whether what it loses is added to the next ones."""
         self.mesh, self.clip = mesh, clip
         self._works: list[dist.Work] = []
-        self._encoded = None if codec is None else EncodedSum(codec)
+        alone = mesh.layout.replicas == 1
+        self._encoded = None if codec is None or alone else EncodedSum(codec, feedback)
+        self._owed = Owed()
 
     def attach(self, replica: Replica, update: Update) -> None:
         self.replica, self.update = replica, update
         replica.on_bucket(self._send)
 
-    def _send(self, flat: Tensor) -> None:
+    def _send(self, flat: Tensor, place: Flat) -> None:
         if self._encoded is not None:
-            self._encoded.start(flat, self.mesh.across_replicas)
+            self._encoded.start(flat, self.mesh.across_replicas, place)
             return
         work = dist.all_reduce(flat, group=self.mesh.across_replicas, async_op=True)
         assert work is not None
@@ -64,13 +70,21 @@ class AllReduce:
         self.mesh.wait(counted)
         loss_sum, weight, stop = totals.tolist()
         shards = self.replica.collect()
+        self._owed.add_to(shards)
         waited = time.perf_counter() - start
         counting = self.mesh.everyone if self.mesh.world > 1 else None
         done = apply(self.replica, self.update, shards, self.clip, loss_sum, weight, counting)
+        self._settle(applied=done.finite)
         return Applied(
             done.finite, Version(self.update.done), loss_sum, weight, weight, done.norm, done.lr, stop=stop > 0,
             waited=waited + done.waited, whence="" if done.finite else self._whence(tally),
         )  # fmt: skip
+
+    def _settle(self, applied: bool) -> None:
+        """What a codec has lost of a step's gradients counts only where the step does."""
+        self._owed.settle(applied)
+        if self._encoded is not None:
+            self._encoded.settle(applied)
 
     def _whence(self, tally: Tally) -> str:
         """Whose weights or whose loss is not finite, by what each rank sees in its own; all call it together."""
@@ -99,7 +113,8 @@ class AllReduce:
         """Goes on among the members of `view`, at a step boundary: the broken step is computed again by them.
 
         One survivor may have finished the step in which another was cut off; everybody then takes the state of
-        whoever is furthest. Raises LayoutError where a lost rank held a piece that no other has.
+        whoever is furthest. What a codec has lost of the lost rank's gradients is lost. Raises LayoutError where a lost
+        rank held a piece that no other has.
         """
         layout = self.mesh.layout
         if layout.ranks_per_replica > 1:
@@ -114,6 +129,10 @@ class AllReduce:
         done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
         done[self.mesh.rank] = self.update.done
         self.mesh.wait(dist.all_reduce(done, group=self.mesh.everyone, async_op=True))
+        # What whoever is behind has sent in the broken step is in the weights that it gets now.
+        self._settle(applied=self.update.done < int(done.max()))
+        if self._encoded is not None and self._encoded.feedback is not None:
+            self._encoded.feedback.keep_sums()
         if done.min() < done.max():
             for shard in (*self.replica.held(), *self.update.state()):
                 source = int(done.argmax())
@@ -131,12 +150,21 @@ class AllReduce:
         return self.replica.held()
 
     def state(self) -> State:
-        """Weights and optimizer; replicas are equal after every step."""
-        return State([*self.replica.held(), *self.update.state()])
+        """Weights and optimizer; replicas are equal after every step. And what a codec has lost."""
+        feedback = self._encoded.feedback if self._encoded is not None else None
+        lost = self._owed.state() if feedback is None else feedback.state(self.replica)
+        return State([*self.replica.held(), *self.update.state(), *lost])
 
-    def wanted(self, values: dict[str, Any]) -> list[Shard]:
-        """What to load from a checkpoint with these values, before `restore`."""
-        return saved.equal(self.replica, self.update, values)
+    def wanted(self, what: Manifest) -> Iterator[Shard]:
+        """What to fill from a checkpoint, before `restore`: each shard before the next is asked for."""
+        yield from saved.equal(self.replica, self.update, what.values)
+        encoded = self._encoded
+        if encoded is not None and encoded.feedback is not None:
+            group = self.mesh.across_replicas
+            chunks = {place: encoded.owned(place, group) for place in self.replica.flats()}
+            yield from encoded.feedback.wanted(self.replica, what.tensors, chunks)
+        else:
+            yield from self._owed.wanted(self.replica, what.tensors)
 
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled."""

@@ -10,13 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal.parallel.collectives import ALL_GATHER
+from shoal.parallel.flat import Flat
 from shoal.sync.codec import Codec
+from shoal.sync.feedback import Feedback, Stretch
 
 
 class _Sent(NamedTuple):
     """A tensor whose chunks are on their way to their owners. rows_WB: where those of this rank's chunk arrive."""
 
     flat_N: Tensor
+    place: Flat | None
     payload_WB: Tensor
     rows_WB: Tensor
     work: dist.Work | None
@@ -30,20 +33,29 @@ class EncodedSum:
     Source: the compressed all-reduce (gather, sum, scatter of chunks) of Tang et al. 2021, "1-bit Adam".
     """
 
-    def __init__(self, codec: Codec):
+    def __init__(self, codec: Codec, feedback: bool = False):
+        """feedback: whether what the codec loses of a tensor is added to the one that next lies in the same place."""
         self.codec = codec
+        self.feedback = Feedback() if feedback else None
         self._sent: list[_Sent] = []
 
-    def start(self, flat_N: Tensor, group: dist.ProcessGroup) -> None:
-        """The first hop. To be called with the same tensors in the same order on all ranks; they change in `finish`."""
+    def start(self, flat_N: Tensor, group: dist.ProcessGroup, place: Flat | None = None) -> None:
+        """The first hop. To be called with the same tensors in the same order on all ranks; they change in `finish`.
+
+        place: of each tensor its own, the same every time; needed for feedback.
+        """
         ranks = dist.get_world_size(group)
-        granules = -(-flat_N.numel() // (ranks * self.codec.granule))
-        values_WC = flat_N.new_zeros(ranks, granules * self.codec.granule)
+        values_WC = flat_N.new_zeros(ranks, self._chunk(flat_N.numel(), ranks))
         values_WC.view(-1)[: flat_N.numel()] = flat_N
-        payload_WB = self.codec.encode(values_WC)
+        if self.feedback is None:
+            payload_WB = self.codec.encode(values_WC)
+        else:
+            assert place is not None, "feedback needs to know which tensor this is"
+            assert flat_N.numel() == place.size, f"{flat_N.numel()} numbers came where {place.size} lie"
+            payload_WB = self.feedback.own.encode(self.codec, values_WC, place)
         rows_WB = torch.empty_like(payload_WB)
         work = dist.all_to_all_single(rows_WB, payload_WB, group=group, async_op=True)
-        self._sent.append(_Sent(flat_N, payload_WB, rows_WB, work))
+        self._sent.append(_Sent(flat_N, place, payload_WB, rows_WB, work))
 
     def finish(self, group: dist.ProcessGroup, wait: Callable[[dist.Work], object]) -> None:
         """The second hop of all that was started; the sums lie in the tensors after it."""
@@ -55,7 +67,12 @@ class EncodedSum:
             total_C = decoded_WC[0]
             for row_C in decoded_WC[1:]:
                 total_C += row_C
-            own_1B = self.codec.encode(total_C[None])
+            if self.feedback is None:
+                own_1B = self.codec.encode(total_C[None])
+            else:
+                assert sent.place is not None
+                first = dist.get_rank(group) * len(total_C)
+                own_1B = self.feedback.sums.encode(self.codec, total_C[None], sent.place, first)
             # The memory of the first hop is large enough for the second.
             work = ALL_GATHER(sent.payload_WB, own_1B, group=group, async_op=True)
             gathering.append((sent, own_1B, work))
@@ -69,3 +86,21 @@ class EncodedSum:
     def forget(self) -> None:
         """What was started does not end any more."""
         self._sent.clear()
+
+    def settle(self, applied: bool) -> None:
+        """Whether what was summed since the last call has been applied; if not, residuals are as before."""
+        if self.feedback is not None:
+            self.feedback.settle(applied)
+
+    def owned(self, place: Flat, group: dist.ProcessGroup) -> Stretch:
+        """Zeros for the part of such a tensor whose sum this rank encodes."""
+        parameter = next(iter(place.starts))
+        chunk = self._chunk(place.size, dist.get_world_size(group))
+        first = dist.get_rank(group) * chunk
+        return Stretch(
+            first, torch.zeros(max(0, min(chunk, place.size - first)), dtype=parameter.dtype, device=parameter.device)
+        )
+
+    def _chunk(self, numbers: int, ranks: int) -> int:
+        """Numbers of a rank's chunk."""
+        return -(-numbers // (ranks * self.codec.granule)) * self.codec.granule

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import operations
+from shoal.checkpoint.manifest import Manifest
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
 from shoal.operations import noted
@@ -47,7 +48,7 @@ class Gossip:
 
     def attach(self, replica: Replica[Any], update: Update) -> None:
         self.replica, self.update = replica, update
-        replica.on_bucket(lambda flat: None)
+        replica.on_bucket(lambda *_: None)
         learned = replica.shards()
         self.slow = Fragment(learned, replica.held()[len(learned) :])
 
@@ -235,11 +236,12 @@ class Gossip:
             *saved.own(replica, [*slow, *self.slow.velocity()]),
         ]
 
-    def wanted(self, values: dict[str, Any]) -> list[Shard]:
-        """What to load from a checkpoint with these values, before `restore`.
+    def wanted(self, what: Manifest) -> list[Shard]:
+        """What to fill from a checkpoint, before `restore`.
 
         A replica that is new begins with the mean of all, and with the optimizer's state of one that was there.
         """
+        values = what.values
         replicas, mine = saved.replicas_apart(values), self.mesh.replica
         if not replicas or values["sync"]["kind"] != "gossip":
             return saved.equal(self.replica, self.update, values)

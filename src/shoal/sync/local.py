@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from shoal import operations
+from shoal.checkpoint.manifest import Manifest
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
 from shoal.optim.update import Update
@@ -41,7 +42,7 @@ class Local:
         """clip: of each replica's own gradient. codec: how gradients are written on their way, or pseudo-gradients."""
         self.mesh, self.clip, self.options, self._codec = mesh, clip, options, codec
         self.rounds = Rounds(options.every, options.fragments, options.delay)
-        self._together = AllReduce(mesh, clip, codec)
+        self._together = AllReduce(mesh, clip, codec, options.feedback)
         self._apart = False
         self._step = 0
 
@@ -66,7 +67,7 @@ class Local:
     def _part(self) -> None:
         """From here on gradients stay in the replica."""
         self._apart = True
-        self.replica.on_bucket(lambda flat: None)
+        self.replica.on_bucket(lambda *_: None)
 
     def end(self, tally: Tally) -> Applied:
         """This replica's own update, and after some steps the outer one. Raises what collectives raise when a rank is
@@ -167,27 +168,27 @@ class Local:
         apart = saved.replicas_apart(values) > 0 and values["sync"]["kind"] == "local"
         return apart and values["step"] >= self.options.together
 
-    def wanted(self, values: dict[str, Any]) -> list[Shard]:
-        """What to load from a checkpoint with these values, before `restore`.
+    def wanted(self, what: Manifest) -> Iterator[Shard]:
+        """What to fill from a checkpoint, before `restore`: each shard before the next is asked for.
 
         A replica that is new begins with the common weights, and with the optimizer's state of one that was there.
         """
-        replicas = saved.replicas_apart(values)
-        if not self._were_apart(values):
-            return saved.equal(self.replica, self.update, values)
-        told, exchange = values["sync"], self.exchange
+        if not self._were_apart(what.values):
+            yield from self._together.wanted(what)
+            return
+        told, exchange, mine = what.values["sync"], self.exchange, self.mesh.replica
         if told["rounds"] != [self.rounds.every, self.rounds.fragments, self.rounds.delay]:
             # What was on its way had left for other rounds than these: it stays in each replica's own weights.
             told["travelling"] = []
         exchange.forget()
         for index in told["travelling"]:
             exchange.expect(index)
-        mine = self.mesh.replica
-        own = self._own(mine % replicas)
-        if mine >= replicas:
-            weights = self.replica.held()
-            own = [*weights, *own[len(weights) :]]
-        return [*self._shared(told), *own]
+        yield from self._shared(told)
+        if mine < told["apart"]:
+            yield from self._own(mine)
+        else:
+            yield from self.replica.held()
+            yield from saved.own(mine % told["apart"], self.update.state())
 
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled."""

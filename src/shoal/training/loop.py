@@ -252,7 +252,7 @@ class Loop:
     def load(self, folder: Path) -> None:
         """Goes on from a checkpoint, of whatever layout."""
         parts = self.parts
-        wanted = parts.sync.wanted(manifest.read(folder).values)
+        wanted = parts.sync.wanted(manifest.read(folder))
         values = checkpoint.load(folder, wanted, verified=True)
         parts.sync.restore(values)
         self.step, self.position = values["step"], values["position"]

@@ -55,7 +55,7 @@ def step(job: Job, mesh: Mesh, batches: list[Batch]) -> tuple[float, float]:
 
 def _step(job: Job, mesh: Mesh, batches: list[Batch]) -> tuple[float, float]:
     replica, objective = spread(job, mesh)
-    replica.on_bucket(lambda flat: None)
+    replica.on_bucket(lambda *_: None)
     # Agreed each time, which also lets the ranks begin together.
     return _repeated(lambda: mesh.largest(_clock(mesh, lambda: replica.gradients(batches, objective))))
 
