@@ -16,16 +16,22 @@ from tests.sync import residual_cases
 
 CASES = "tests.sync.residual_cases"
 # With pieces that two ranks of a replica have a part of each: norms and key heads, and a tied embedding's two ends.
-OPTIONS = {"model": "borders", "optimizer": "sgd"}
 LAYOUTS = [
     "replicas=3,micro_batch=2", "replicas=2,fsdp=2,zero=2,micro_batch=1", "replicas=2,tensor=2,micro_batch=2",
-    "replicas=2,pipeline=2,schedule=zbv,micro_batch=2", "replicas=2,pipeline=2,micro_batch=2",
+    "replicas=2,pipeline=2,schedule=zbv,micro_batch=2",
 ]  # fmt: skip
-OTHERS = ["replicas=2,micro_batch=2", "replicas=4,micro_batch=1"]
+TWO_ENDS = pytest.param("replicas=2,pipeline=2,micro_batch=2", marks=pytest.mark.nightly)
+# Key heads on two ranks each, and so experts.
+EIGHT = pytest.param("replicas=2,tensor=4,expert=2,micro_batch=3", marks=pytest.mark.nightly)
+OTHERS = [TWO_ENDS, "replicas=2,micro_batch=2", "replicas=4,micro_batch=1"]
+
+
+def options(layout: str):
+    return {"model": "qwen" if "expert" in layout else "borders", "optimizer": "sgd"}
 
 
 def run(ranks, what: str, layout: str, **args):
-    return ranks.run(f"{CASES}:{what}", Layout.parse(layout).world, layout=layout, **args, **OPTIONS)
+    return ranks.run(f"{CASES}:{what}", Layout.parse(layout).world, layout=layout, **args, **options(layout))
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,7 @@ def saved(ranks, tmp_path_factory):
     return once
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, TWO_ENDS, EIGHT])
 def test_resumed_in_the_same_layout_is_bitwise_the_same(ranks, saved, layout):
     told, folder = saved(layout)
     again = run(ranks, "go_on", layout, folder=str(folder))
@@ -97,13 +103,11 @@ def test_without_feedback_the_first_gradient_gets_all_that_was_lost(ranks, saved
     assert {name for of_rank in before for name, _, _ in of_rank} == {f"residual-sum.{name}" for name in expected}
 
 
-@pytest.mark.parametrize(
-    "layout", ["replicas=2,tensor=2,micro_batch=2", "replicas=2,pipeline=2,schedule=zbv,micro_batch=2"]
-)
+@pytest.mark.parametrize("layout", [*LAYOUTS[2:], EIGHT])
 def test_all_gradients_were_applied_or_are_kept(ranks, layout):
     """Also where ranks of a replica each have a part of one gradient, so that no single process does the same."""
     given, there = zip(*run(ranks, "keep_books", layout), strict=True)
-    shapes = parameters(cases.job("replicas=1", 1, **OPTIONS).model)
+    shapes = parameters(cases.job("replicas=1", 1, **options(layout)).model)
     like = {name: torch.empty(spec.shape, dtype=torch.float64) for name, spec in shapes.items()}
     there = residual_cases.totals([*there], like)
     for name, total in residual_cases.totals([*given], like).items():
