@@ -126,8 +126,8 @@ def plant(parts: Parts, bug: str) -> None:
 
         sharded.backward = keeps
     elif bug == "own norm":  # not summed over the ranks of a replica
-        sync.mesh = copy.copy(parts.mesh)
-        sync.mesh.layout = replace(parts.mesh.layout, fsdp=1)
+        parts.replica.mesh = copy.copy(parts.mesh)
+        parts.replica.mesh.layout = replace(parts.mesh.layout, fsdp=1)
     elif bug in EXPERTS:
         plant_in_experts(parts, bug)
     else:
