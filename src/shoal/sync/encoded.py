@@ -25,6 +25,15 @@ class _Sent(NamedTuple):
     work: dist.Work | None
 
 
+class _Turned(NamedTuple):
+    """A tensor whose sums are on their way to all. own_1B: this rank's chunk, sent until then."""
+
+    flat_N: Tensor
+    payload_WB: Tensor
+    own_1B: Tensor
+    work: dist.Work | None
+
+
 class EncodedSum:
     """Every rank owns one chunk of each tensor. It gets what all ranks have encoded of it, adds up in their order and
     in the tensor's own dtype, encodes the sum and sends it to all. Everybody decodes the same bytes, the owner too,
@@ -38,6 +47,7 @@ class EncodedSum:
         self.codec = codec
         self.feedback = Feedback() if feedback else None
         self._sent: list[_Sent] = []
+        self._turned: list[_Turned] = []
 
     def start(self, flat_N: Tensor, group: dist.ProcessGroup, place: Flat | None = None) -> None:
         """The first hop. To be called with the same tensors in the same order on all ranks; they change in `finish`.
@@ -57,9 +67,8 @@ class EncodedSum:
         work = dist.all_to_all_single(rows_WB, payload_WB, group=group, async_op=True)
         self._sent.append(_Sent(flat_N, place, payload_WB, rows_WB, work))
 
-    def finish(self, group: dist.ProcessGroup, wait: Callable[[dist.Work], object]) -> None:
-        """The second hop of all that was started; the sums lie in the tensors after it."""
-        gathering = []
+    def turn(self, group: dist.ProcessGroup, wait: Callable[[dist.Work], object]) -> None:
+        """Waits for the first hop of all that was started, and begins the second."""
         for sent in self._sent:
             assert sent.work is not None
             wait(sent.work)
@@ -75,17 +84,23 @@ class EncodedSum:
                 own_1B = self.feedback.sums.encode(self.codec, total_C[None], sent.place, first)
             # The memory of the first hop is large enough for the second.
             work = ALL_GATHER(sent.payload_WB, own_1B, group=group, async_op=True)
-            gathering.append((sent, own_1B, work))
+            self._turned.append(_Turned(sent.flat_N, sent.payload_WB, own_1B, work))
         self._sent.clear()
-        for sent, _, work in gathering:
-            assert work is not None
-            wait(work)
-            decoded_WC = self.codec.decode(sent.payload_WB, sent.flat_N.dtype)
-            sent.flat_N.copy_(decoded_WC.view(-1)[: sent.flat_N.numel()])
+
+    def finish(self, group: dist.ProcessGroup, wait: Callable[[dist.Work], object]) -> None:
+        """Waits for all that was started; the sums lie in the tensors after it."""
+        self.turn(group, wait)
+        for turned in self._turned:
+            assert turned.work is not None
+            wait(turned.work)
+            decoded_WC = self.codec.decode(turned.payload_WB, turned.flat_N.dtype)
+            turned.flat_N.copy_(decoded_WC.view(-1)[: turned.flat_N.numel()])
+        self._turned.clear()
 
     def forget(self) -> None:
         """What was started does not end any more."""
         self._sent.clear()
+        self._turned.clear()
 
     def settle(self, applied: bool) -> None:
         """Whether what was summed since the last call has been applied; if not, residuals are as before."""

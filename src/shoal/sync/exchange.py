@@ -57,6 +57,12 @@ class Exchange:
             for piece in moved_N.split(bucket):
                 self._sums[index].start(piece, self.mesh.across_replicas)
 
+    def turn(self, index: int) -> None:
+        """Waits until what all replicas have sent has reached whoever adds it up, and sends the sums back."""
+        sent = self.travelling[index]
+        if not sent.here and self.mesh.layout.replicas > 1 and sent.moved_N.numel():
+            self._sums[index].turn(self.mesh.across_replicas, self.mesh.wait)
+
     def finish(self, index: int) -> None:
         """Waits until the mean of all replicas is here."""
         sent = self.travelling[index]

@@ -92,6 +92,9 @@ class Local:
         step, exchange = self._step + 1, self.exchange
         for index in self.rounds.starts(step):
             exchange.leave(index)
+        for index in self.rounds.turns(step):
+            if index in exchange.travelling:
+                exchange.turn(index)
         # After a resume with other rounds, or where replicas parted late, some may never have left.
         due = [index for index in self.rounds.ends(step) if index in exchange.travelling]
         outer, asked, finite = exchange.arrive(due, stop)

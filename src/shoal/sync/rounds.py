@@ -25,6 +25,10 @@ class Rounds:
         """Fragments that leave after so many completed steps."""
         return self.ends(step + self.delay)
 
+    def turns(self, step: int) -> list[int]:
+        """Fragments whose sums begin their way back after so many completed steps: half of the delay before the end."""
+        return self.ends(step + self.delay // 2)
+
     def ends(self, step: int) -> list[int]:
         """Fragments that are applied after so many completed steps."""
         firsts = [(i + 1) * self.every // self.fragments for i in range(self.fragments)]
