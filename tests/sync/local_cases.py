@@ -81,7 +81,7 @@ def _once(replicas: int, steps: int, sync: tuple[Any, ...], codec: str, options:
 
 def _reference(
     replicas: int, steps: int, every: int, outer_lr: float, outer_momentum: float, fragments: int = 1, delay: int = 0,
-    mix: float = 0.0, together: int = 0, codec: str = "", **options: Any,
+    mix: float = 0.0, together: int = 0, codec: str = "", feedback: bool = True, **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """together: that many steps at the start are one step on the mean gradient of all."""
     what = cases.job("replicas=1", steps, **options)
@@ -92,7 +92,8 @@ def _reference(
     # What moves by counts, not by gradients, is averaged.
     fixed = {name for name, _ in models[0].named_buffers() if name in common}
     velocity = {name: torch.zeros_like(tensor) for name, tensor in common.items()}
-    sent: dict[int, dict[str, torch.Tensor]] = {}
+    sent: dict[int, dict[str, Any]] = {}
+    lost: dict[str, Any] = {}
     losses: list[list[float]] = [[] for _ in range(replicas)]
     history = []
     for step in range(steps):
@@ -118,13 +119,14 @@ def _reference(
             continue
         for i in range(fragments):
             if _due(i, done + delay, every, fragments):
-                sent[i] = {n: _mean([_codec(common[n] - m[n], codec) for m in named], codec) for n in common
-                           if _fragment(n, fragments) == i}  # fmt: skip
+                sent[i] = {n: _send([common[n] - m[n] for m in named], lost.get(n), codec)
+                           for n in common if _fragment(n, fragments) == i}  # fmt: skip
         settled = set()
         for i in range(fragments):
             if _due(i, done, every, fragments) and i in sent:
                 settled.add(i)
-                for n, mean in sent.pop(i).items():
+                for n, (mean, left) in sent.pop(i).items():
+                    lost[n] = left if feedback else None
                     velocity[n] = outer_momentum * velocity[n] + mean
                     common[n] = common[n] - (mean if n in fixed else outer_lr * (mean + outer_momentum * velocity[n]))
                     for m in named:
@@ -132,7 +134,7 @@ def _reference(
         if done == steps:
             for n in common:
                 if _fragment(n, fragments) not in settled or mix:
-                    common[n] = common[n] - _mean([_codec(common[n] - m[n], codec) for m in named], codec)
+                    common[n] = common[n] - _send([common[n] - m[n] for m in named], lost.get(n), codec)[0]
                     for m in named:
                         m[n].copy_(common[n])
         history.append({name: tensor.clone() for name, tensor in common.items()})
@@ -186,8 +188,16 @@ def _codec(tensor: torch.Tensor, codec: str) -> torch.Tensor:
     return tensor.to(getattr(torch, codec)).double() if codec else tensor
 
 
-def _mean(tensors: list[torch.Tensor], codec: str) -> torch.Tensor:
-    return _codec(sum(tensors[1:], tensors[0].clone()), codec) / len(tensors)
+def _send(
+    moved: list[torch.Tensor], lost: tuple[list[torch.Tensor], torch.Tensor] | None, codec: str
+) -> tuple[torch.Tensor, tuple[list[torch.Tensor], torch.Tensor]]:
+    """(mean of what arrives of each, what the codec loses of each and of their sum). lost: of the exchange before."""
+    own, of_sum = lost or ([torch.zeros_like(m) for m in moved], torch.zeros_like(moved[0]))
+    full = [m + e for m, e in zip(moved, own, strict=True)]
+    arrived = [_codec(one, codec) for one in full]
+    total = sum(arrived[1:], arrived[0].clone()) + of_sum
+    told = _codec(total, codec)
+    return told / len(moved), ([f - a for f, a in zip(full, arrived, strict=True)], total - told)
 
 
 def agreement(seat: meshes.Seat, bucket_mib: float, steps: int, sync: dict[str, Any]) -> list[dict[str, Any]]:

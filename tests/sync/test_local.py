@@ -55,16 +55,20 @@ def test_training_is_that_of_one_process_with_a_model_for_each_replica(ranks, la
     assert mean[-1] < 0.95 * mean[0]
 
 
-def test_rounding_what_is_sent_is_that_of_one_process_too(ranks):
+@pytest.mark.parametrize("sync", [DILOCO, {**STREAMING, "feedback": False}, {**STREAMING, "delay": 3}])
+def test_rounding_what_is_sent_is_that_of_one_process_too(ranks, sync):
+    """With what is lost added to the next exchange, or not."""
     options = {"optimizer": "sgd", "tied": False, "model": "even"}
-    sync = {**DILOCO, "codec": "bf16"}
-    results = ranks.run(
-        "tests.sync.local_cases:train", 3, layout="replicas=3,micro_batch=2", steps=STEPS, sync=sync, **options
-    )
-    expected = local_cases.reference(3, STEPS, DILOCO, codec="bfloat16", **options)
+    layout, given = "replicas=3,micro_batch=2", sync | {"codec": "bf16"}
+    results = ranks.run("tests.sync.local_cases:train", 3, layout=layout, steps=STEPS, sync=given, **options)
+    expected = local_cases.reference(3, STEPS, sync, codec="bfloat16", **options)
     for result in results:
         for step in range(STEPS):
             near(result["common"][step], expected["common"][step], f"common after step {step + 1}")
+    other = sync | {"feedback": not sync.get("feedback", True)}
+    without = local_cases.reference(3, STEPS, other, codec="bfloat16", **options)["common"][-1]
+    apart = max(cases.apart(tensor, without[name], tensor) for name, tensor in expected["common"][-1].items())
+    assert apart > 1e-6, "feedback changes nothing that could be seen"
 
 
 @pytest.mark.parametrize("change", [{"outer_momentum": 0.8}, {"outer_lr": 0.71}, {"mix": 0.01}, {"delay": 1}])

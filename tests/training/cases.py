@@ -277,7 +277,8 @@ def loaded(seat: Seat, job: str, layout: str, folder: str) -> dict[str, Any]:
         parts.sync.restore(checkpoint.load(Path(folder), wanted))
         weights = {shard.name: shard.local.tolist() for shard in parts.replica.held()}
         slots = {shard.name.partition(".")[2]: shard.local.tolist() for shard in parts.update.state()[: len(weights)]}
-        return {"replica": ranks.replica, "weights": weights, "moments": slots}
+        unsent = {s.name: s.local.tolist() for s in parts.sync.state().shards if s.name.startswith("unsent")}
+        return {"replica": ranks.replica, "weights": weights, "moments": slots, "unsent": unsent}
     finally:
         ranks.close()
 

@@ -86,6 +86,33 @@ def test_at_the_end_all_have_the_mean(whole):
             assert torch.equal(own, common), name
 
 
+def test_what_a_codec_has_lost_is_in_checkpoints(ranks, train, tiny, tmp_path):
+    """Bitwise resume with one fragment on its way; on other numbers of replicas the sum stays what it was."""
+    job = tiny(tmp_path / "run", "replicas=3", train={"steps": 16}, sync=SYNC | {"codec": "bf16"},
+               checkpoint={"every": 7, "keep": 9})  # fmt: skip
+    train(job)
+    run = broken_off(tmp_path / "run", tmp_path / "again")
+    go_on(train, tiny, run)
+    assert [row["loss"] for row in metrics.read(run)] == [row["loss"] for row in metrics.read(tmp_path / "run")]
+    one, two = (
+        sorted((folder / "checkpoints/step-00000016").glob("*.safetensors")) for folder in (run, tmp_path / "run")
+    )
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine.read_bytes() == theirs.read_bytes()
+    folder, name = tmp_path / "run/checkpoints/step-00000007", "model.layers.0.mlp.down_proj.weight"
+    before = sum(t for _, t in checkpoint.tensors(folder, [f"unsent@{r}.{name}" for r in range(3)]))
+    assert before.count_nonzero()
+    (_, of_sums), *_ = checkpoint.tensors(folder, [f"unsent.{name}"])
+    assert of_sums.count_nonzero()
+    for replicas in (2, 4):
+        told = ranks.run(
+            "tests.training.cases:loaded", replicas, job=write(job), layout=f"replicas={replicas}", folder=str(folder)
+        )
+        now = sum(torch.tensor(of_rank["unsent"][f"unsent@{r}.{name}"]) for r, of_rank in enumerate(told))
+        assert torch.allclose(now, before, atol=1e-9)
+        assert all(torch.equal(torch.tensor(of_rank["unsent"][f"unsent.{name}"]), of_sums) for of_rank in told)
+
+
 @pytest.mark.parametrize("layout", ["replicas=2", "replicas=4", "replicas=2,fsdp=2"])
 def test_another_number_of_replicas_goes_on(train, tiny, whole, tmp_path, layout):
     """Old ones from their own weights, new ones from the common weights and an old one's moments."""

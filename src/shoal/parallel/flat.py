@@ -29,6 +29,13 @@ class Flat:
         self.size = end
         self.gaps.append((end, sys.maxsize))
 
+    @classmethod
+    def of_numbers(cls, size: int) -> Flat:
+        """One that holds no parameters' gradients, but so many numbers of something else."""
+        flat = cls([])
+        flat.size, flat.gaps = size, [(size, sys.maxsize)]
+        return flat
+
     def clear_gaps(self, stretch_N: Tensor, first: int = 0) -> Tensor:
         """Zeros in the gaps of a stretch of such a tensor, which begins at place `first` and may reach beyond its
         end; in place."""

@@ -110,11 +110,14 @@ class EncodedSum:
     def owned(self, place: Flat, group: dist.ProcessGroup) -> Stretch:
         """Zeros for the part of such a tensor whose sum this rank encodes."""
         parameter = next(iter(place.starts))
-        chunk = self._chunk(place.size, dist.get_world_size(group))
-        first = dist.get_rank(group) * chunk
-        return Stretch(
-            first, torch.zeros(max(0, min(chunk, place.size - first)), dtype=parameter.dtype, device=parameter.device)
-        )
+        first, stop = self.owned_part(place.size, group)
+        return Stretch(first, torch.zeros(stop - first, dtype=parameter.dtype, device=parameter.device))
+
+    def owned_part(self, numbers: int, group: dist.ProcessGroup) -> tuple[int, int]:
+        """First number and last one + 1 of a tensor of so many whose sum this rank encodes."""
+        chunk = self._chunk(numbers, dist.get_world_size(group))
+        first = min(dist.get_rank(group) * chunk, numbers)
+        return first, min(first + chunk, numbers)
 
     def _chunk(self, numbers: int, ranks: int) -> int:
         """Numbers of a rank's chunk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
+from shoal.parallel.flat import Flat
 from shoal.shard import Shard
 from shoal.sync.codec import Codec
 from shoal.sync.codec.plain import Plain
 from shoal.sync.encoded import EncodedSum
+from shoal.sync.feedback import Stretch
 from shoal.sync.fragment import Fragment
 from shoal.sync.rounds import fragment_of
 from shoal.sync.step import Outer
@@ -26,6 +29,14 @@ class _Travelling:
     moved_N: Tensor
     squares: Tensor
     here: bool = False
+
+
+class Lost(NamedTuple):
+    """What a codec has lost of a fragment's shards, in their order: of this replica's own numbers, and of sums."""
+
+    shards: list[Shard]
+    own_N: Tensor
+    sums_N: Tensor
 
 
 class Exchange:
@@ -44,30 +55,38 @@ class Exchange:
 
         self.fragments = [Fragment(of(i, learned), of(i, fixed)) for i in range(options.fragments)]
         self.travelling: dict[int, _Travelling] = {}
-        self._sums = [EncodedSum(codec or Plain()) for _ in self.fragments]
+        alone = mesh.layout.replicas == 1
+        self._sums = [EncodedSum(codec or Plain(), codec is not None and options.feedback) for _ in self.fragments]
+        # What travels together of each fragment.
+        self._places = [[] if alone else self._split(fragment.common_N) for fragment in self.fragments]
         # Loss and weight of this rank's batches since the last outer step.
         self.round = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+
+    def _split(self, flat_N: Tensor) -> list[Flat]:
+        bucket = max(1, int(self.options.bucket_mib * 2**20) // flat_N.element_size())
+        return [Flat.of_numbers(len(piece)) for piece in flat_N.split(bucket)] if len(flat_N) else []
 
     def leave(self, index: int) -> None:
         """Sends a fragment's pseudo-gradient to the other replicas; by all ranks in the same order."""
         moved_N = self.fragments[index].moved()
         self.travelling[index] = _Travelling(moved_N, self.fragments[index].squares(moved_N))
-        if self.mesh.layout.replicas > 1 and moved_N.numel():
-            bucket = max(1, int(self.options.bucket_mib * 2**20) // moved_N.element_size())
-            for piece in moved_N.split(bucket):
-                self._sums[index].start(piece, self.mesh.across_replicas)
+        places = self._places[index]
+        for piece_N, place in (
+            zip(moved_N.split([place.size for place in places]), places, strict=True) if places else ()
+        ):
+            self._sums[index].start(piece_N, self.mesh.across_replicas, place)
 
     def turn(self, index: int) -> None:
         """Waits until what all replicas have sent has reached whoever adds it up, and sends the sums back."""
         sent = self.travelling[index]
-        if not sent.here and self.mesh.layout.replicas > 1 and sent.moved_N.numel():
+        if not sent.here and self._places[index]:
             self._sums[index].turn(self.mesh.across_replicas, self.mesh.wait)
 
     def finish(self, index: int) -> None:
         """Waits until the mean of all replicas is here."""
         sent = self.travelling[index]
         if not sent.here:
-            if self.mesh.layout.replicas > 1 and sent.moved_N.numel():
+            if self._places[index]:
                 self._sums[index].finish(self.mesh.across_replicas, self.mesh.wait)
             sent.moved_N.div_(self.mesh.layout.replicas)
             sent.here = True
@@ -85,6 +104,7 @@ class Exchange:
                 mean_N = self.travelling[index].moved_N
                 self.fragments[index].step(mean_N, self.options.outer_lr, self.options.momentum)
             self.fragments[index].mix(self.options.mix if finite else 0.0)
+            self._sums[index].settle(finite)
             del self.travelling[index]
         return outer, asked, finite
 
@@ -100,6 +120,7 @@ class Exchange:
             if finite:
                 self.fragments[index].step(self.travelling[index].moved_N, 1.0, 0.0)
             self.fragments[index].mix(0.0)
+            self._sums[index].settle(finite)
             del self.travelling[index]
         return outer, asked, finite
 
@@ -134,6 +155,37 @@ class Exchange:
         self.round.copy_(torch.tensor(figures[:2], dtype=torch.float64))
         for index, squares in zip(sorted(self.travelling), figures[2:], strict=False):
             self.travelling[index].squares.fill_(squares)
+
+    def unsent(self) -> list[Lost]:
+        """Of each fragment what a codec has lost: of this replica's own numbers, and of the sums; the latter to be
+        called on all ranks. None where nothing is kept."""
+        return [self._lost(index) for index, one in enumerate(self._sums) if one.feedback is not None]
+
+    def _lost(self, index: int) -> Lost:
+        fragment, feedback, first = self.fragments[index], self._sums[index].feedback, 0
+        assert feedback is not None
+        own_N, sums_N = torch.zeros_like(fragment.common_N), torch.zeros_like(fragment.common_N)
+        for place in self._places[index]:
+            for residuals, flat_N in ((feedback.own, own_N), (feedback.sums, sums_N)):
+                if (kept := residuals.newest(place)) is not None:
+                    start = first + kept.first
+                    flat_N[start : start + len(kept.numbers_N)] = kept.numbers_N
+            first += place.size
+        if self._places[index]:
+            self.mesh.wait(dist.all_reduce(sums_N, group=self.mesh.across_replicas, async_op=True))
+        return Lost(fragment.shards, own_N, sums_N)
+
+    def lose(self, losses: list[Lost]) -> None:
+        """As `unsent` told it, once, of all fragments."""
+        for index, lost in enumerate(losses):
+            feedback, first = self._sums[index].feedback, 0
+            assert feedback is not None
+            for place in self._places[index]:
+                own_N, sums_N = (flat_N[first : first + place.size] for flat_N in lost[1:])
+                feedback.own.kept[place] = Stretch(0, own_N)
+                start, stop = self._sums[index].owned_part(place.size, self.mesh.across_replicas)
+                feedback.sums.kept[place] = Stretch(start, sums_N[start:stop])
+                first += place.size
 
     def forget(self) -> None:
         """What was sent does not arrive any more."""

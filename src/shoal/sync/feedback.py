@@ -59,6 +59,10 @@ class Residuals:
         self._after[place] = Stretch(first, place.clear_gaps(lost_N, first))
         return payload_RB
 
+    def newest(self, place: Flat) -> Stretch | None:
+        """What was lost of this tensor, also where it is not known yet whether that counts."""
+        return self._after.get(place, self.kept.get(place))
+
     def settle(self, applied: bool) -> None:
         """What was lost since the last call counts from now on, or never has been: one number that is not finite would
         be in all later steps."""
@@ -120,7 +124,7 @@ class Feedback:
                 to = whose is None if of_sums else whose is not None and whose % mesh.layout.replicas == mesh.replica
                 if to and copy % piece.cut.copies == piece.cut.copy:
                     names.append(name)
-            yield from _added_up(shard, names)
+            yield from added_up(shard, names)
 
 
 class Owed:
@@ -135,7 +139,7 @@ class Owed:
         found = _found(saved)
         self.shards = [replace(s, local=torch.zeros_like(s.local)) for s in replica.shards() if s.name in found]
         for shard in self.shards:
-            yield from _added_up(shard, [name for name, _, _ in found[shard.name]])
+            yield from added_up(shard, [name for name, _, _ in found[shard.name]])
 
     def add_to(self, shards: list[Shard]) -> None:
         """shards: those of the replica, with their gradients."""
@@ -154,7 +158,7 @@ class Owed:
         return [replace(shard, name=f"residual-sum.{shard.name}") for shard in self.shards]
 
 
-def _added_up(shard: Shard, names: Sequence[str]) -> Iterator[Shard]:
+def added_up(shard: Shard, names: Sequence[str]) -> Iterator[Shard]:
     """The tensors of these names one after the other, to be filled; their sum is then in the shard."""
     for number, name in enumerate(names):
         part = replace(shard, name=name, local=torch.empty_like(shard.local) if number else shard.local)

@@ -29,7 +29,8 @@ from shoal.shard import Shard, State
 from shoal.sync import saved
 from shoal.sync.allreduce import AllReduce
 from shoal.sync.codec import Codec
-from shoal.sync.exchange import Exchange
+from shoal.sync.exchange import Exchange, Lost
+from shoal.sync.feedback import added_up
 from shoal.sync.fragment import named
 from shoal.sync.rounds import Rounds
 from shoal.sync.step import Applied, Outer, Version, own_step
@@ -154,7 +155,8 @@ class Local:
             "travelling": travelling,
             "figures": figures if all(map(math.isfinite, figures)) else [],
         }
-        return State([*self._shared(values), *self._own(self.mesh.replica)], values)
+        unsent = [shard for lost in exchange.unsent() for shard in _unsent(lost, self.mesh.replica)]
+        return State([*self._shared(values), *self._own(self.mesh.replica), *unsent], values)
 
     def _shared(self, values: dict[str, Any]) -> list[Shard]:
         """Of the state that these values belong to, what is equal on all replicas."""
@@ -192,6 +194,20 @@ class Local:
         else:
             yield from self.replica.held()
             yield from saved.own(mine % told["apart"], self.update.state())
+        yield from self._losses(what)
+
+    def _losses(self, what: Manifest) -> Iterator[Shard]:
+        """What a codec had lost. With however many replicas, its sum stays what it was: that of replica r goes to r
+        modulo their number."""
+        losses, layout = self.exchange.unsent(), self.mesh.layout
+        old = range(self.mesh.replica, int(what.values["sync"]["apart"]), layout.replicas)
+        if not losses or not any(name.startswith("unsent.") for name in what.tensors):
+            return
+        for lost in losses:
+            for own, sums in zip(*_unsent_pairs(lost), strict=True):
+                yield sums
+                yield from added_up(own, [f"unsent@{r}.{sums.name.removeprefix('unsent.')}" for r in old])
+        self.exchange.lose(losses)
 
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled."""
@@ -203,3 +219,13 @@ class Local:
         if self.mesh.rank == 0 and told["figures"]:
             self.exchange.count(told["figures"])
         self._part()
+
+
+def _unsent(lost: Lost, replica: int) -> list[Shard]:
+    """`unsent@<replica>.<name>` of this replica, and `unsent.<name>` of sums."""
+    own, sums = _unsent_pairs(lost)
+    return [*saved.own(replica, own), *sums]
+
+
+def _unsent_pairs(lost: Lost) -> tuple[list[Shard], list[Shard]]:
+    return named("unsent", lost.shards, lost.own_N), named("unsent", lost.shards, lost.sums_N)
