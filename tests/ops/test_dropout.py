@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from shoal.ops import dropout
+from shoal.ops import counter, dropout
 from shoal.ops.dropout import Dropout, LayerDropout
 
 needs_compiler = pytest.mark.skipif(
@@ -62,7 +62,7 @@ def test_split_mix_has_the_published_stream() -> None:
     state = torch.tensor(1234567)
     for number, value in enumerate(stream):
         assert split_mix(1234567, number) == value
-        assert int(dropout._draw(state, number)) % 2**64 == value
+        assert int(dropout.draw(state, number)) % 2**64 == value
 
 
 whole = st.integers(-(2**63), 2**63 - 1)
@@ -147,7 +147,7 @@ def test_kept_elements_are_scaled_by_the_chance_that_was_used() -> None:
 def test_the_threshold_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a rate of 1/2 the lower half of all hashes is dropped: up to −1."""
     hash_4 = torch.tensor([-(2**31), -1, 0, 2**31 - 1], dtype=torch.int32)
-    monkeypatch.setattr(dropout, "_hash", lambda key, first, features: hash_4.expand(*key.shape, 4))
+    monkeypatch.setattr(dropout, "hashes", lambda key, first, features: hash_4.expand(*key.shape, 4))
     assert mask(made(0.5), 4)[0, 0].tolist() == [False, False, True, True]
 
 
@@ -328,9 +328,9 @@ def test_patterns_of_eight_are_equally_frequent() -> None:
 @pytest.mark.parametrize("bit", range(32))
 def test_every_bit_of_a_feature_changes_the_hash(bit: int) -> None:
     """Avalanche: a flipped bit of the counter flips each bit of the hash in half of 32,768 rows."""
-    key = dropout._draw(torch.zeros(1 << 15, dtype=torch.int64), torch.arange(1 << 15))
+    key = dropout.draw(torch.zeros(1 << 15, dtype=torch.int64), torch.arange(1 << 15))
     feature = 1 << bit if bit < 31 else -(1 << 31)
-    changed = dropout._hash(key, 0, 1) ^ dropout._hash(key, feature, 1)
+    changed = dropout.hashes(key, 0, 1) ^ dropout.hashes(key, feature, 1)
     share = ((changed >> torch.arange(32)) & 1).double().mean(0)
     assert (share - 0.5).abs().max() < 5 * 0.5 / (1 << 15) ** 0.5
 
@@ -339,8 +339,8 @@ def test_every_bit_of_a_feature_changes_the_hash(bit: int) -> None:
 
 
 def test_sees_features_counted_anew_on_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = dropout._hash
-    monkeypatch.setattr(dropout, "_hash", lambda key, first, features: honest(key, 0, features))
+    honest = dropout.hashes
+    monkeypatch.setattr(dropout, "hashes", lambda key, first, features: honest(key, 0, features))
     with pytest.raises(AssertionError):
         assert_piece_is_slice([0, 1], [3, 4, 5], slice(8, 40), torch.float32)
 
@@ -349,7 +349,7 @@ def test_sees_a_generator_in_place_of_the_hash(monkeypatch: pytest.MonkeyPatch) 
     def drawn(key: Tensor, first: int, features: int) -> Tensor:
         return torch.randint(-(2**31), 2**31, (*key.shape, features), dtype=torch.int32)
 
-    monkeypatch.setattr(dropout, "_hash", drawn)
+    monkeypatch.setattr(dropout, "hashes", drawn)
     with pytest.raises(AssertionError):
         test_backward_applies_the_same_mask(torch.float32)
     with pytest.raises(AssertionError):
@@ -362,7 +362,7 @@ def test_sees_a_hash_without_mixing(monkeypatch: pytest.MonkeyPatch) -> None:
     def unmixed(key: Tensor, first: int, features: int) -> Tensor:
         return (key[..., None].int() + torch.arange(first, first + features, dtype=torch.int32)) * (0x7FEB352D)
 
-    monkeypatch.setattr(dropout, "_hash", unmixed)
+    monkeypatch.setattr(dropout, "hashes", unmixed)
     values = standard(made(0.1, batch=8, length=256))
     assert abs(values.mean()) < 5 * values.numel() ** -0.5
     with pytest.raises(AssertionError):
@@ -372,6 +372,6 @@ def test_sees_a_hash_without_mixing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sees_a_shift_that_repeats_the_sign(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dropout, "_shifted", lambda x, bits: x >> bits)
+    monkeypatch.setattr(counter, "_shifted", lambda x, bits: x >> bits)
     with pytest.raises(AssertionError):
         assert_as_defined(0.5, (0, 0, 0, 0, 0, 0), 0)

@@ -10,7 +10,7 @@ import torch
 from shoal import mesh as meshes
 from shoal.job import Layout
 from shoal.observe.traffic import traffic
-from shoal.sync.codec import CODECS
+from shoal.sync.codec import codec_of
 from shoal.sync.encoded import EncodedSum
 from shoal.training.parts import assemble
 from tests.equivalence import cases
@@ -27,7 +27,7 @@ def sums(seat: meshes.Seat, codec: str, dtype: str) -> list[list[float]]:
     """Of each tensor, twice in a row: what was summed first must not be in the way."""
     mesh = meshes.build(Layout(replicas=seat.world), seat, timeout=60)
     try:
-        summing = EncodedSum(CODECS[codec]())
+        summing = EncodedSum(codec_of(codec))
         for _ in range(2):
             tensors = values(seat.member, getattr(torch, dtype))
             for tensor in tensors:
@@ -42,7 +42,7 @@ def bytes_of_a_sum(seat: meshes.Seat, codec: str, size: int) -> tuple[int, int]:
     """(sent, received) by this rank's sockets for one sum of `size` float32 numbers."""
     mesh = meshes.build(Layout(replicas=seat.world), seat, timeout=60)
     try:
-        summing, group = EncodedSum(CODECS[codec]()), mesh.across_replicas
+        summing, group = EncodedSum(codec_of(codec)), mesh.across_replicas
         for numbers in (seat.world, size):  # the first one opens connections
             mesh.largest(0.0)
             before = traffic()

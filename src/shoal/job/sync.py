@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.codec import parse
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,12 @@ class SyncOptions:
     SGD, DiLoCo; docs/local-steps.md). `gossip`: the same, but every replica averages with one other, another one each
     time (docs/gossip.md)."""
     codec: str = "none"
-    """How gradients are written on their way between replicas: `none` = as they are, `bf16` or `fp16` = in half the
-    bytes, rounded once on the way there and once on the way back. Sums are made in full precision. With `local`, what
-    replicas have learned."""
+    """How gradients are written on their way between replicas: `none` = as they are; `bf16` or `fp16` = in half the
+    bytes, `int8`, `int4`, `int2`, `sign` = in 8, 4, 2, 1 bits and a scale for every 64 numbers; `topk:SHARE` = the
+    largest, `randomk:SHARE` = some, `dct:SHARE` = the largest of their cosine transform, each also rounded, as in
+    `topk:0.05+int2`. With `:unbiased`, `int8`, `int4` and `randomk:SHARE` are right on average (docs/codecs.md).
+    Numbers are encoded once on the way there and once on the way back. Sums are made in full precision. With
+    `local`, what replicas have learned."""
     feedback: bool = True
     """Whether what a codec has lost of a gradient is kept and added to the next one. That takes the bytes of a rank's
     gradients once more, and of sums one part in as many as there are replicas; of both twice as much during a step.
@@ -64,10 +68,19 @@ class SyncOptions:
 
     def validate(self) -> None:
         one_of("sync.name", self.name, ("allreduce", "local", "gossip"))
-        one_of("sync.codec", self.codec, ("none", "bf16", "fp16"))
+        if self.codec != "none":
+            self._validate_codec()
         positive("sync.bucket_mib", self.bucket_mib)
         positive("sync.timeout", self.timeout)
         self._validate_rounds()
+
+    def _validate_codec(self) -> None:
+        kept = parse(self.codec)[0]
+        require(
+            not (self.feedback and kept.name == "randomk" and kept.unbiased),
+            f"sync.codec={self.codec!r} with sync.feedback: what is lost would be more in every step",
+            f"{self.codec.replace(':unbiased', '', 1)}, or sync.feedback=false",
+        )
 
     def _validate_rounds(self) -> None:
         for name in ("every", "fragments"):

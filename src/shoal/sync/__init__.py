@@ -3,7 +3,7 @@
 from shoal.job import Job
 from shoal.mesh import Mesh
 from shoal.sync.allreduce import AllReduce
-from shoal.sync.codec import CODECS
+from shoal.sync.codec import Draws, codec_of
 from shoal.sync.gossip import Gossip
 from shoal.sync.local import Local
 
@@ -12,7 +12,7 @@ Sync = AllReduce | Local | Gossip
 
 def build(job: Job, mesh: Mesh) -> Sync:
     """As the job says. `job` has been validated."""
-    codec = CODECS[job.sync.codec]() if job.sync.codec != "none" else None
+    codec = codec_of(job.sync.codec, Draws(job.train.seed, mesh.rank)) if job.sync.codec != "none" else None
     if job.sync.name == "local":
         return Local(mesh, job.optim.clip, codec, job.sync)
     if job.sync.name == "gossip":

@@ -1,26 +1,26 @@
-"""Half as many bytes as float32: each number rounded to the nearest of 16 bits."""
+"""Each number by itself rounded to the nearest of a shorter floating-point type, or to none."""
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from shoal.sync.codec.bits import read_as
 
-class Codec(Protocol):
-    """Numbers to bytes and back, row by row: each row can be read without the others."""
 
-    granule: int
-    """A row's length is a multiple of it."""
+class Float32:
+    """float32 as it is: for what another codec keeps."""
+
+    granule = 1
+
+    def row_bytes(self, numbers: int) -> int:
+        return 4 * numbers
 
     def encode(self, values_RN: Tensor) -> Tensor:
-        """Rows of numbers -> uint8 rows, whose length depends on N alone."""
-        ...
+        return values_RN.float().contiguous().view(torch.uint8)
 
     def decode(self, payload_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        """The numbers that `encode` wrote; not finite where they were not."""
-        ...
+        return read_as(payload_RB, torch.float32).to(dtype)
 
 
 class Bf16:
@@ -31,11 +31,14 @@ class Bf16:
 
     granule = 1
 
+    def row_bytes(self, numbers: int) -> int:
+        return 2 * numbers
+
     def encode(self, values_RN: Tensor) -> Tensor:
         return values_RN.to(torch.bfloat16).view(torch.uint8)
 
     def decode(self, payload_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        return payload_RB.view(torch.bfloat16).to(dtype)
+        return read_as(payload_RB, torch.bfloat16).to(dtype)
 
 
 class Fp16:
@@ -51,6 +54,9 @@ class Fp16:
     granule = 2
     """So that rows, with 4 bytes for the scale, stay aligned."""
 
+    def row_bytes(self, numbers: int) -> int:
+        return 4 + 2 * numbers
+
     def encode(self, values_RN: Tensor) -> Tensor:
         largest_R1 = values_RN.abs().amax(1, keepdim=True).float()
         exponent_R1 = torch.frexp(largest_R1).exponent - 15
@@ -60,5 +66,5 @@ class Fp16:
         return torch.cat([scale_R1.view(torch.uint8), scaled_RN.view(torch.uint8)], 1)
 
     def decode(self, payload_RB: Tensor, dtype: torch.dtype) -> Tensor:
-        scale_R1 = payload_RB[:, :4].contiguous().view(torch.float32)
-        return payload_RB[:, 4:].contiguous().view(torch.float16).to(dtype).mul_(scale_R1)
+        scale_R1 = read_as(payload_RB[:, :4], torch.float32)
+        return read_as(payload_RB[:, 4:], torch.float16).to(dtype).mul_(scale_R1)

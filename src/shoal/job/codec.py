@@ -1,0 +1,81 @@
+"""The words in which a codec is asked for: `int8`, `topk:0.05+int2`, `randomk:0.1:unbiased` (docs/codecs.md)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NoReturn
+
+from shoal.errors import JobError
+from shoal.job.check import nearest
+
+KEEPING = {"topk": 1 / 4096, "randomk": 1 / 256, "dct": 1 / 4096}
+"""Codecs that keep a share of the numbers, with the least share that they can keep."""
+
+ROUNDING = ("bf16", "fp16", "int8", "int4", "int2", "sign")
+"""Codecs that write every number in fewer bits: alone, or what another keeps."""
+
+_MOST = 0.5
+"""Of a larger share, what is kept and where it lay take more bytes than all numbers in fewer bits each."""
+
+_UNBIASED = ("int8", "int4", "randomk")
+
+
+@dataclass(frozen=True)
+class Part:
+    """share: of the numbers, how many are kept; 0 = all. unbiased: right on average over what is drawn at random."""
+
+    name: str
+    share: float = 0.0
+    unbiased: bool = False
+
+
+def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
+    """What is kept, if not everything, then how it is rounded, if it is: one or two parts.
+
+    Raises JobError with the nearest word that is known. option: named in it.
+    """
+    parts = tuple(_part(word, text, option) for word in text.split("+"))
+    first, *others = parts
+    for part in others:
+        if part.name in KEEPING:
+            fix = f"e.g. {part.name}:{part.share:g}+{first.name}" if first.name in ROUNDING else "leave one of them out"
+            _refuse(text, option, f"{part.name} cannot come after {first.name}", fix)
+        if first.name not in KEEPING:
+            _refuse(text, option, f"{first.name} and {part.name} both round", f"{first.name} or {part.name} alone")
+    if len(parts) > 2:
+        what = "what is kept is rounded twice"
+        _refuse(text, option, what, f"e.g. {first.name}:{first.share:g}+{parts[1].name}")
+    return parts
+
+
+def _part(word: str, text: str, option: str) -> Part:
+    name, *settings = word.strip().split(":")
+    if name not in (*KEEPING, *ROUNDING):
+        alone = ("none",) if name == text else ()
+        _refuse(text, option, f"{name!r} is unknown", nearest(name, (*alone, *ROUNDING, *KEEPING)))
+    share = _share(name, settings.pop(0) if settings else "", text, option) if name in KEEPING else 0.0
+    unbiased = settings[:1] == ["unbiased"] and name in _UNBIASED
+    for setting in settings[unbiased:]:
+        known = f"{name}:{share:g}" if share else name
+        fix = f"{known} or {known}:unbiased" if name in _UNBIASED and not unbiased else f"give {known} alone"
+        _refuse(text, option, f"{setting!r} says nothing to {name}", fix)
+    return Part(name, share, unbiased)
+
+
+def _share(name: str, setting: str, text: str, option: str) -> float:
+    try:
+        share = float(setting)
+    except ValueError:
+        share = math.nan
+    if math.isnan(share):
+        what = f"{name} needs the share that it keeps" if not setting else f"{setting!r} is not a share"
+        _refuse(text, option, what, f"e.g. {name}:0.05 keeps one number in 20")
+    if not KEEPING[name] <= share <= _MOST:
+        what = f"{name} cannot keep a share of {setting}"
+        _refuse(text, option, what, f"give 1/{1 / KEEPING[name]:.0f} = {KEEPING[name]:.6g} to {_MOST}")
+    return share
+
+
+def _refuse(text: str, option: str, what: str, fix: str) -> NoReturn:
+    raise JobError(f"{option}={text!r}: {what}", fix=fix)

@@ -1,0 +1,30 @@
+"""What codecs draw at random."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.ops.counter import draw
+
+
+class Draws:
+    """Random keys of one rank: hashes of (seed, rank, call, row), the same wherever and whenever they are computed.
+
+    rank: any number that is another on every rank, so that their errors are independent and average out.
+    """
+
+    calls: int
+    """How often keys were asked for. To be kept in checkpoints and set on resume, or set before every step to a number
+    of that step, so that a run which goes on draws what it would have drawn."""
+
+    def __init__(self, seed: int = 0, rank: int = 0):
+        self.seed, self.rank, self.calls = seed, rank, 0
+
+    def keys(self, rows: int, device: torch.device) -> Tensor:
+        """(R,), int64: one key for each row, other ones in each call."""
+        state_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        for part in (self.seed, self.rank, self.calls, torch.arange(rows, device=device)):
+            state_R = draw(state_R, part)
+        self.calls += 1
+        return state_R
