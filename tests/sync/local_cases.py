@@ -134,7 +134,7 @@ def _reference(
         if done == steps:
             for n in common:
                 if _fragment(n, fragments) not in settled or mix:
-                    common[n] = common[n] - _send([common[n] - m[n] for m in named], lost.get(n), codec)[0]
+                    common[n] = common[n] - _send([common[n] - m[n] for m in named], lost.get(n), "")[0]
                     for m in named:
                         m[n].copy_(common[n])
         history.append({name: tensor.clone() for name, tensor in common.items()})

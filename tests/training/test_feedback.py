@@ -21,11 +21,14 @@ def slots(folder) -> set[str]:
     return {name.partition(".")[0] for name in manifest.read(folder).tensors if name.startswith("residual")}
 
 
+CODEC = "randomk:0.5+bf16"
+
+
 @pytest.fixture(scope="module")
 def whole(train, tiny, tmp_path_factory):
-    """A run of three replicas that send bf16, saved at steps 3 and 6."""
+    """A run of three replicas with a codec that draws at random, saved at steps 3 and 6."""
     run = tmp_path_factory.mktemp("feedback") / "whole"
-    train(tiny(run, "replicas=3", train={"steps": 6}, checkpoint={"every": 3}, sync={"codec": "bf16"}))
+    train(tiny(run, "replicas=3", train={"steps": 6}, checkpoint={"every": 3}, sync={"codec": CODEC}))
     return run
 
 
@@ -46,7 +49,7 @@ def test_resumed_is_bitwise_the_same(train, tiny, whole, tmp_path):
 
 def test_off_nothing_is_kept_and_on_again_it_begins_at_zero(train, tiny, whole, tmp_path):
     run = tmp_path / "off"
-    sync = {"codec": "bf16", "feedback": False}
+    sync = {"codec": CODEC, "feedback": False}
     train(tiny(run, "replicas=3", train={"steps": 6}, sync=sync))
     folder = run / "checkpoints/step-00000006"
     assert slots(folder) == set()

@@ -86,9 +86,10 @@ def test_at_the_end_all_have_the_mean(whole):
             assert torch.equal(own, common), name
 
 
-def test_what_a_codec_has_lost_is_in_checkpoints(ranks, train, tiny, tmp_path):
+@pytest.mark.parametrize("codec", ["bf16", "randomk:0.25+int8"])
+def test_what_a_codec_has_lost_is_in_checkpoints(ranks, train, tiny, tmp_path, codec):
     """Bitwise resume with one fragment on its way; on other numbers of replicas the sum stays what it was."""
-    job = tiny(tmp_path / "run", "replicas=3", train={"steps": 16}, sync=SYNC | {"codec": "bf16"},
+    job = tiny(tmp_path / "run", "replicas=3", train={"steps": 16}, sync=SYNC | {"codec": codec},
                checkpoint={"every": 7, "keep": 9})  # fmt: skip
     train(job)
     run = broken_off(tmp_path / "run", tmp_path / "again")
@@ -102,6 +103,7 @@ def test_what_a_codec_has_lost_is_in_checkpoints(ranks, train, tiny, tmp_path):
     folder, name = tmp_path / "run/checkpoints/step-00000007", "model.layers.0.mlp.down_proj.weight"
     before = sum(t for _, t in checkpoint.tensors(folder, [f"unsent@{r}.{name}" for r in range(3)]))
     assert before.count_nonzero()
+    job = read(run / "job.toml")
     (_, of_sums), *_ = checkpoint.tensors(folder, [f"unsent.{name}"])
     assert of_sums.count_nonzero()
     for replicas in (2, 4):

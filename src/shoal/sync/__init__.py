@@ -12,9 +12,10 @@ Sync = AllReduce | Local | Gossip
 
 def build(job: Job, mesh: Mesh) -> Sync:
     """As the job says. `job` has been validated."""
-    codec = codec_of(job.sync.codec, Draws(job.train.seed, mesh.rank)) if job.sync.codec != "none" else None
+    draws = Draws(job.train.seed, mesh.rank)
+    codec = codec_of(job.sync.codec, draws) if job.sync.codec != "none" else None
     if job.sync.name == "local":
-        return Local(mesh, job.optim.clip, codec, job.sync)
+        return Local(mesh, job.optim.clip, codec, job.sync, draws)
     if job.sync.name == "gossip":
         return Gossip(mesh, job.optim.clip, job.sync, job.train.seed)
-    return AllReduce(mesh, job.optim.clip, codec, job.sync.feedback)
+    return AllReduce(mesh, job.optim.clip, codec, job.sync.feedback, draws)

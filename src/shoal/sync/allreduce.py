@@ -21,7 +21,7 @@ from shoal.parallel.flat import Flat
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
 from shoal.sync import saved
-from shoal.sync.codec import Codec
+from shoal.sync.codec import Codec, Draws
 from shoal.sync.encoded import EncodedSum
 from shoal.sync.feedback import Owed
 from shoal.sync.step import Applied, Version, apply, totals_of
@@ -30,10 +30,18 @@ from shoal.sync.step import Applied, Version, apply, totals_of
 class AllReduce:
     """One update a step, from the sum of all replicas' gradients, clipped and applied on every rank."""
 
-    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None = None, feedback: bool = True):
+    def __init__(
+        self,
+        mesh: Mesh,
+        clip: float,
+        codec: Codec | None = None,
+        feedback: bool = True,
+        draws: Draws | None = None,
+    ):
         """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are.
-        feedback: whether what it loses is added to the next ones."""
+        feedback: whether what it loses is added to the next ones. draws: whence the codec has its random numbers."""
         self.mesh, self.clip = mesh, clip
+        self._draws = draws or Draws()
         self._works: list[dist.Work] = []
         alone = mesh.layout.replicas == 1
         self._encoded = None if codec is None or alone else EncodedSum(codec, feedback)
@@ -54,6 +62,7 @@ class AllReduce:
     def begin(self, step: int) -> Version:
         """Nothing to wait for: every rank already holds the newest weights."""
         operations.step(step + 1)
+        self._draws.at(step)
         self._forget()
         return Version(step)
 

@@ -109,20 +109,39 @@ class Exchange:
         return outer, asked, finite
 
     def average(self, due: list[int], stop: bool) -> tuple[Outer | None, bool, bool]:
-        """As `arrive`, but replicas take the mean of their weights as they are. What was on its way is forgotten."""
+        """As `arrive`, but replicas take the mean of their weights as they are, in full precision, and of what a codec
+        has lost before. What was on its way is forgotten."""
         for index in due:
             if index in self.travelling:
                 self.finish(index)
-            self.leave(index)
-            self.finish(index)
+                self._sums[index].settle(applied=False)
+            moved_N = self.fragments[index].moved()
+            self.travelling[index] = _Travelling(moved_N, self.fragments[index].squares(moved_N), here=True)
+            self._take_back(index, moved_N)
+            if self._places[index]:
+                summing = EncodedSum(Plain())
+                for piece_N in moved_N.split([place.size for place in self._places[index]]):
+                    summing.start(piece_N, self.mesh.across_replicas)
+                summing.finish(self.mesh.across_replicas, self.mesh.wait)
+            moved_N.div_(self.mesh.layout.replicas)
         outer, asked, finite = self._agree(due, stop)
         for index in due:
             if finite:
                 self.fragments[index].step(self.travelling[index].moved_N, 1.0, 0.0)
             self.fragments[index].mix(0.0)
-            self._sums[index].settle(finite)
             del self.travelling[index]
         return outer, asked, finite
+
+    def _take_back(self, index: int, moved_N: Tensor) -> None:
+        """Adds what a codec has lost to this replica's pseudo-gradient, of its own numbers and of sums it owned."""
+        feedback, first = self._sums[index].feedback, 0
+        if feedback is None:
+            return
+        feedback.keep_sums()
+        for place in self._places[index]:
+            if (kept := feedback.own.kept.pop(place, None)) is not None:
+                moved_N[first : first + place.size] += kept.numbers_N
+            first += place.size
 
     def _agree(self, due: list[int], stop: bool) -> tuple[Outer | None, bool, bool]:
         """One small sum over all ranks, once the means are here."""

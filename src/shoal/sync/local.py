@@ -28,7 +28,7 @@ from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
 from shoal.sync import saved
 from shoal.sync.allreduce import AllReduce
-from shoal.sync.codec import Codec
+from shoal.sync.codec import Codec, Draws
 from shoal.sync.exchange import Exchange, Lost
 from shoal.sync.feedback import added_up
 from shoal.sync.fragment import named
@@ -39,11 +39,13 @@ from shoal.sync.step import Applied, Outer, Version, own_step
 class Local:
     """One update a step within each replica; between replicas, nothing but the outer steps."""
 
-    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None, options: SyncOptions):
-        """clip: of each replica's own gradient. codec: how gradients are written on their way, or pseudo-gradients."""
+    def __init__(self, mesh: Mesh, clip: float, codec: Codec | None, options: SyncOptions, draws: Draws | None = None):
+        """clip: of each replica's own gradient. codec: how gradients are written on their way, or pseudo-gradients.
+        draws: whence the codec has its random numbers."""
+        self._draws = draws or Draws()
         self.mesh, self.clip, self.options, self._codec = mesh, clip, options, codec
         self.rounds = Rounds(options.every, options.fragments, options.delay)
-        self._together = AllReduce(mesh, clip, codec, options.feedback)
+        self._together = AllReduce(mesh, clip, codec, options.feedback, self._draws)
         self._apart = False
         self._step = 0
 
@@ -63,6 +65,7 @@ class Local:
                 fragment.agree()
             self._part()
         operations.step(step + 1)
+        self._draws.at(step)
         return Version(self.update.done)
 
     def _part(self) -> None:

@@ -15,11 +15,14 @@ class Draws:
     """
 
     calls: int
-    """How often keys were asked for. To be kept in checkpoints and set on resume, or set before every step to a number
-    of that step, so that a run which goes on draws what it would have drawn."""
+    """How often keys were asked for, from a number of the step on: so a run that goes on draws what it would have."""
 
     def __init__(self, seed: int = 0, rank: int = 0):
         self.seed, self.rank, self.calls = seed, rank, 0
+
+    def at(self, step: int) -> None:
+        """This step begins."""
+        self.calls = step << 20
 
     def keys(self, rows: int, device: torch.device) -> Tensor:
         """(R,), int64: one key for each row, other ones in each call."""
