@@ -12,12 +12,12 @@ of 256 tokens for each worker and step, fp32, one thread a worker, AdamW with a 
 warm-up. The target is DDP's validation loss at step --steps (400), of each seed. Every method has the same grid of
 learning rates: its best is that with the lowest loss at that step with the first seed, and the other seeds take it.
 
-seconds_to_loss = steps to the target (looked for every --every steps, at most twice --steps; found on loopback, for
-the network does not change them; mean of seeds) × the median of 20 steps on the limited network. Where a method
-does not send in every step, it is the mean over whole periods, at least 20 steps. --confirm: also once from the start
-to the target on the limited network, with the first seed; what looking for the loss takes is left out. final_loss is
-that of step --steps, mean of seeds. bytes_per_token: sent by all workers in the timed steps, counted by the kernel at
-their sockets, for each token of these steps.
+seconds_to_loss = steps to the target × the median of 20 steps on the limited network. Steps are counted on loopback,
+for the network does not change them: the loss is looked at every --every steps, with a straight line between two looks,
+for at most twice --steps; mean of seeds. Where a method does not send in every step, a step takes the mean over whole
+periods, at least 20 steps. --confirm: also once from the start to the target on the limited network, with the first
+seed; what looking for the loss takes is left out. final_loss is that of step --steps, mean of seeds. bytes_per_token:
+sent by all workers in the timed steps, counted by the kernel at their sockets, for each token of these steps.
 
 Hosts are network namespaces with `tc tbf` at both ends of every link (benchmarks/hosts.py): Linux, root, iproute2;
 else it says why not, and ends. What has been measured lies in --out and is not measured again, so a long benchmark can
@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import re
 import statistics
 import sys
@@ -53,6 +52,7 @@ from shoal.job.optim import OptimOptions
 from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
 from shoal.launch.pool import Pool
+from shoal.launch.train import absolute_paths
 from shoal.models.spec import count
 
 BASELINE = "ddp/none"
@@ -196,10 +196,12 @@ class Bench:
         steps, lr = self.asked.steps, self.best_rate(method)
         found, final = [], []
         for seed, target in enumerate(targets):
-            run = self.train(method, lr, seed, None, steps)
-            final.append(loss_at(run, steps))
-            if first(run, target) is None:
+            # Those runs are there already: of the grid, and of the targets.
+            short = seed == 0 or method.text == BASELINE
+            run = self.train(method, lr, seed, None, steps) if short else None
+            if run is None or first(run, target) is None:
                 run = self.train(method, lr, seed, target, 2 * steps)
+            final.append(loss_at(run, steps))
             found.append(first(run, target))
         reached = [at["step"] for at in found if at is not None]
         of_step, bytes_per_token = self.clock(method)
@@ -222,9 +224,16 @@ def loss_at(run: dict[str, Any], step: int) -> float:
 
 
 def first(run: dict[str, Any], target: float) -> dict[str, float] | None:
-    """Where the loss is the target or less for the first time: the step, and the seconds until then."""
-    looks = zip(run["losses"], run["seconds"], strict=True)
-    return next(({"step": step, "seconds": at} for (step, loss), at in looks if loss <= target), None)
+    """Where the loss comes down to the target for the first time: the step, and the seconds until then; on a straight
+    line between two looks. None where it does not."""
+    before = None
+    for (step, loss), seconds in zip(run["losses"], run["seconds"], strict=True):
+        if loss <= target:
+            part = (before[1] - target) / (before[1] - loss) if before else 1.0
+            step0, seconds0 = (before[0], before[2]) if before else (0, 0.0)
+            return {"step": step0 + part * (step - step0), "seconds": seconds0 + part * (seconds - seconds0)}
+        before = step, loss, seconds
+    return None
 
 
 def table(row: dict[str, Any]) -> str:
@@ -247,9 +256,7 @@ def rows_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """The baseline's and those of the methods that this shoal accepts, in the order asked for."""
     data = DataOptions(source=(asked.data,), tokenizer=asked.tokenizer, sequence_length=asked.length, cache=asked.cache)
     corpus = prepare(data, say=say)
-    base = base_job(
-        asked, corpus, replace(data, source=(os.path.abspath(asked.data),) if asked.data != "python" else ("python",))
-    )
+    base = absolute_paths(base_job(asked, corpus, data))
     methods = []
     for method in map(Method.of, dict.fromkeys([BASELINE, *asked.methods])):
         try:

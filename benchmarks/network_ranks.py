@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
 from shoal.job import Job, parse
 from shoal.mesh import Mesh, Seat
+from shoal.models.spec import count
 from shoal.observe.traffic import traffic
 from shoal.ops.attention import document_attend
 from shoal.optim.schedule import learning_rate
@@ -64,7 +66,8 @@ def train(
             seconds.append(spent)
             if target is not None and number + 1 >= least and min(loss for _, loss in losses) <= target:
                 break
-    mesh.close()
+    del worker
+    _part(mesh)
     return {"losses": losses, "seconds": seconds}
 
 
@@ -84,7 +87,8 @@ def clock(seat: Seat, *, job: str, prepared: str, by_hand: str, names: list[str]
     after = traffic()
     assert before is not None
     assert after is not None
-    mesh.close()
+    del worker
+    _part(mesh)
     return {
         "seconds": np.diff(ends).tolist(), "sent": after.sent - before.sent,
         "tokens": steps * what.train.global_batch * what.data.sequence_length,
@@ -103,6 +107,14 @@ def _meet(seat: Seat, job: str, names: list[str]) -> Mesh:
     mesh = meshes.build(layout, seat)
     device.keep_memory(mesh.device)
     return mesh
+
+
+def _part(mesh: Mesh) -> None:
+    """When nothing that talks through the mesh is held any more, for then its groups end here: were they to end with
+    DDP, that would wait, with the interpreter, for threads that need the interpreter to drop PowerSGD's callbacks."""
+    gc.collect()
+    device.let_go()
+    mesh.close()
 
 
 def _worker(what: Job, mesh: Mesh, prepared: str, by_hand: str) -> Worker:
@@ -137,8 +149,11 @@ class ByHand:
         self.what, self.mesh, self.training, self.held_out = what, mesh, training, held_out
         self.model = model_of(what)
         self.optimizer = adamw(self.model, what)
-        self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         kind, _, rank = codec.partition(":")
+        # The hook waits for operations in gloo's threads, which are two: with a second bucket they wait for ever, or
+        # ranks enter different ones. So it has one. None = as DDP chooses.
+        everything = 4.0 * count(what.model) / 2**20 + 1 if kind == "powersgd" else None
+        self.parallel = DistributedDataParallel(self.model, gradient_as_bucket_view=True, bucket_cap_mb=everything)
         if kind == "powersgd":
             from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as hooks
 

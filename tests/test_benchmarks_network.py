@@ -110,6 +110,14 @@ def test_a_method_is_a_table_of_the_job():
             Method.of(wrong)
 
 
+def test_the_target_is_met_between_two_looks():
+    run = {"losses": [[10, 5.0], [20, 4.0], [30, 4.5]], "seconds": [1.0, 3.0, 5.0]}
+    assert network.first(run, 4.25) == {"step": 17.5, "seconds": 2.5}
+    assert network.first(run, 4.0) == {"step": 20.0, "seconds": 3.0}
+    assert network.first(run, 6.0) == {"step": 10.0, "seconds": 1.0}
+    assert network.first(run, 3.9) is None
+
+
 def test_without_root_it_says_why_it_measures_nothing(monkeypatch, capsys):
     monkeypatch.setattr(network, "why_not", lambda: "no root")
     monkeypatch.setattr("sys.argv", ["network.py", "--format", "json"])
@@ -143,7 +151,7 @@ def test_three_steps_on_two_hosts(arguments, monkeypatch, capsys):
     assert [(row["sync"], row["codec"]) for row in rows] == [("ddp", "none"), ("allreduce", "none")]
     # By hand it is the same training, but for the mean over each worker's tokens, of which some are padding.
     assert ours["final_loss"] == pytest.approx(ddp["final_loss"], abs=2e-3)
-    assert ddp["steps_to_loss"] == [3]
+    assert 0 < ddp["steps_to_loss"][0] <= 3
     assert ddp["speedup_vs_ddp"] == 1
     for row in rows:
         # Two workers send half of the sum and half of the result each; besides, how much a message is.
