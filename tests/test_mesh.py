@@ -43,7 +43,7 @@ class DoneJustAfterAGlance:
 @pytest.mark.parametrize("error", [None, RuntimeError("Connection closed by peer")])
 def test_a_collective_that_is_done_just_after_a_glance_ends_as_it_did(error: Exception | None):
     connections = SimpleNamespace(broken=lambda: False)
-    mesh = cast(Mesh, SimpleNamespace(device=torch.device("cpu"), _connections=connections))
+    mesh = cast(Mesh, SimpleNamespace(device=torch.device("cpu"), _connections=connections, _lost=lambda: ""))
     work = cast(Any, DoneJustAfterAGlance(error))
     if error is None:
         Mesh.wait(mesh, work)

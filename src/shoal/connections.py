@@ -7,16 +7,33 @@ whole timeout. The kernel knows better: it says at once that a connection has en
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import select
 import socket
+
+SILENCE = 20
+"""Seconds without an answer from another host after which the kernel ends its connections."""
 
 # The peer has closed, or the connection is broken.
 _ENDED = select.POLLERR | select.POLLHUP | getattr(select, "POLLRDHUP", 0)
 
 
+class PeerGone(ConnectionError):
+    """A rank has closed its connections, or its host does not answer. lost: `10.77.0.3 (rank 2)`; empty = not known."""
+
+    def __init__(self, lost: str):
+        super().__init__(f"connection closed by peer: {lost or 'a rank is gone in the middle of a collective'}")
+        self.lost = lost
+
+
 class Connections:
-    """The connections that were opened in a `with` block, by whatever library: their descriptors are duplicated."""
+    """The connections that were opened in a `with` block, by whatever library: their descriptors are duplicated.
+
+    A process that dies has its kernel say so. A host that loses power, or its cable, says nothing, and who waits for
+    its data waits for ever; so those to other hosts are asked after (Linux) and end when there was no answer for
+    `SILENCE` seconds. A host that is only busy answers: its kernel does.
+    """
 
     def __enter__(self) -> Connections:
         self._before = _descriptors()
@@ -25,16 +42,30 @@ class Connections:
 
     def __exit__(self, *_: object) -> None:
         self._sockets = [sock for fd in _descriptors() - self._before if (sock := _connection(fd)) is not None]
+        # Once they have ended, they do not tell any more.
+        self._peers = {sock.fileno(): sock.getpeername()[0] for sock in self._sockets}
+        for sock in self._sockets:
+            if not ipaddress.ip_address(self._peers[sock.fileno()]).is_loopback:
+                _ask_after(sock)
 
     def __len__(self) -> int:
         return len(self._sockets)
 
+    def address(self) -> str:
+        """This host's, as its peers on others know it; empty where there are none."""
+        own = (sock.getsockname()[0] for sock in self._sockets)
+        return next((address for address in own if not ipaddress.ip_address(address).is_loopback), "")
+
     def broken(self) -> bool:
-        """Whether any peer has closed its connection, or was killed."""
+        """Whether any peer has closed its connection, or was killed, or is silent."""
+        return bool(self.ended())
+
+    def ended(self) -> set[str]:
+        """The addresses of these peers."""
         poll = select.poll()
         for sock in self._sockets:
             poll.register(sock, _ENDED)
-        return any(event & _ENDED for _, event in poll.poll(0))
+        return {self._peers[fd] for fd, event in poll.poll(0) if event & _ENDED}
 
     def sever(self) -> None:
         """Ends all connections, for both sides, though the library still holds them open; then forgets them."""
@@ -48,6 +79,16 @@ class Connections:
         for sock in self._sockets:
             sock.close()
         self._sockets = []
+
+
+def _ask_after(sock: socket.socket) -> None:
+    """Idle, the peer is asked every few seconds; what was sent to it must be acknowledged in time."""
+    times = {"TCP_KEEPIDLE": SILENCE // 4, "TCP_KEEPINTVL": SILENCE // 4, "TCP_KEEPCNT": 3}
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in {**times, "TCP_USER_TIMEOUT": 1000 * SILENCE}.items():
+            if hasattr(socket, name):
+                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _descriptors() -> set[int]:

@@ -26,6 +26,9 @@ _PEER_GONE = (
     "connection closed by peer",
     "connection reset by peer",
     "connection refused",
+    "connection timed out",
+    "no route to host",
+    "network is unreachable",
     "connection was likely closed",
     "broken pipe",
     "socket closed",
@@ -88,13 +91,23 @@ def loopback_environment() -> dict[str, str]:
 
 
 def require_interface() -> None:
-    """ShoalError unless the environment names the network interface for ranks on several machines."""
-    variable = f"{backend(torch.device(kind())).upper()}_SOCKET_IFNAME"
-    if not os.environ.get(variable):
+    """ShoalError unless the environment names a network interface of this machine, for ranks on several machines."""
+    used = backend(torch.device(kind()))
+    variable = f"{used.upper()}_SOCKET_IFNAME"
+    given, known = os.environ.get(variable, ""), [name for _, name in socket.if_nameindex()]
+    if not given:
         raise ShoalError(
             "ranks are on several machines, and no network interface is named",
             where=variable,
             fix=f"export {variable}=eth0 (`ip -brief address` lists them); tensors travel there unencrypted",
+        )
+    # NCCL takes beginnings of names, and signs before them.
+    unknown = [name for name in given.split(",") if name not in known] if used == "gloo" else []
+    if unknown:
+        raise ShoalError(
+            f"this machine has no network interface {unknown[0]}",
+            where=variable,
+            fix=f"it has {', '.join(known)}; each machine is given the name of its own",
         )
 
 

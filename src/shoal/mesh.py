@@ -18,12 +18,14 @@ import torch
 import torch.distributed as dist
 
 from shoal import device, operations
-from shoal.connections import Connections
+from shoal.connections import Connections, PeerGone
 from shoal.job.layout import AXES, Layout
 
 # How often one who waits for others looks whether they are still there; and seconds that an operation may still take
 # after a connection has ended: its peer may have closed in good order, with the last bytes on their way.
 _GLANCE, _PATIENCE = timedelta(seconds=0.25), 1.0
+# Seconds that a rank which has found another host's gone leaves its own connections open: two glances of the others.
+_LOOK_AROUND = 0.5
 
 # Sets of axes along which ranks talk.
 _TALKING = (
@@ -83,6 +85,7 @@ class Mesh:
             self._groups = {axes: self._make(axes) for axes in map(self._wide, _TALKING) if axes}
             self._groups |= self._make_experts() if layout.expert > 1 else {}
         operations.begin(self._names())
+        self._hosts = self._make_hosts(prefix)
         self._open = True
         if device.waits_on_host(self.device):
             atexit.unregister(device.let_go)  # once is enough
@@ -113,6 +116,18 @@ class Mesh:
         if self.layout.rest > 1:
             groups[("rest",)] = self._one_of(ranks_SRE.transpose(1, 2).flatten(0, 1))
         return groups
+
+    def _make_hosts(self, prefix: str) -> dict[str, list[int]]:
+        """Where ranks are on several hosts: the members behind each address. All ranks call it."""
+        if self.seat.neighbours == self.seat.world or not device.waits_on_host(self.device):
+            return {}
+        store, hosts = dist.PrefixStore(f"{prefix}-hosts", self.seat.store), dict[str, list[int]]()
+        keys = [str(member) for member in self.view.members]
+        store.set(str(self.seat.member), self._connections.address())
+        store.wait(keys, timedelta(seconds=self.timeout))
+        for member, address in zip(self.view.members, store.multi_get(keys), strict=True):
+            hosts.setdefault(address.decode(), []).append(member)
+        return hosts
 
     def _names(self) -> dict[str, tuple[str, list[int]]]:
         """For who reads what was recorded: of each group's name, its axes and members."""
@@ -169,25 +184,43 @@ class Mesh:
     def wait(self, work: dist.Work | None) -> None:
         """Until a collective of this mesh, begun with async_op=True, is done (on a GPU: is queued).
 
-        Raises RuntimeError where it fails, ConnectionError where a rank has gone: soon, whatever the timeout is.
+        Raises RuntimeError where it fails, PeerGone where a rank has gone: soon, whatever the timeout is. Where there
+        are several hosts, it names the lost one.
         """
         assert work is not None
         if not device.waits_on_host(self.device):
             work.wait()
             return
-        seen = math.inf
+        seen, lost = math.inf, ""
         while True:
             try:
                 work.wait(_GLANCE)
                 return
             except RuntimeError:
                 if work.is_completed():  # else only our glance has timed out
-                    work.wait()  # says how it ended: it may have been done a moment after the glance
-                    return
+                    break
             if time.monotonic() > seen + _PATIENCE:
-                raise ConnectionError("connection closed by peer: a rank is gone in the middle of a collective")
+                raise PeerGone(lost)
             if seen == math.inf and self._connections.broken():
-                seen = time.monotonic()
+                lost, seen = self._lost(), time.monotonic()
+        try:
+            work.wait()  # says how it ended: it may have been done a moment after the glance
+        except RuntimeError as error:
+            if lost := lost or self._lost():
+                raise PeerGone(lost) from error
+            raise
+
+    def _lost(self) -> str:
+        """`10.77.0.3 (rank 2)`: who has ended connections to this rank; empty if nobody has, or all is one host."""
+        ended = sorted(self._connections.ended()) if self._hosts else []
+        if ended:
+            # By then the others have looked too, and found these gone, not us.
+            time.sleep(_LOOK_AROUND)
+        return " and ".join(f"{address} ({self._members_at(address)})" for address in ended)
+
+    def _members_at(self, address: str) -> str:
+        ranks = self._hosts.get(address, [])
+        return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}" if ranks else "an unknown rank"
 
     def abandon(self) -> None:
         """After a failure: breaks off whatever is under way, also for those who wait for this rank, then closes.
@@ -198,10 +231,21 @@ class Mesh:
         for group in groups:
             group.abort()
         self._connections.sever()
-        # Whoever drops the last reference to a group of gloo's waits for its operations.
+        # Whoever drops the last reference to a group of gloo's waits for its operations. This thread does not end with
+        # the process, so there nobody does.
         held = threading.Timer(self.timeout + 1, groups.clear)
         held.daemon = True
         held.start()
+        self.close()
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Closes it; after the loss of another rank, also what this one still waits for, or the process would not end:
+        who drops a group of gloo's, as every process does in the end, waits for its operations."""
+        if error is not None and device.peer_gone(error):
+            self.abandon()
         self.close()
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -30,13 +31,16 @@ def listening(pids: list[int]) -> list[str]:
                 inodes.add(os.readlink(file))
             except FileNotFoundError:
                 continue
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes:
-                # Each group of four bytes is a number in this machine's byte order.
-                raw = bytes.fromhex(fields[1].split(":")[0])
-                words = (raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
-                found.append(str(ipaddress.ip_address(b"".join(words))))
-    return found
+    tables = "".join(Path(f"/proc/net/{table}").read_text() for table in ("tcp", "tcp6"))
+    return [address for address, inode in listeners(tables) if f"socket:[{inode}]" in inodes]
+
+
+def listeners(tables: str) -> Iterator[tuple[str, str]]:
+    """(address, inode) of each socket that listens, in what the kernel's tables of TCP sockets say."""
+    for line in tables.splitlines():
+        fields = line.split()
+        if fields[3] == "0A":
+            # Each group of four bytes is a number in this machine's byte order.
+            raw = bytes.fromhex(fields[1].split(":")[0])
+            words = (raw[i : i + 4][::-1] for i in range(0, len(raw), 4))
+            yield str(ipaddress.ip_address(b"".join(words))), fields[9]

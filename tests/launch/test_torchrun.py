@@ -120,6 +120,27 @@ def test_several_machines_need_an_interface(monkeypatch):
     monkeypatch.delenv(variable, raising=False)
     with pytest.raises(ShoalError, match="no network interface is named"):
         torchrun.seat_from_environment()
+    monkeypatch.setenv(variable, "nowhere0")
+    with pytest.raises(ShoalError, match="this machine has no network interface nowhere0") as refused:
+        torchrun.seat_from_environment()
+    assert "lo" in refused.value.fix.removeprefix("it has ").partition(";")[0].split(", ")
+
+
+def test_several_machines_do_not_meet_on_loopback(monkeypatch):
+    """As where a machine's own name means 127.0.1.1 on it, and torchrun was given no other."""
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for name in ("127.0.1.1", "localhost"):
+        monkeypatch.setenv("MASTER_ADDR", name)
+        with pytest.raises(ShoalError, match="is one that other machines cannot reach") as refused:
+            torchrun._store(0, several=True)
+        assert "--local-addr" in refused.value.fix
+    torchrun._store(0, several=False).set("key", "value")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
 
 
 def test_a_port_that_is_taken_for_a_moment_is_waited_for(monkeypatch):

@@ -5,12 +5,20 @@ machine, this keeps everything on loopback (the rendezvous is a file, and the st
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --local-addr 127.0.0.1 \
         --rdzv-backend c10d --rdzv-conf store_type=file -m shoal.cli.main train recipes/quickstart.toml
+
+On several (docs/several-machines.md), with a folder that all of them have, this keeps everything on the interface that
+is named; ADDRESS is the machine's own there:
+
+    GLOO_SOCKET_IFNAME=eth0 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 4 --nproc-per-node 1 \
+        --local-addr ADDRESS --rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint /shared/meet-1 \
+        -m shoal.cli.main train recipes/quickstart.toml --run-dir /shared/run-1 --data.cache /shared/cache
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import ipaddress
 import os
 import socket
 import threading
@@ -23,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shoal import errors, operations
+from shoal.connections import Connections, PeerGone
 from shoal.errors import RankError, ShoalError
 from shoal.launch import waits
 from shoal.launch.cores import threads_per_rank
@@ -70,7 +79,9 @@ def run(entry: str, args: dict[str, Any], threads: int = 0) -> Any:
             doing = operations.doing(error)
             if device.peer_gone(error) and (what := waits.alone(doing, seat.member)):
                 fix = "see what it says; if it was only slow, a longer sync.timeout"
-                raise RankError(f"{what}, gone or late", where=f"rank {seat.member}", fix=fix) from error
+                lost = error.lost if isinstance(error, PeerGone) else ""
+                what += f", and lost {lost}" if lost else ", gone or late"
+                raise RankError(what, where=f"rank {seat.member}", fix=fix) from error
             raise
 
     value = value_or_mistake()
@@ -152,7 +163,10 @@ def _seat(rank: int, world: int, local: int, neighbours: int) -> Seat:
 
     # torchrun may start everybody again on the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return Seat(rank, world, local, neighbours, PrefixStore(f"shoal-{attempt}", _store(rank)))
+    with Connections() as asked_after:
+        store = _store(rank, neighbours < world)
+    asked_after.close()
+    return Seat(rank, world, local, neighbours, PrefixStore(f"shoal-{attempt}", store))
 
 
 def _listening(host: str, port: int) -> socket.socket:
@@ -171,13 +185,32 @@ def _listening(host: str, port: int) -> socket.socket:
             time.sleep(0.1)
 
 
-def _store(rank: int) -> TCPStore:
-    """torchrun's store, where it has one for its workers, else one that rank 0 keeps."""
-    from torch.distributed import TCPStore
+def _is_loopback(host: str) -> bool:
+    """Whether it means this machine alone, as many machines' own names do."""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False  # what is wrong with it, listening there says
+    return all(ipaddress.ip_address(address).is_loopback for address in found)
+
+
+def _store(rank: int, several: bool) -> TCPStore:
+    """torchrun's store, where it has one for its workers, else one that rank 0 keeps. several: machines."""
+    from torch.distributed import DistError, TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return TCPStore(host, port, is_master=False)
+        try:
+            return TCPStore(host, port, is_master=False)
+        except DistError as error:
+            fix = "each machine's torchrun is given its own address on the common network: --local-addr"
+            raise RankError(f"cannot reach the store at {host}:{port}", where=f"rank {rank}", fix=fix) from error
+    if several and _is_loopback(host):
+        raise ShoalError(
+            f"torchrun's address of this machine, {host}, is one that other machines cannot reach",
+            where="MASTER_ADDR",
+            fix="give torchrun this machine's address on the common network: --local-addr",
+        )
     with _listening(host, port) as sock:
         file = sock.detach()
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=file)

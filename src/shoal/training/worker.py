@@ -49,7 +49,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
     ranks = mesh.build(given.layout, seat, timeout=given.sync.timeout)
     device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
     with contextlib.ExitStack() as ending:
-        ending.callback(ranks.close)
+        ending.enter_context(ranks)
         show = ending.enter_context(Show(run, quiet=ranks.rank > 0))
         saver = ending.enter_context(_saver(run, given, ranks, started))
         corpus = Prepared.load(Path(prepared))
