@@ -190,7 +190,7 @@ def disturbed(seat: meshes.Seat, layout: str, what: str, at: int, **options: Any
             if broken and what == "gradient":
                 parameter = next(parts.replica.module.parameters())
                 hook = parameter.register_hook(lambda g: g.index_put((torch.tensor(0),), g.new_tensor(torch.inf)))
-            before = [s.local.tolist() for s in parts.sync.state().shards]
+            before = _kept(parts)
             parts.sync.begin(step)
             tally = parts.replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective)
             if broken and what == "gradient":
@@ -199,5 +199,10 @@ def disturbed(seat: meshes.Seat, layout: str, what: str, at: int, **options: Any
                 tally.loss_sum *= torch.nan
             assert parts.sync.end(tally).applied == (step != at)
             if step == at:
-                around = [before, [s.local.tolist() for s in parts.sync.state().shards]]
+                around = [before, _kept(parts)]
         return {"around": around, "weights": [s.local.tolist() for s in parts.replica.held()]}
+
+
+def _kept(parts: Parts) -> list[Any]:
+    """The residuals, which is not all of the state."""
+    return [s.local.tolist() for s in parts.sync.state().shards if s.name.startswith("residual")]
