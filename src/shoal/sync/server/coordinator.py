@@ -64,7 +64,8 @@ class Coordinator:
 
     @property
     def alarm(self) -> float | None:
-        return self._round.ends
+        ends = self._round.ends
+        return ends if ends is not None and ends > self.at.now else None
 
     # Events.
 
@@ -156,6 +157,8 @@ class Coordinator:
             self._push(member, message)
         elif isinstance(message, m.Leave):
             self._give_up(member, "left")
+        elif message.epoch < self.at.copies.epoch:
+            self._say(member.address, m.Primaries(self.at.copies.epoch, self.at.copies.primaries()))
 
     def _ask(self, member: Member, message: m.Ask) -> None:
         if message.key != member.key or member.push is not None:
@@ -172,7 +175,7 @@ class Coordinator:
             if member.answer is not None and member.answer.key == message.key:
                 self._say(member.address, member.answer)
             return
-        if member.grant is None and not self._adopt(message):
+        if (member.grant is None or message.version > member.grant.version) and not self._adopt(member, message):
             return
         again, member.push = member.push is not None, message
         if not self._as_granted(member, message):
@@ -185,14 +188,16 @@ class Coordinator:
                 missing = {shard for shard, copy in self.at.copies.applied if (shard, copy) not in member.staged}
                 self._say(member.address, m.Missing(message.key, tuple(sorted(missing))))
 
-    def _adopt(self, message: m.Push) -> bool:
-        """The grant was written, but did not reach the disk before a crash. True if its samples are still free."""
-        if not self.at.samples.claim(message.samples):
-            self._give_up(self.at.members[message.key.worker], "lost")
-            return False
-        self.at.samples.give_back(message.samples)
+    def _adopt(self, member: Member, push: m.Push) -> bool:
+        """The grant was written, but did not reach the disk before a crash. False if its samples are another's now."""
+        samples = push.samples if member.grant is None else member.grant.samples
+        if member.grant is None:
+            if not self.at.samples.claim(samples):
+                self._give_up(member, "lost")
+                return False
+            self.at.samples.give_back(samples)
         everybody = sum(incarnation + 1 for incarnation in self.at.incarnations.values())
-        self._write(m.Granted(message.key, message.version, message.samples, everybody - 1), durable=False)
+        self._write(m.Granted(push.key, push.version, samples, everybody - 1), durable=False)
         return True
 
     def _as_granted(self, member: Member, push: m.Push) -> bool:
@@ -209,9 +214,9 @@ class Coordinator:
 
     def _give_up(self, member: Member, why: str) -> None:
         """Fences an incarnation: none of its gradients will count from now on, but those that are being summed."""
+        self._write(m.Left(member.worker, member.incarnation, why))
         if member.grant is not None and member.key not in self._round.keys:
             self._drop(member.key)
-        self._write(m.Left(member.worker, member.incarnation, why))
         if why != "left":
             self._say(member.address, m.Fenced(member.worker, member.incarnation))
 
@@ -249,8 +254,9 @@ class Coordinator:
             self._complete(member)
         elif message.key in self._round.keys:
             return
-        elif self.at.copies.owed(copy, message.key):
-            self._out += self.at.copies.again(copy, self.at.now)
+        elif (record := self.at.copies.commit_of(message.key)) is not None:
+            # Never dropped, even if this copy has applied it: it may die, come back with its log, and need it again.
+            self._say(Address("shard", *copy), record.apply())
         else:
             self._say(Address("shard", *copy), m.Drop((message.key,)))
 
@@ -350,11 +356,12 @@ class Coordinator:
     def _reject(self, member: Member, reason: str, skipped: Range = m.NOTHING) -> None:
         assert member.push is not None
         record = m.Rejected(member.key, self.version, self.version - member.push.version, reason, skipped)
-        self._drop(member.key)
         self._write(record)
+        self._drop(record.key)
         self._say(member.address, record.answer())
 
     def _drop(self, key: Key) -> None:
+        """After the journal has it, never before: bytes that are gone cannot be committed any more."""
         self._out += [Send(address, m.Drop((key,))) for address in self.at.copies.addresses()]
 
     # What workers may begin.

@@ -20,6 +20,7 @@ class Copies:
         self.base = version
         self.retry = retry
         self.commits: list[Committed] = []
+        self._commit_of: dict[Key, Committed] = {}
         self.of_shard: list[tuple[int, ...]] = [tuple(range(count)) for count in counts]
         self.applied: dict[Copy, int] = {copy: version for copy in self._all()}
         self._said: dict[Copy, float] = dict.fromkeys(self.applied, float("-inf"))
@@ -36,9 +37,14 @@ class Copies:
     def addresses(self) -> list[Address]:
         return [Address("shard", *copy) for copy in self.applied]
 
-    def owed(self, copy: Copy, key: Key) -> bool:
-        """The push is in a commit that this copy may not have applied yet."""
-        return any(key in record.keys for record in self.commits[self.applied[copy] - self.base :])
+    def add(self, record: Committed) -> None:
+        """The next version."""
+        self.commits.append(record)
+        self._commit_of |= dict.fromkeys(record.keys, record)
+
+    def commit_of(self, key: Key) -> Committed | None:
+        """What the push is in, if some copy might still have to apply it, be it after a crash."""
+        return self._commit_of.get(key)
 
     def change(self, record: Changed) -> None:
         """Another set of copies of one shard; what a new one has applied is known by its Hello."""
@@ -68,6 +74,9 @@ class Copies:
         """Every copy has `version` on disk: nobody needs to be told of it again."""
         count = max(0, min(version, *self.applied.values()) - self.base)
         self.base += count
+        for record in self.commits[:count]:
+            for key in record.keys:
+                del self._commit_of[key]
         del self.commits[:count]
 
     def _all(self) -> list[Copy]:

@@ -85,8 +85,11 @@ class Leave(Message, frozen=True):
 
 
 class Heartbeat(Message, frozen=True):
+    """epoch: of the Primaries that the worker knows."""
+
     worker: int
     incarnation: int
+    epoch: int
 
 
 class Ask(Message, frozen=True):

@@ -163,6 +163,9 @@ class ServerShard:
     def _apply(self, message: Apply) -> None:
         if message.version > self.version:
             self._orders[message.version] = message
+        else:
+            for key in message.keys:
+                self.staged.pop(key, None)
         while (order := self._orders.get(self.version + 1)) is not None and self._whole(order):
             self._apply_next(self._orders.pop(order.version))
         self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))

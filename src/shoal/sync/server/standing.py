@@ -98,7 +98,7 @@ class Standing:
         member.peers = record.peers
 
     def _committed(self, record: m.Committed) -> None:
-        self.copies.commits.append(record)
+        self.copies.add(record)
         for i, (key, samples) in enumerate(zip(record.keys, record.samples, strict=True)):
             member = self.members.get(key.worker)
             if member is not None and member.key == key:

@@ -123,8 +123,12 @@ class Worker:
             self._again(now)
         elif self.state != "joining" and now - self._beat >= self.heartbeat:
             self._beat = now
-            self._out.append(Send(COORDINATOR, m.Heartbeat(self.number, self.incarnation)))
+            self._live()
         return self._effects()
+
+    def _live(self) -> None:
+        """Says that it lives; learns of shards that have moved."""
+        self._out.append(Send(COORDINATOR, m.Heartbeat(self.number, self.incarnation, self._epoch)))
 
     def _effects(self) -> list[Effect]:
         out, self._out = self._out, []
@@ -139,10 +143,11 @@ class Worker:
             self._out.append(Send(COORDINATOR, m.Ask(self.key, self._gone)))
         elif self.state == "pulling":
             self._out += [self._pull(shard) for shard in range(self.shards) if shard not in self.pulled]
-            self._out.append(Send(COORDINATOR, m.Heartbeat(self.number, self.incarnation)))
+            self._live()
         elif self.state == "pushing":
             assert self._push is not None
             self._out.append(Send(COORDINATOR, self._push))
+            self._live()
 
     def _pull(self, shard: int) -> Send:
         assert self.grant is not None

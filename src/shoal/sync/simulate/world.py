@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -77,6 +77,7 @@ class _Host:
     fuse: int | None = None
     down: float = 0.0
     asleep: float = 0.0
+    alarm: float = -1.0
     busy: Key | None = None
 
 
@@ -104,7 +105,7 @@ class World:
         self.make = coordinator
         self.rng = random.Random(scenario.seed)
         self.now, self._count = 0.0, 0
-        self._queue: list[tuple[float, int, str, tuple[Any, ...]]] = []
+        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.journal: list[AnyRecord] = [m.Opened("")]
         self.durable = 1
         self.logs: dict[int, list[tuple[m.Stage, Sequence[Any]]]] = {}
@@ -112,7 +113,7 @@ class World:
         self.hosts: dict[Address, _Host] = {}
         self.live_workers: dict[int, Address] = {}
         self._done: set[int] = set()
-        self._copies = scenario.copies
+        self._next_copy = scenario.copies
         self.hosts[COORDINATOR] = _Host(self._coordinator())
         for shard in range(scenario.shards):
             for copy in range(scenario.copies):
@@ -121,9 +122,9 @@ class World:
         for number in range(len(scenario.speeds)):
             self._start_worker(number, _Host(None))
         for fault in scenario.faults:
-            self._at(fault.time, "fault", fault)
+            self._at(fault.time, self._on_fault, fault)
         for address in self.hosts:
-            self._at(self.rules.retry * (0.5 + 0.5 * self.rng.random()), "tick", address, 0)
+            self._at(self.rules.retry * (0.5 + 0.5 * self.rng.random()), self._on_tick, address, 0)
 
     @property
     def finished(self) -> bool:
@@ -132,11 +133,12 @@ class World:
 
     def run(self) -> World:
         """Until it is finished and every commit is applied, or patience ends."""
-        while self._queue and not (self.finished and self._settled()):
-            self.now, _, kind, given = heapq.heappop(self._queue)
+        queue, workers = self._queue, len(self.scenario.speeds)
+        while queue and not (len(self._done) == workers and self._settled()):
+            self.now, _, event, given = heapq.heappop(queue)
             if self.now > self.scenario.patience:
                 break
-            getattr(self, "_on_" + kind)(*given)
+            event(*given)
         return self
 
     def shards(self) -> list[ServerShard]:
@@ -150,7 +152,7 @@ class World:
 
     def _broken(self) -> bool:
         """Some copy has yet to be started again."""
-        return sum(a.role == "shard" and h.up for a, h in self.hosts.items()) < self.scenario.shards * self._copies
+        return sum(a.role == "shard" and h.up for a, h in self.hosts.items()) < self.scenario.shards * self.scenario.copies
 
     # Hosts and what they do.
 
@@ -199,8 +201,9 @@ class World:
                     self.durable = len(self.journal)
         if address.role == "worker":
             self._follow(address, host)
-        elif address is COORDINATOR and host.machine.alarm is not None:
-            self._at(host.machine.alarm, "alarm", host.life)
+        elif address is COORDINATOR and host.machine.alarm not in (None, host.alarm):
+            host.alarm = host.machine.alarm
+            self._at(host.alarm, self._on_alarm, host.life)
 
     def _follow(self, address: Address, host: _Host) -> None:
         """What a worker's own program does: it computes when there is something to, joins again when it was fenced."""
@@ -212,7 +215,7 @@ class World:
             seen.idle += self.now - seen.since
             samples = worker.grant.samples
             batches = (samples.stop - samples.start) / self.rules.micro_batch
-            self._at(self.now + batches * self.scenario.speeds[worker.number], "computed", address, host.life)
+            self._at(self.now + batches * self.scenario.speeds[worker.number], self._on_computed, address, host.life)
         elif worker.state == "fenced":
             self._join(worker.number, host)
         elif worker.state == "finished":
@@ -225,11 +228,11 @@ class World:
             if scenario.loss and random() < scenario.loss:
                 continue
             late = self.rng.expovariate(1.0) * scenario.jitter if scenario.jitter else 0.0
-            self._at(self.now + scenario.delay * (1 + late), "message", sender, send)
+            self._at(self.now + scenario.delay * (1 + late), self._on_message, sender, send)
 
-    def _at(self, time: float, kind: str, *given: Any) -> None:
+    def _at(self, time: float, event: Callable[..., None], *given: Any) -> None:
         self._count += 1
-        heapq.heappush(self._queue, (time, self._count, kind, given))
+        heapq.heappush(self._queue, (time, self._count, event, given))
 
     # Events.
 
@@ -238,10 +241,10 @@ class World:
         if host is None or not host.up:
             return
         if host.asleep > self.now:
-            self._at(host.asleep, "message", sender, send)
+            self._at(host.asleep, self._on_message, sender, send)
             return
         message, tensors = send.message, send.tensors
-        if send.to is COORDINATOR or send.to == COORDINATOR:
+        if send.to.role == "coordinator":
             self._do(COORDINATOR, host, host.machine.handle(sender, message, self.now))
         elif send.to.role == "shard":
             self._do(send.to, host, host.machine.handle(sender, message, tensors, self.now))
@@ -271,7 +274,7 @@ class World:
         if host is None or not host.up or host.life != life:
             return
         if host.asleep > self.now:
-            self._at(host.asleep, "computed", address, life)
+            self._at(host.asleep, self._on_computed, address, life)
             return
         worker: Worker = host.machine
         if worker.state != "computing" or worker.key != host.busy:
@@ -289,10 +292,10 @@ class World:
         """Of servers by address; of workers by number, whichever incarnation."""
         now_at = self.live_workers.get(address.number, address) if address.role == "worker" else address
         host = self.hosts.get(now_at)
-        if host is None and address.role == "shard":
+        if host is None or address.role == "worker" and address.number in self._done:
             return
-        self._at(self.now + self.rules.retry * 0.5, "tick", address, life)
-        if host is not None and host.up and host.asleep <= self.now:
+        self._at(self.now + self.rules.retry * 0.5, self._on_tick, address, life)
+        if host.up and host.asleep <= self.now:
             self._do(now_at, host, host.machine.tick(self.now))
 
     def _on_alarm(self, life: int) -> None:
@@ -328,9 +331,9 @@ class World:
         if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
             return False
         host.up, host.life = False, host.life + 1
-        self._at(self.now + host.down, "start", address)
+        self._at(self.now + host.down, self._on_start, address)
         if address is not COORDINATOR:
-            self._at(self.now + self.scenario.delay, "lost", address)
+            self._at(self.now + self.scenario.delay, self._on_lost, address)
         return True
 
     def _last(self, address: Address) -> bool:
@@ -341,7 +344,7 @@ class World:
     def _on_lost(self, address: Address) -> None:
         host = self.hosts[COORDINATOR]
         if not host.up:
-            self._at(self.now + self.scenario.delay, "lost", address)
+            self._at(self.now + self.scenario.delay, self._on_lost, address)
         else:
             self._do(COORDINATOR, host, host.machine.lost(address, self.now))
 
@@ -371,22 +374,28 @@ class World:
         self.journal, _ = decode(data)
         self.durable = len(self.journal)
         host.machine = self._coordinator()
+        for address in host.machine.at.copies.addresses():
+            if (copy := self.hosts.get(address)) is None or not copy.up:
+                # It cannot be connected to; that it had died may have been learned and forgotten in the crash.
+                self._at(self.now + self.scenario.delay, self._on_lost, address)
 
     def _start_copy(self, address: Address) -> None:
         """A new copy, made from the one that lives while it does nothing else; the coordinator knows both at once."""
         coordinator = self.hosts[COORDINATOR]
         if not coordinator.up or address.copy in coordinator.machine.at.copies.of_shard[address.number]:
-            self._at(self.now + self.scenario.delay, "start", address)
+            self._at(self.now + self.scenario.delay, self._on_start, address)
             return
         first = coordinator.machine.at.copies.of_shard[address.number][0]
         source: ServerShard = self.hosts[Address("shard", address.number, first)].machine
-        del self.hosts[address]
-        number = max(a.copy for a in [*self.hosts, address] if a[:2] == address[:2]) + 1
-        source.others = (number,)
-        made = source.clone(number)
-        new = made.address
-        self.hosts[new] = _Host(made)
+        made = source.clone(self._next_copy)
+        self._next_copy += 1
         (hello,) = made.hello()
         assert isinstance(hello, Send)
-        self._do(COORDINATOR, coordinator, coordinator.machine.handle(new, hello.message, self.now))
-        self._at(self.now + self.rules.retry, "tick", new, 0)
+        self._do(COORDINATOR, coordinator, coordinator.machine.handle(made.address, hello.message, self.now))
+        if not coordinator.up:
+            self._at(self.now + self.scenario.delay, self._on_start, address)
+            return
+        source.others = (made.copy,)
+        del self.hosts[address]
+        self.hosts[made.address] = _Host(made)
+        self._at(self.now + self.rules.retry, self._on_tick, made.address, 0)
