@@ -35,7 +35,7 @@ def schedule(seed: int) -> Scenario:
         seed=seed,
         shards=shards,
         copies=copies,
-        share=share,
+        shares=(share,) * workers,
         delay=rng.choice((0.001, 0.05, 0.2)),
         jitter=rng.choice((0.0, 0.5, 2.0)),
         loss=0.1 if lossy else 0.0,

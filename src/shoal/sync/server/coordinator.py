@@ -372,10 +372,8 @@ class Coordinator:
         if not asked or not self.at.started or self._round.pushes:
             return
         if self.rules.mode == "bsp":
-            # All begin together, and get their samples in the order of their numbers.
-            if len(asked) < len(members) or any(member.grant for member in asked):
-                return
-            asked.sort(key=lambda member: member.worker)
+            self._begin(asked)
+            return
         slowest = min(member.clock for member in members)
         for member in asked:
             ahead = member.clock - slowest
@@ -384,27 +382,44 @@ class Coordinator:
             if self.at.turn in (None, member.worker) or not member.starved:
                 self._give(member)
 
+    def _begin(self, asked: list[Member]) -> None:
+        """bsp: all begin together, and get their samples in the order of their numbers."""
+        if len(asked) < len(self.at.members) or any(member.grant for member in asked):
+            return
+        leases = []
+        for member in sorted(asked, key=lambda member: member.worker):
+            samples = self.at.samples.lease(member.size * self.rules.micro_batch)
+            if samples is not None:
+                leases.append((member, samples))
+        for _, samples in leases:
+            self.at.samples.give_back(samples)
+        grants = tuple(m.Granted(x.key, self.version, samples, len(self.at.members) - 1) for x, samples in leases)
+        if grants:
+            self._write(m.Begun(grants))
+        for member in asked:
+            self._say_grant(member)
+
     def _give(self, member: Member) -> None:
+        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk."""
         assert member.asked is not None
-        gone, starved, free = member.asked.gone, member.starved, None
+        gone, starved = member.asked.gone, member.starved
+        samples = member.grant.samples if member.grant is not None else None
+        if samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
+            self.at.samples.give_back(samples)
+        if samples is not None:
+            peers = len(self.at.members) - 1
+            self._write(m.Granted(member.key, self.version, samples, peers, gone), durable=False)
+            if starved:
+                self.at.turn = member.worker
+        self._say_grant(member)
+
+    def _say_grant(self, member: Member) -> None:
+        """Or that there is nothing left; where others' samples may yet come back, it waits."""
         if member.grant is not None:
-            samples = member.grant.samples
-        else:
-            free = self.at.samples.lease(member.size * self.rules.micro_batch)
-            if free is None:
-                if self.at.samples.finished:
-                    self._say(member.address, m.Finished(member.worker, member.incarnation))
-                    member.asked = None
-                return
-            self.at.samples.give_back(free)
-            samples = free
-        # bsp: a round's samples are those of the same workers after a crash, too.
-        durable = self.rules.mode == "bsp"
-        self._write(m.Granted(member.key, self.version, samples, len(self.at.members) - 1, gone), durable)
-        if starved:
-            self.at.turn = member.worker
-        assert member.grant is not None
-        self._say(member.address, member.grant)
+            self._say(member.address, member.grant)
+        elif self.at.samples.finished:
+            self._say(member.address, m.Finished(member.worker, member.incarnation))
+            member.asked = None
 
     def _write(self, record: AnyRecord, durable: bool = True) -> None:
         self._out.append(Write(record, durable=durable))

@@ -342,6 +342,12 @@ class Granted(Record, frozen=True):
     gone: int = 0
 
 
+class Begun(Record, frozen=True):
+    """All grants of a round of bsp, in one: after a crash the round has all its workers, or has not begun."""
+
+    grants: tuple[Granted, ...]
+
+
 class Committed(Record, frozen=True):
     """One version: what is in it. Per push: key, staleness, weight (valid tokens) and samples.
 
@@ -394,7 +400,7 @@ class Changed(Record, frozen=True):
     copies: tuple[int, ...]
 
 
-AnyRecord = Opened | Entered | Left | Granted | Committed | Rejected | Changed | Answered
+AnyRecord = Opened | Entered | Left | Granted | Begun | Committed | Rejected | Changed | Answered
 
 
 # What a state machine asks its host to do, in this order.

@@ -48,6 +48,9 @@ class Standing:
             self._committed(record)
         elif isinstance(record, m.Granted):
             self._granted(self.members[record.key.worker], record)
+        elif isinstance(record, m.Begun):
+            for grant in record.grants:
+                self._granted(self.members[grant.key.worker], grant)
         elif isinstance(record, m.Rejected):
             member = self.members[record.key.worker]
             self._over(member, record.answer(), record.skipped)

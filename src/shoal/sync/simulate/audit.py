@@ -6,7 +6,7 @@ asks the coordinator whether it was right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from shoal.sync.server import messages as m
@@ -104,7 +104,7 @@ def _bounds(world: World, commits: list[m.Committed]) -> Iterator[str]:
     live: dict[int, m.Entered] = {}
     clocks: dict[int, int] = {}
     granted: dict[Key, tuple[int, set[tuple[int, int]]]] = {}
-    for record in world.journal:
+    for record in _grants_apart(world.journal):
         if isinstance(record, m.Entered):
             live[record.worker], clocks[record.worker] = record, record.clock
             for _, others in granted.values():
@@ -125,6 +125,11 @@ def _bounds(world: World, commits: list[m.Committed]) -> Iterator[str]:
                 if key.worker in clocks and live[key.worker].incarnation == key.incarnation:
                     clocks[key.worker] += 1
                 yield from _stale(world, record.version, key, granted.get(key))
+
+
+def _grants_apart(journal: Sequence[m.AnyRecord]) -> Iterator[m.AnyRecord]:
+    for record in journal:
+        yield from record.grants if isinstance(record, m.Begun) else (record,)
 
 
 def _stale(world: World, version: int, key: Key, grant: tuple[int, set[tuple[int, int]]] | None) -> Iterator[str]:

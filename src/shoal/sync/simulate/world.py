@@ -34,11 +34,11 @@ class Fault:
 
 @dataclass(frozen=True)
 class Scenario:
-    """speeds: seconds that each worker computes on a micro-batch. share: micro-batches of a whole gradient.
+    """speeds: seconds that each worker computes on a micro-batch. shares: micro-batches of each one's gradient.
 
     delay: seconds a message is on its way; jitter: times `delay`, the mean of what comes on top (exponential, so that
     messages overtake each other). loss, double: share of messages. patience: simulated seconds after which it is given
-    up. copies: of each shard; shards of one copy keep a log.
+    up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each.
     """
 
     rules: Rules
@@ -47,7 +47,7 @@ class Scenario:
     seed: int = 0
     shards: int = 1
     copies: int = 1
-    share: int = 1
+    shares: tuple[int, ...] = ()
     delay: float = 0.01
     jitter: float = 0.0
     loss: float = 0.0
@@ -97,7 +97,7 @@ class Seen:
 
 
 class World:
-    """Run it once with `run`, then read `journal`, `seen`, `shards`, `now`."""
+    """Run it once with `run`, then read `journal`, `committed` (the times of commits), `seen`, `shards`, `now`."""
 
     def __init__(self, scenario: Scenario, problem: Problem, coordinator: type[Coordinator] = Coordinator):
         """coordinator: the class; a test may give one with a mistake in it."""
@@ -108,6 +108,7 @@ class World:
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.journal: list[AnyRecord] = [m.Opened("")]
         self.durable = 1
+        self.committed: list[float] = []
         self.logs: dict[int, list[tuple[m.Stage, Sequence[Any]]]] = {}
         self.seen = [Seen() for _ in scenario.speeds]
         self.hosts: dict[Address, _Host] = {}
@@ -171,8 +172,9 @@ class World:
     def _start_worker(self, number: int, host: _Host) -> None:
         """A new process in the place of the old one."""
         host.machine = Worker(
-            number, self.scenario.share, self.scenario.shards, retry=self.rules.retry, heartbeat=self.rules.lease / 4
-        )
+            number, self.scenario.shares[number] if self.scenario.shares else 1, self.scenario.shards,
+            retry=self.rules.retry, heartbeat=self.rules.lease / 4,
+        )  # fmt: skip
         self._join(number, host)
 
     def _join(self, number: int, host: _Host) -> None:
@@ -197,6 +199,8 @@ class World:
                 self.logs.setdefault(address.number, []).append((effect.what, effect.tensors))
             else:
                 self.journal.append(effect.what)  # type: ignore[arg-type]
+                if isinstance(effect.what, m.Committed):
+                    self.committed.append(self.now)
                 if effect.durable:
                     self.durable = len(self.journal)
         if address.role == "worker":
