@@ -9,7 +9,7 @@ from shoal.sync.simulate.world import Fault, Scenario
 
 
 def schedule(seed: int) -> Scenario:
-    """A small one: 2 to 4 workers, 1 or 2 shards, 6 to 12 gradients, up to 3 faults."""
+    """A small one: 2 to 4 workers, 1 or 2 shards, 4 to 9 gradients, up to 3 faults."""
     rng = random.Random(seed)
     workers, mode = rng.randint(2, 4), rng.choice(("bsp", "asp", "ssp", "ssp", "quorum"))
     micro_batch, share = rng.choice((1, 2)), rng.choice((1, 1, 2))
@@ -31,7 +31,7 @@ def schedule(seed: int) -> Scenario:
     return Scenario(
         rules,
         speeds=tuple(rng.choice((0.3, 0.5, 1.0, 2.0)) for _ in range(workers)),
-        samples=rng.randint(6, 12) * micro_batch * share,
+        samples=rng.randint(4, 9) * micro_batch * share,
         seed=seed,
         shards=shards,
         copies=copies,
@@ -49,7 +49,7 @@ def _fault(rng: random.Random, workers: int, shards: int) -> Fault:
     role = rng.choice(("worker", "shard", "coordinator"))
     number = rng.randrange(workers if role == "worker" else shards) if role != "coordinator" else 0
     return Fault(
-        time=rng.uniform(0.0, 5.0),
+        time=rng.uniform(0.0, 4.0),
         role=role,
         number=number,
         effects=rng.randint(0, 8),

@@ -77,9 +77,7 @@ class Standing:
     def summary(self) -> list[AnyRecord]:
         """A journal to begin with from here, for the checkpoint of this version: the table of answers is in it."""
         watermark, exceptions = self.samples.state()
-        opened = m.Opened(
-            self._opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch
-        )
+        opened = m.Opened(self._opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch)
         records: list[AnyRecord] = [opened]
         records += [m.Changed(shard, copies) for shard, copies in enumerate(self.copies.of_shard)]
         for member in self.members.values():

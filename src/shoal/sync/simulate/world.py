@@ -125,7 +125,7 @@ class World:
         for fault in scenario.faults:
             self._at(fault.time, self._on_fault, fault)
         for address in self.hosts:
-            self._at(self.rules.retry * (0.5 + 0.5 * self.rng.random()), self._on_tick, address, 0)
+            self._at(self.rules.retry * (1 + self.rng.random()), self._on_tick, address)
 
     @property
     def finished(self) -> bool:
@@ -153,7 +153,9 @@ class World:
 
     def _broken(self) -> bool:
         """Some copy has yet to be started again."""
-        return sum(a.role == "shard" and h.up for a, h in self.hosts.items()) < self.scenario.shards * self.scenario.copies
+        return (
+            sum(a.role == "shard" and h.up for a, h in self.hosts.items()) < self.scenario.shards * self.scenario.copies
+        )
 
     # Hosts and what they do.
 
@@ -292,13 +294,13 @@ class World:
         gradients, weight, loss = self.problem.gradient(weights, worker.grant.samples, token)
         self._do(address, host, worker.push(gradients, weight, loss, self.now))
 
-    def _on_tick(self, address: Address, life: int) -> None:
+    def _on_tick(self, address: Address) -> None:
         """Of servers by address; of workers by number, whichever incarnation."""
         now_at = self.live_workers.get(address.number, address) if address.role == "worker" else address
         host = self.hosts.get(now_at)
-        if host is None or address.role == "worker" and address.number in self._done:
+        if host is None or (address.role == "worker" and address.number in self._done):
             return
-        self._at(self.now + self.rules.retry * 0.5, self._on_tick, address, life)
+        self._at(self.now + self.rules.retry, self._on_tick, address)
         if host.up and host.asleep <= self.now:
             self._do(now_at, host, host.machine.tick(self.now))
 
@@ -315,7 +317,7 @@ class World:
         else:
             address = self._a_copy(fault)
         host = self.hosts[address]
-        if not host.up or fault.number in self._done and fault.role == "worker":
+        if not host.up or (fault.number in self._done and fault.role == "worker"):
             return
         if fault.hang:
             host.asleep = max(host.asleep, self.now + fault.down)
@@ -402,4 +404,4 @@ class World:
         source.others = (made.copy,)
         del self.hosts[address]
         self.hosts[made.address] = _Host(made)
-        self._at(self.now + self.rules.retry, self._on_tick, made.address, 0)
+        self._at(self.now + self.rules.retry, self._on_tick, made.address)
