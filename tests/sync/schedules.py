@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from shoal.sync.server.rules import Rules
-from shoal.sync.simulate.world import Fault, Scenario
+from shoal.sync.simulate.scenario import Fault, Scenario
 
 
 def schedule(seed: int) -> Scenario:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.job.optim import OptimOptions
-from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.messages import Send
 from shoal.sync.server.rules import Rules
@@ -18,7 +18,8 @@ from shoal.sync.server.shard import ServerShard
 from shoal.sync.simulate.audit import violations
 from shoal.sync.simulate.ledger import Ledgers
 from shoal.sync.simulate.outcome import simulate
-from shoal.sync.simulate.world import Fault, Scenario, World
+from shoal.sync.simulate.scenario import Fault, Scenario
+from shoal.sync.simulate.world import World
 from tests.sync.schedules import schedule
 
 
@@ -221,7 +222,11 @@ def test_the_slow_worker_gets_a_turn():
     assert world.finished
     assert violations(world) == []
     answers = [answer.accepted for answer, _ in world.seen[2].answers]
-    sizes = [r.samples.stop - r.samples.start for r in world.journal if isinstance(r, m.Granted) and r.key.worker == 2]
+    sizes = [
+        record.samples.stop - record.samples.start
+        for record in world.journal
+        if isinstance(record, r.Granted) and record.key.worker == 2
+    ]
     assert answers[:4] == [False, False, False, True]
     assert sizes[:4] == [4, 4, 2, 2]
 

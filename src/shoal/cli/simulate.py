@@ -12,7 +12,7 @@ from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
 
 if TYPE_CHECKING:
-    from shoal.sync.simulate.world import Fault
+    from shoal.sync.simulate.scenario import Fault
 
 _KILL = re.compile(r"(worker|shard):(\d+)@(\d+(?:\.\d+)?)|(coordinator)@(\d+(?:\.\d+)?)")
 
@@ -114,7 +114,7 @@ def run(args: list[str]) -> Answer:
     from shoal.job.optim import OptimOptions
     from shoal.sync.server.rules import Rules
     from shoal.sync.simulate.outcome import simulate
-    from shoal.sync.simulate.world import Scenario
+    from shoal.sync.simulate.scenario import Scenario
 
     rules = Rules(
         mode=options.mode,
@@ -162,7 +162,7 @@ def _numbers(flag: str, text: str, workers: int) -> tuple[float, ...]:
 
 def _faults(options: SimulateOptions) -> tuple[Fault, ...]:
     """`worker:1@5,coordinator@8` as faults."""
-    from shoal.sync.simulate.world import Fault
+    from shoal.sync.simulate.scenario import Fault
 
     found = []
     for word in filter(None, options.kill.split(",")):

@@ -20,7 +20,8 @@ from shoal.sync.server.placement import place
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.staleness import token_schedule
 from shoal.sync.server.worker import Pushed
-from shoal.sync.simulate.world import Fault, Scenario, World
+from shoal.sync.simulate.scenario import Fault, Scenario
+from shoal.sync.simulate.world import World
 
 SHAPES = {"embed": (40, 7), "layers.10.weight": (9, 7), "layers.2.weight": (7, 9), "norm": (7,), "head": (33, 7)}
 SHARE, STEPS = 3, 5

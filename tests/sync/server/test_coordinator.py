@@ -6,6 +6,7 @@ import pytest
 
 from shoal.errors import JobError
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.journal import MAGIC, decode, encode
 from shoal.sync.server.messages import Address, Key, Range, Send, Square, Write
@@ -23,7 +24,7 @@ class Bench:
 
     def __init__(self, mode: str = "asp", copies: int = 1, samples: int | None = 100, **rules):
         self.rules, self.copies, self.total = Rules(mode, **rules), copies, samples
-        self.journal: list[m.AnyRecord] = [m.Opened("model")]
+        self.journal: list[r.AnyRecord] = [r.Opened("model")]
         self.now, self.said, self.effects = 0.0, [], []
         self.coordinator = self.make()
 
@@ -68,9 +69,11 @@ def test_a_worker_of_another_model_or_tokenizer_is_named():
     bench = Bench()
     (refused,) = bench.tell(m.Join(3, 1, 1, "other", "bpe"))
     assert (refused.why, bench.journal[1:]) == ("worker 3 has another model: other instead of model", [])
+    (refused,) = bench.tell(m.Join(3, 1, 0, "model", "bpe"))
+    assert refused.why == "worker 3 computes 0 micro-batches a gradient"
     (refused,) = bench.tell(m.Join(3, 1, 1, "model", ""))
     assert refused.why == "worker 3 has another tokenizer: none instead of bpe"
-    bench.journal[0] = m.Opened("another")
+    bench.journal[0] = r.Opened("another")
     with pytest.raises(JobError, match="journal of model another, not of model"):
         bench.make()
 
@@ -103,7 +106,7 @@ def test_a_commit_is_on_disk_before_anybody_hears_of_it():
     write, apply, answer = bench.effects[:3]
     assert isinstance(write, Write)
     assert write.durable
-    assert isinstance(write.what, m.Committed)
+    assert isinstance(write.what, r.Committed)
     assert isinstance(apply.message, m.Apply)
     assert answer.message == m.Answer(grant.key, True, 1, 0, "", 1.0, 1.0)
 
@@ -116,11 +119,11 @@ def test_bytes_are_given_up_only_after_the_journal_has_it():
     early, late = bench.granted(Key(0, 0, 0)), bench.granted(Key(1, 0, 0))
     bench.push(early)
     bench.tell(m.Push(late.key, 0, 1.0, 0.0, late.samples))
-    assert kinds(bench.effects) == [m.Rejected, m.Drop, m.Answer]
+    assert kinds(bench.effects) == [r.Rejected, m.Drop, m.Answer]
     bench.granted(Key(1, 0, 1))
     bench.now = 100.0
     given_up = kinds(bench.coordinator.tick(bench.now))
-    assert given_up.index(m.Left) < given_up.index(m.Drop)
+    assert given_up.index(r.Left) < given_up.index(m.Drop)
 
 
 def test_a_retry_gets_the_recorded_answer_also_after_a_crash():
@@ -167,7 +170,7 @@ def test_clipping_is_of_the_mean():
     assert bench.said[-1] == m.Combine(1, (grants[0].key, grants[1].key))
     bench.tell(m.Combined(1, (grants[0].key, grants[1].key), 0, 0, (Square("w", 0, 256.0),)))
     committed = bench.journal[-1]
-    assert isinstance(committed, m.Committed)
+    assert isinstance(committed, r.Committed)
     assert (committed.grad_norm, committed.clip, committed.apply().scale) == (2.0, 0.25, 0.25 / 8)
 
 
@@ -184,7 +187,7 @@ def test_late_ones_of_a_quorum_are_rejected_and_their_samples_used_by_the_next()
     assert bench.coordinator.version == 1
     answer = bench.push(second)
     assert answer is not None
-    assert (answer.accepted, answer.reason, answer.staleness) == (False, m.LATE, 1)
+    assert (answer.accepted, answer.reason, answer.staleness) == (False, r.LATE, 1)
     assert bench.granted(Key(0, 0, 1)).samples == second.samples
 
 
@@ -197,7 +200,7 @@ def test_a_silent_worker_is_fenced_and_its_samples_go_to_others():
     bench.tell(m.Heartbeat(1, 0, 0))
     bench.now = 5.0
     bench.do(bench.coordinator.tick(5.0))
-    assert m.Left(0, 0, "expired") in bench.journal
+    assert r.Left(0, 0, "expired") in bench.journal
     assert bench.granted(Key(1, 0, 0)).samples == grant.samples
     bench.do(bench.coordinator.lost(Address("worker", 1, 0), 6.0))
     bench.do(bench.coordinator.tick(6.4))
@@ -259,6 +262,9 @@ def test_a_shard_of_another_time_is_refused():
     bench = Bench()
     (refused,) = bench.tell(m.Hello(0, 0, 3), Address("shard"))
     assert refused.why == "shard 0 holds version 3, its journal 0 to 0"
+    for shard in (-1, 1):
+        (refused,) = bench.tell(m.Hello(shard, 0, 0), Address("shard", shard))
+        assert isinstance(refused, m.Refused)
 
 
 def test_commits_that_everybody_has_on_disk_are_forgotten():

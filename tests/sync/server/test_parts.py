@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
+import msgspec
 import pytest
 
 from shoal.errors import CheckpointError, JobError
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.journal import MAGIC, decode, encode
 from shoal.sync.server.messages import Key, Range
 from shoal.sync.server.placement import Block, place
@@ -79,15 +82,15 @@ def test_samples_go_on_from_watermark_and_exceptions():
 
 
 RECORDS = [
-    m.Opened("job", 3, 12, (Range(14, 16),)),
-    m.Entered(0, 77, 0, 0, 2),
-    m.Granted(Key(0, 0, 0), 3, Range(12, 14), 0),
-    m.Begun((m.Granted(Key(1, 0, 0), 3, Range(16, 18), 1), m.Granted(Key(2, 0, 0), 3, Range(18, 20), 1))),
-    m.Changed(0, (0, 2)),
-    m.Committed(4, (Key(0, 0, 0),), (0,), (2.0,), (Range(12, 14),), 0.5, 1.0, 0.1, (1,)),
-    m.Rejected(Key(0, 0, 1), 4, 1, m.LATE),
-    m.Left(0, 0, "expired"),
-    m.Answered(m.Answer(Key(0, 0, 1), False, 4, 1, m.LATE)),
+    r.Opened("job", 3, 12, (Range(14, 16),)),
+    r.Entered(0, 77, 0, 0, 2),
+    r.Granted(Key(0, 0, 0), 3, Range(12, 14), 0),
+    r.Begun((r.Granted(Key(1, 0, 0), 3, Range(16, 18), 1), r.Granted(Key(2, 0, 0), 3, Range(18, 20), 1))),
+    r.Changed(0, (0, 2)),
+    r.Committed(4, (Key(0, 0, 0),), (0,), (2.0,), (Range(12, 14),), 0.5, 1.0, 0.1, (1,)),
+    r.Rejected(Key(0, 0, 1), 4, 1, r.LATE),
+    r.Left(0, 0, "expired"),
+    r.Answered(m.Answer(Key(0, 0, 1), False, 4, 1, r.LATE)),
 ]
 
 
@@ -112,6 +115,35 @@ def test_a_damaged_journal_is_refused_and_a_damaged_tail_is_dropped():
         decode(bytes(data))
     with pytest.raises(CheckpointError, match="not a journal"):
         decode(b"something else entirely")
+
+
+KEY = Key(1, 2, 3)
+SAID: list[m.Message] = [
+    m.Join(0, 2**40, 4, "model", "bpe"),
+    m.Ask(KEY, 1),
+    m.Push(KEY, 7, 12.0, 3.5, Range(4, 8)),
+    m.Grant(KEY, 7, Range(4, 8)),
+    m.Answer(KEY, False, 9, 2, r.LATE),
+    m.Stage(KEY, 0, 2, (m.Piece("a", (0, 2), (3, 4)), m.Piece("scale", (), ()))),
+    m.Staged(KEY, 0, 1, (m.Square("a", 0, 0.1), m.Square("a", 8, 1e-300))),
+    m.Apply(8, (KEY, Key(2, 0, 0)), 1 / 3, 0.1, 2, (4, 5)),
+    m.Primaries(3, (0, 2)),
+]
+
+
+@pytest.mark.parametrize("message", SAID)
+def test_messages_as_bytes(message):
+    header = m.encode(message)
+    assert m.decode(header) == message
+    for wrong in (header[:-1], b"", header + b"x", m.encode(SAID[0]).replace(b"Join", b"Jain")):
+        with pytest.raises(msgspec.DecodeError):
+            m.decode(wrong)
+
+
+def test_every_message_can_be_decoded():
+    assert {kind.__name__ for kind in m.Message.__subclasses__()} == {kind.__name__ for kind in get_args(m.AnyMessage)}
+    kinds = {kind.__name__ for kind in r.Record.__subclasses__()}
+    assert kinds == {kind.__name__ for kind in get_args(r.AnyRecord)}
 
 
 @pytest.mark.parametrize(

@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 
 from shoal.errors import JobError
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copy
+from shoal.sync.server.decisions import commit, may_begin
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import Address, AnyRecord, Effect, Key, Message, Range, Send, Square, Write
+from shoal.sync.server.messages import Address, Effect, Key, Message, Range, Send, Square, Write
 from shoal.sync.server.rounds import Round
 from shoal.sync.server.rules import Rules
-from shoal.sync.server.staleness import rate_factor, weight_factor
 from shoal.sync.server.standing import Standing
 
 _FromShard = m.Hello | m.Staged | m.Combined | m.Applied
@@ -36,7 +37,7 @@ class Coordinator:
         rate: Callable[[int], float],
         copies: Sequence[int],
         *,
-        journal: Sequence[AnyRecord],
+        journal: Sequence[r.AnyRecord],
         samples: int | None = None,
         model: str = "",
         tokenizer: str = "",
@@ -128,6 +129,10 @@ class Coordinator:
                 why = f"worker {message.worker} has another {what}: {theirs or 'none'} instead of {ours or 'none'}"
                 self._say(back, m.Refused(message.nonce, why, "start it with the job.toml of this run"))
                 return
+        if message.share < 1:
+            why = f"worker {message.worker} computes {message.share} micro-batches a gradient"
+            self._say(back, m.Refused(message.nonce, why, "at least one"))
+            return
         member = self.at.members.get(message.worker)
         if member is None or member.nonce != message.nonce:
             if member is not None:
@@ -135,7 +140,7 @@ class Coordinator:
             # It begins where the slowest one is, so that nobody waits for it to catch up.
             clock = min((other.clock for other in self.at.members.values()), default=0)
             incarnation = self.at.incarnations.get(message.worker, -1) + 1
-            self._write(m.Entered(message.worker, message.nonce, incarnation, clock, message.share))
+            self._write(r.Entered(message.worker, message.nonce, incarnation, clock, message.share))
             member = self.at.members[message.worker]
         member.until = self.at.now + self.rules.lease
         copies = self.at.copies
@@ -181,7 +186,7 @@ class Coordinator:
         if not self._as_granted(member, message):
             self._reject(member, "not as granted")
         elif self._late(message):
-            self._reject(member, m.LATE)
+            self._reject(member, r.LATE)
         else:
             self._complete(member)
             if again and member.push is not None:
@@ -197,7 +202,7 @@ class Coordinator:
                 return False
             self.at.samples.give_back(samples)
         everybody = sum(incarnation + 1 for incarnation in self.at.incarnations.values())
-        self._write(m.Granted(push.key, push.version, samples, everybody - 1), durable=False)
+        self._write(r.Granted(push.key, push.version, samples, everybody - 1), durable=False)
         return True
 
     def _as_granted(self, member: Member, push: m.Push) -> bool:
@@ -214,7 +219,7 @@ class Coordinator:
 
     def _give_up(self, member: Member, why: str) -> None:
         """Fences an incarnation: none of its gradients will count from now on, but those that are being summed."""
-        self._write(m.Left(member.worker, member.incarnation, why))
+        self._write(r.Left(member.worker, member.incarnation, why))
         if member.grant is not None and member.key not in self._round.keys:
             self._drop(member.key)
         if why != "left":
@@ -238,7 +243,7 @@ class Coordinator:
 
     def _hello(self, copy: Copy, message: m.Hello) -> None:
         copies = self.at.copies
-        if not copies.base <= message.version <= self.version:
+        if not 0 <= message.shard < len(copies.of_shard) or not copies.base <= message.version <= self.version:
             why = f"shard {message.shard} holds version {message.version}, its journal {copies.base} to {self.version}"
             self._say(Address("shard", *copy), m.Refused(message.copy, why, "start all from one checkpoint"))
             return
@@ -261,7 +266,7 @@ class Coordinator:
             self._say(Address("shard", *copy), m.Drop((message.key,)))
 
     def _change(self, shard: int, copies: tuple[int, ...]) -> None:
-        self._write(m.Changed(shard, copies))
+        self._write(r.Changed(shard, copies))
         told = m.Primaries(self.at.copies.epoch, self.at.copies.primaries())
         for member in list(self.at.members.values()):
             self._say(member.address, told)
@@ -289,7 +294,7 @@ class Coordinator:
             if self.at.turn not in (None, member.worker):
                 continue
             if self._late(push):
-                self._reject(member, m.LATE)
+                self._reject(member, r.LATE)
             else:
                 self._commit((push,), self._squares(member.staged))
 
@@ -304,7 +309,7 @@ class Coordinator:
         self._round = Round(self.rules)
         for member in list(self.at.members.values()):
             if member.push is not None and self._late(member.push):
-                self._reject(member, m.LATE)
+                self._reject(member, r.LATE)
 
     def _combine(self) -> None:
         """Asks for the sum of a round's gradients where it is not known yet."""
@@ -320,42 +325,17 @@ class Coordinator:
 
     def _commit(self, pushes: tuple[m.Push, ...], squares: list[Square]) -> None:
         """Journal first; shards and workers learn of it from the effects after it."""
-        rules, keys = self.rules, tuple(push.key for push in pushes)
-        staleness = tuple(self.version - push.version for push in pushes)
-        self._check_bounds(keys, staleness)
-        weights = tuple(push.weight for push in pushes)
-        norm = math.sqrt(sum(square.value for square in squares)) / sum(weights)
-        clip = min(1.0, rules.clip / norm) if rules.clip and norm else 1.0
-        clip *= weight_factor(rules, max(staleness))
-        lr = self.rate(self.at.samples.used) * rate_factor(rules, max(staleness))
-        holders = self._holders(keys) if rules.compensation == "dc" else ()
-        record = m.Committed(
-            self.version + 1, keys, staleness, weights, tuple(push.samples for push in pushes), norm, clip, lr, holders
-        )
+        record = commit(self.at, self.rate, pushes, squares)
         self._write(record)
         self._out += self.at.copies.send(record, self.at.now)
-        for i, key in enumerate(keys):
+        for i, key in enumerate(record.keys):
             member = self.at.members.get(key.worker)
             if member is not None and member.incarnation == key.incarnation:
                 self._say(member.address, record.answer(i))
 
-    def _check_bounds(self, keys: tuple[Key, ...], staleness: tuple[int, ...]) -> None:
-        for key, late in zip(keys, staleness, strict=True):
-            member = self.at.members.get(key.worker)
-            bound = self.rules.bound(member.peers) if member is not None and member.key == key else None
-            assert bound is None or late <= bound, f"{key} is {late} commits late, more than {bound}"
-
-    def _holders(self, keys: tuple[Key, ...]) -> tuple[int, ...]:
-        """Workers that compute on the latest version, and will push when there are later ones."""
-        members = self.at.members.values()
-        return tuple(
-            member.worker for member in members
-            if member.grant is not None and member.grant.version == self.version and member.key not in keys
-        )  # fmt: skip
-
     def _reject(self, member: Member, reason: str, skipped: Range = m.NOTHING) -> None:
         assert member.push is not None
-        record = m.Rejected(member.key, self.version, self.version - member.push.version, reason, skipped)
+        record = r.Rejected(member.key, self.version, self.version - member.push.version, reason, skipped)
         self._write(record)
         self._drop(record.key)
         self._say(member.address, record.answer())
@@ -367,35 +347,27 @@ class Coordinator:
     # What workers may begin.
 
     def _grant(self) -> None:
-        members = self.at.members.values()
-        asked = [member for member in members if member.asked is not None]
-        if not asked or not self.at.started or self._round.pushes:
+        if self._round.pushes:
             return
         if self.rules.mode == "bsp":
-            self._begin(asked)
+            self._begin(may_begin(self.at))
             return
-        slowest = min(member.clock for member in members)
-        for member in asked:
-            ahead = member.clock - slowest
-            if self.rules.mode == "ssp" and ahead > self.rules.staleness:
-                continue
+        for member in may_begin(self.at):
             if self.at.turn in (None, member.worker) or not member.starved:
                 self._give(member)
 
     def _begin(self, asked: list[Member]) -> None:
         """bsp: all begin together, and get their samples in the order of their numbers."""
-        if len(asked) < len(self.at.members) or any(member.grant for member in asked):
-            return
         leases = []
-        for member in sorted(asked, key=lambda member: member.worker):
+        for member in asked:
             samples = self.at.samples.lease(member.size * self.rules.micro_batch)
             if samples is not None:
                 leases.append((member, samples))
         for _, samples in leases:
             self.at.samples.give_back(samples)
-        grants = tuple(m.Granted(x.key, self.version, samples, len(self.at.members) - 1) for x, samples in leases)
+        grants = tuple(r.Granted(x.key, self.version, samples, len(self.at.members) - 1) for x, samples in leases)
         if grants:
-            self._write(m.Begun(grants))
+            self._write(r.Begun(grants))
         for member in asked:
             self._say_grant(member)
 
@@ -408,7 +380,7 @@ class Coordinator:
             self.at.samples.give_back(samples)
         if samples is not None:
             peers = len(self.at.members) - 1
-            self._write(m.Granted(member.key, self.version, samples, peers, gone), durable=False)
+            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable=False)
             if starved:
                 self.at.turn = member.worker
         self._say_grant(member)
@@ -421,7 +393,7 @@ class Coordinator:
             self._say(member.address, m.Finished(member.worker, member.incarnation))
             member.asked = None
 
-    def _write(self, record: AnyRecord, durable: bool = True) -> None:
+    def _write(self, record: r.AnyRecord, durable: bool = True) -> None:
         self._out.append(Write(record, durable=durable))
         self.at.take(record)
 

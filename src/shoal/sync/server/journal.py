@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from shoal.errors import CheckpointError
-from shoal.sync.server.messages import AnyRecord, Record
+from shoal.sync.server.records import AnyRecord, Record
 
 MAGIC = b"shoal-journal-1\n"
 _HEAD = struct.Struct("<II")

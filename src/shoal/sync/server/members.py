@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shoal.sync.server.messages import Address, Answer, Ask, Entered, Grant, Key, Push, Square
+from shoal.sync.server.messages import Address, Answer, Ask, Grant, Key, Push, Square
+from shoal.sync.server.records import Entered
 
 
 @dataclass

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from shoal.errors import JobError
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copies
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import AnyRecord, Key, Range
+from shoal.sync.server.messages import Key, Range
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.samples import Samples
 
@@ -21,11 +22,11 @@ class Standing:
     """
 
     def __init__(
-        self, rules: Rules, copies: Sequence[int], samples: int | None, journal: Sequence[AnyRecord], now: float
+        self, rules: Rules, copies: Sequence[int], samples: int | None, journal: Sequence[r.AnyRecord], now: float
     ):
         """journal: at least an Opened. copies: of each shard, at first. samples: of the whole job, None = no end."""
         first = journal[0]
-        assert isinstance(first, m.Opened), "a journal begins with what was opened"
+        assert isinstance(first, r.Opened), "a journal begins with what was opened"
         self.rules, self.now = rules, now
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
@@ -42,55 +43,55 @@ class Standing:
     def version(self) -> int:
         return self.copies.version
 
-    def take(self, record: AnyRecord) -> None:
+    def take(self, record: r.AnyRecord) -> None:
         """Follows one record, a new one or, after a crash, an old one."""
-        if isinstance(record, m.Committed):
+        if isinstance(record, r.Committed):
             self._committed(record)
-        elif isinstance(record, m.Granted):
+        elif isinstance(record, r.Granted):
             self._granted(self.members[record.key.worker], record)
-        elif isinstance(record, m.Begun):
+        elif isinstance(record, r.Begun):
             for grant in record.grants:
                 self._granted(self.members[grant.key.worker], grant)
-        elif isinstance(record, m.Rejected):
+        elif isinstance(record, r.Rejected):
             member = self.members[record.key.worker]
             self._over(member, record.answer(), record.skipped)
-            if record.reason == m.LATE:
+            if record.reason == r.LATE:
                 member.came_late()
-        elif isinstance(record, m.Entered):
+        elif isinstance(record, r.Entered):
             for member in self.members.values():
                 member.peers += 1
             self.members[record.worker] = Member.of(record, self.now + self.rules.lease)
             self.incarnations[record.worker] = record.incarnation
             self.started = self.started or len(self.members) >= self.rules.workers
-        elif isinstance(record, m.Left):
+        elif isinstance(record, r.Left):
             member = self.members.pop(record.worker)
             if member.grant is not None:
                 self.samples.give_back(member.grant.samples)
             self._forget(member)
-        elif isinstance(record, m.Changed):
+        elif isinstance(record, r.Changed):
             self.copies.change(record)
-        elif isinstance(record, m.Answered):
+        elif isinstance(record, r.Answered):
             self.members[record.answer.key.worker].answer = record.answer
         else:
             raise JobError("a journal is opened twice", where="journal", fix="start from the last checkpoint")
 
-    def summary(self) -> list[AnyRecord]:
+    def summary(self) -> list[r.AnyRecord]:
         """A journal to begin with from here, for the checkpoint of this version: the table of answers is in it."""
         watermark, exceptions = self.samples.state()
-        opened = m.Opened(self._opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch)
-        records: list[AnyRecord] = [opened]
-        records += [m.Changed(shard, copies) for shard, copies in enumerate(self.copies.of_shard)]
+        opened = r.Opened(self._opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch)
+        records: list[r.AnyRecord] = [opened]
+        records += [r.Changed(shard, copies) for shard, copies in enumerate(self.copies.of_shard)]
         for member in self.members.values():
-            records.append(m.Entered(member.worker, member.nonce, member.incarnation, member.clock, member.share))
+            records.append(r.Entered(member.worker, member.nonce, member.incarnation, member.clock, member.share))
         for member in self.members.values():
             if member.answer is not None:
-                records.append(m.Answered(member.answer))
+                records.append(r.Answered(member.answer))
             if member.grant is not None:
                 grant = member.grant
-                records.append(m.Granted(grant.key, grant.version, grant.samples, member.peers, grant.gone))
+                records.append(r.Granted(grant.key, grant.version, grant.samples, member.peers, grant.gone))
         return records
 
-    def _granted(self, member: Member, record: m.Granted) -> None:
+    def _granted(self, member: Member, record: r.Granted) -> None:
         if member.grant is None:
             free = self.samples.claim(record.samples)
             assert free, f"{record.samples} is leased to another"
@@ -98,7 +99,7 @@ class Standing:
         member.asked = None
         member.peers = record.peers
 
-    def _committed(self, record: m.Committed) -> None:
+    def _committed(self, record: r.Committed) -> None:
         self.copies.add(record)
         for i, (key, samples) in enumerate(zip(record.keys, record.samples, strict=True)):
             member = self.members.get(key.worker)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.messages import Key, Range
 from shoal.sync.simulate.ledger import Ledger, Token
 from shoal.sync.simulate.world import World
@@ -17,7 +17,7 @@ from shoal.sync.simulate.world import World
 
 def violations(world: World) -> list[str]:
     """One sentence for each thing that is wrong; none: all is well. The world's problem is `Ledgers`."""
-    commits = [record for record in world.journal if isinstance(record, m.Committed)]
+    commits = [record for record in world.journal if isinstance(record, r.Committed)]
     return [
         *_ended(world),
         *_versions(world, commits),
@@ -33,7 +33,7 @@ def _ended(world: World) -> Iterator[str]:
         yield f"after {world.now:.0f} simulated seconds some workers still wait"
 
 
-def _versions(world: World, commits: list[m.Committed]) -> Iterator[str]:
+def _versions(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """Version v of every copy is exactly the commits ≤ v, each once, and the same bytes on every shard."""
     told = [record.keys for record in commits]
     if [record.version for record in commits] != list(range(1, len(commits) + 1)):
@@ -54,7 +54,7 @@ def _versions(world: World, commits: list[m.Committed]) -> Iterator[str]:
         yield "shards hold gradients of different processes under one name"
 
 
-def _answers(world: World, commits: list[m.Committed]) -> Iterator[str]:
+def _answers(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """No acknowledged push is lost, none is applied twice, none is applied that was rejected."""
     counts: dict[Token, int] = {}
     ledger = world.shards()[0].held if world.shards() else None
@@ -78,7 +78,7 @@ def _answers(world: World, commits: list[m.Committed]) -> Iterator[str]:
                 yield f"{token[1]} was answered in two ways"
 
 
-def _samples(world: World, commits: list[m.Committed]) -> Iterator[str]:
+def _samples(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """Every sample is used up once."""
     used = sorted([r for record in commits for r in record.samples] + _skipped(world))
     for before, after in pairwise(used):
@@ -89,11 +89,11 @@ def _samples(world: World, commits: list[m.Committed]) -> Iterator[str]:
 
 
 def _skipped(world: World) -> list[Range]:
-    found = [record.skipped for record in world.journal if isinstance(record, m.Rejected)]
+    found = [record.skipped for record in world.journal if isinstance(record, r.Rejected)]
     return [samples for samples in found if samples.stop > samples.start]
 
 
-def _bounds(world: World, commits: list[m.Committed]) -> Iterator[str]:
+def _bounds(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """Staleness by what workers really pulled, against what the mode promises; the gate of ssp at every grant."""
     rules = world.rules
     version_of = {key: record.version for record in commits for key in record.keys}
@@ -101,35 +101,35 @@ def _bounds(world: World, commits: list[m.Committed]) -> Iterator[str]:
         for token, versions in seen.pulled.items():
             if token[1] in version_of and (late := version_of[token[1]] - 1 - min(versions)) < 0:
                 yield f"{token[1]} was committed {-late} versions before what it was computed from"
-    live: dict[int, m.Entered] = {}
+    live: dict[int, r.Entered] = {}
     clocks: dict[int, int] = {}
     granted: dict[Key, tuple[int, set[tuple[int, int]]]] = {}
     for record in _grants_apart(world.journal):
-        if isinstance(record, m.Entered):
+        if isinstance(record, r.Entered):
             live[record.worker], clocks[record.worker] = record, record.clock
             for _, others in granted.values():
                 others.add((record.worker, record.incarnation))
-        elif isinstance(record, m.Left):
+        elif isinstance(record, r.Left):
             live.pop(record.worker)
             clocks.pop(record.worker)
-        elif isinstance(record, m.Granted):
+        elif isinstance(record, r.Granted):
             others = {(e.worker, e.incarnation) for e in live.values()} - {record.key[:2]}
             granted[record.key] = (record.version, others)
             ahead = record.key.clock - min(clocks.values())
             if rules.mode == "ssp" and ahead > rules.staleness:
                 yield f"{record.key} began {ahead} clocks ahead of the slowest"
-        elif isinstance(record, m.Rejected):
+        elif isinstance(record, r.Rejected):
             clocks[record.key.worker] += 1
-        elif isinstance(record, m.Committed):
+        elif isinstance(record, r.Committed):
             for key in record.keys:
                 if key.worker in clocks and live[key.worker].incarnation == key.incarnation:
                     clocks[key.worker] += 1
                 yield from _stale(world, record.version, key, granted.get(key))
 
 
-def _grants_apart(journal: Sequence[m.AnyRecord]) -> Iterator[m.AnyRecord]:
+def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
     for record in journal:
-        yield from record.grants if isinstance(record, m.Begun) else (record,)
+        yield from record.grants if isinstance(record, r.Begun) else (record,)
 
 
 def _stale(world: World, version: int, key: Key, grant: tuple[int, set[tuple[int, int]]] | None) -> Iterator[str]:
@@ -146,7 +146,7 @@ def _stale(world: World, version: int, key: Key, grant: tuple[int, set[tuple[int
         yield f"{key} is {late} commits late, with {others} others and staleness {rules.staleness}"
 
 
-def _snapshots(world: World, commits: list[m.Committed]) -> Iterator[str]:
+def _snapshots(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """A snapshot is of one version."""
     if world.rules.level != "snapshot":
         return

@@ -10,10 +10,12 @@ import torch
 
 from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
-from shoal.sync.server.messages import COORDINATOR, Committed, Left
+from shoal.sync.server.messages import COORDINATOR
+from shoal.sync.server.records import Committed, Left
 from shoal.sync.server.rules import Rules
 from shoal.sync.simulate.problem import LeastSquares
-from shoal.sync.simulate.world import Scenario, World
+from shoal.sync.simulate.scenario import Scenario
+from shoal.sync.simulate.world import World
 
 _HEAD = "{:<28}{:>9}{:>9}{:>11}{:>12}{:>10}{:>12}{:>12}"
 

@@ -4,67 +4,18 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.journal import MAGIC, decode, encode
-from shoal.sync.server.messages import COORDINATOR, Address, AnyRecord, Effect, Key, Range, Send
-from shoal.sync.server.rules import Rules
-from shoal.sync.server.shard import Held, ServerShard
-from shoal.sync.server.worker import Pushed, Worker
-
-
-@dataclass(frozen=True)
-class Fault:
-    """role: `worker`, `shard`, `coordinator`. At `time` it is killed after `effects` more of what it does.
-
-    down: seconds until it is started again. hang: it is not killed, but does nothing for so long.
-    """
-
-    time: float
-    role: str
-    number: int = 0
-    effects: int = 0
-    down: float = 1.0
-    hang: bool = False
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """speeds: seconds that each worker computes on a micro-batch. shares: micro-batches of each one's gradient.
-
-    delay: seconds a message is on its way; jitter: times `delay`, the mean of what comes on top (exponential, so that
-    messages overtake each other). loss, double: share of messages. patience: simulated seconds after which it is given
-    up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each.
-    """
-
-    rules: Rules
-    speeds: tuple[float, ...]
-    samples: int
-    seed: int = 0
-    shards: int = 1
-    copies: int = 1
-    shares: tuple[int, ...] = ()
-    delay: float = 0.01
-    jitter: float = 0.0
-    loss: float = 0.0
-    double: float = 0.0
-    faults: tuple[Fault, ...] = ()
-    patience: float = 10_000.0
-
-
-class Problem(Protocol):
-    """What is trained, or what a test puts in its place."""
-
-    def held(self, shard: int) -> Held: ...
-    def rate(self, samples: int) -> float: ...
-    def copy(self, tensors: Sequence[Any]) -> Sequence[Any]: ...
-    def gradient(
-        self, pulled: Mapping[int, Sequence[Any]], samples: Range, token: tuple[int, Key]
-    ) -> tuple[Mapping[int, Pushed], float, float]: ...
+from shoal.sync.server.messages import COORDINATOR, Address, Effect, Key, Send
+from shoal.sync.server.shard import ServerShard
+from shoal.sync.server.worker import Worker
+from shoal.sync.simulate.scenario import Fault, Problem, Scenario
 
 
 @dataclass
@@ -106,7 +57,7 @@ class World:
         self.rng = random.Random(scenario.seed)
         self.now, self._count = 0.0, 0
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.journal: list[AnyRecord] = [m.Opened("")]
+        self.journal: list[r.AnyRecord] = [r.Opened("")]
         self.durable = 1
         self.committed: list[float] = []
         self.logs: dict[int, list[tuple[m.Stage, Sequence[Any]]]] = {}
@@ -200,8 +151,8 @@ class World:
             elif isinstance(effect.what, m.Stage):
                 self.logs.setdefault(address.number, []).append((effect.what, effect.tensors))
             else:
-                self.journal.append(effect.what)  # type: ignore[arg-type]
-                if isinstance(effect.what, m.Committed):
+                self.journal.append(effect.what)
+                if isinstance(effect.what, r.Committed):
                     self.committed.append(self.now)
                 if effect.durable:
                     self.durable = len(self.journal)
