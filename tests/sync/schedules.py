@@ -26,7 +26,7 @@ def schedule(seed: int) -> Scenario:
         retry=1.0,
         micro_batch=micro_batch,
     )
-    shards, copies = rng.randint(1, 2), rng.choice((1, 1, 2))
+    shards, copies = rng.randint(1, 2), rng.choice((1, 1, 2, 2, 3))
     lossy = rng.random() < 0.5
     return Scenario(
         rules,

@@ -50,10 +50,10 @@ class Coordinator:
         """
         self.rules, self.rate, self.model, self.tokenizer = rules.validate(), rate, model, tokenizer
         self.at = Standing(rules, copies, samples, journal, now)
-        if (first := journal[0]).job != model:  # type: ignore[union-attr]
+        if (job := self.at.opened.job) != model:
             raise JobError(
-                f"this is the journal of model {first.job}, not of {model}",  # type: ignore[union-attr]
-                where="journal", fix="name the folder of this run",
+                f"this is the journal of model {job}, not of {model}", where="journal",
+                fix="name the folder of this run",
             )  # fmt: skip
         self._round = Round(rules)
         self._out: list[Effect] = []
@@ -192,6 +192,8 @@ class Coordinator:
             if again and member.push is not None:
                 missing = {shard for shard, copy in self.at.copies.applied if (shard, copy) not in member.staged}
                 self._say(member.address, m.Missing(message.key, tuple(sorted(missing))))
+                for shard in sorted(missing):
+                    self._say_copies(shard)
 
     def _adopt(self, member: Member, push: m.Push) -> bool:
         """The grant was written, but did not reach the disk before a crash. False if its samples are another's now."""
@@ -267,10 +269,17 @@ class Coordinator:
 
     def _change(self, shard: int, copies: tuple[int, ...]) -> None:
         self._write(r.Changed(shard, copies))
+        self._say_copies(shard)
         told = m.Primaries(self.at.copies.epoch, self.at.copies.primaries())
         for member in list(self.at.members.values()):
             self._say(member.address, told)
             self._complete(member)
+
+    def _say_copies(self, shard: int) -> None:
+        """Lest the first of them does not know that it is, or of a new one."""
+        copies = self.at.copies.of_shard[shard]
+        for copy in copies:
+            self._say(Address("shard", shard, copy), m.Copies(self.at.copies.epoch, copies))
 
     # What becomes of gradients.
 

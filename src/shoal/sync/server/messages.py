@@ -249,6 +249,13 @@ class Staged(Message, frozen=True):
     squares: tuple[Square, ...]
 
 
+class Copies(Message, frozen=True):
+    """Which copies this shard has now: the first of them passes on to the others what workers push."""
+
+    epoch: int
+    copies: tuple[int, ...]
+
+
 class Combine(Message, frozen=True):
     """Add up these pushes, in this order, for what may become `version`."""
 
@@ -320,7 +327,7 @@ AnyMessage = (
     Join | Leave | Heartbeat | Ask | Push
     | Joined | Refused | Grant | Finished | Missing | Answer | Fenced | Primaries
     | Pull | Pulled | Gone | Stage
-    | Hello | Staged | Combine | Combined | Apply | Applied | Drop
+    | Hello | Staged | Copies | Combine | Combined | Apply | Applied | Drop
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

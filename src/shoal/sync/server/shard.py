@@ -57,12 +57,14 @@ class ServerShard:
         retry: float = 1.0,
         backups: bool = False,
     ):
-        """others: copies that this one, the first, passes on to what workers push. version: of the weights in `held`.
+        """others: copies to which this one, the first, passes on what workers push. version: of the weights in `held`.
 
         logged: staged bytes go to a durable log. retry: seconds. backups: keep what each worker pulled, for `dc`.
         """
         self.number, self.copy, self.held, self.level, self.version = number, copy, held, level, version
+        self.refused: m.Refused | None = None
         self.others, self.logged, self.retry, self.backups = tuple(others), logged, retry, backups
+        self._epoch = 0
         self.staged: dict[Key, _Staged] = {}
         self._applied: dict[int, Key] = {}
         self._orders: dict[int, Apply] = {}
@@ -86,7 +88,11 @@ class ServerShard:
             self._put(stage, tensors)
 
     def handle(self, sender: Address, message: Message, tensors: Sequence[Any], now: float) -> list[Effect]:
-        """What follows from one message."""
+        """What follows from one message.
+
+        Raises JobError for pieces that are not held here: the sender's mistake, which changes nothing. Once `refused`
+        is set, this copy has no part in the job: it is to end.
+        """
         if isinstance(message, m.Stage):
             self._stage(message, tensors, now)
         elif isinstance(message, m.Apply):
@@ -98,6 +104,12 @@ class ServerShard:
         elif isinstance(message, m.Drop):
             for key in message.keys:
                 self.staged.pop(key, None)
+        elif isinstance(message, m.Copies):
+            if message.epoch >= self._epoch:
+                self._epoch = message.epoch
+                self.others = message.copies[1:] if message.copies[0] == self.copy else ()
+        elif isinstance(message, m.Refused):
+            self.refused = message
         out, self._out = self._out, []
         return out
 

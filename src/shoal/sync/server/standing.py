@@ -35,7 +35,7 @@ class Standing:
         self.started = first.started
         self.ready: dict[Key, Member] = {}
         self.turn: int | None = None
-        self._opened = first
+        self.opened = first
         for record in journal[1:]:
             self.take(record)
 
@@ -78,7 +78,7 @@ class Standing:
     def summary(self) -> list[r.AnyRecord]:
         """A journal to begin with from here, for the checkpoint of this version: the table of answers is in it."""
         watermark, exceptions = self.samples.state()
-        opened = r.Opened(self._opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch)
+        opened = r.Opened(self.opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch)
         records: list[r.AnyRecord] = [opened]
         records += [r.Changed(shard, copies) for shard, copies in enumerate(self.copies.of_shard)]
         for member in self.members.values():

@@ -99,8 +99,13 @@ class World:
 
     def _settled(self) -> bool:
         coordinator = self.hosts[COORDINATOR]
-        alive = coordinator.up and all(self.hosts[a].up for a in coordinator.machine.at.copies.addresses())
+        alive = coordinator.up and all(map(self._up, coordinator.machine.at.copies.addresses()))
         return alive and all(s.version == coordinator.machine.version for s in self.shards()) and not self._broken()
+
+    def _up(self, address: Address) -> bool:
+        """The journal may name a copy that never came to be, because the coordinator died meanwhile."""
+        host = self.hosts.get(address)
+        return host is not None and host.up
 
     def _broken(self) -> bool:
         """Some copy has yet to be started again."""
@@ -267,8 +272,10 @@ class World:
             address = self.live_workers[fault.number]
         else:
             address = self._a_copy(fault)
+        if not self._up(address):
+            return
         host = self.hosts[address]
-        if not host.up or (fault.number in self._done and fault.role == "worker"):
+        if fault.role == "worker" and fault.number in self._done:
             return
         if fault.hang:
             host.asleep = max(host.asleep, self.now + fault.down)
@@ -332,7 +339,7 @@ class World:
         self.durable = len(self.journal)
         host.machine = self._coordinator()
         for address in host.machine.at.copies.addresses():
-            if (copy := self.hosts.get(address)) is None or not copy.up:
+            if not self._up(address):
                 # It cannot be connected to; that it had died may have been learned and forgotten in the crash.
                 self._at(self.now + self.scenario.delay, self._on_lost, address)
 
@@ -343,8 +350,11 @@ class World:
             self._at(self.now + self.scenario.delay, self._on_start, address)
             return
         first = coordinator.machine.at.copies.of_shard[address.number][0]
-        source: ServerShard = self.hosts[Address("shard", address.number, first)].machine
-        made = source.clone(self._next_copy)
+        source = Address("shard", address.number, first)
+        if not self._up(source):
+            self._at(self.now + self.scenario.delay, self._on_start, address)
+            return
+        made: ServerShard = self.hosts[source].machine.clone(self._next_copy)
         self._next_copy += 1
         (hello,) = made.hello()
         assert isinstance(hello, Send)
@@ -352,7 +362,6 @@ class World:
         if not coordinator.up:
             self._at(self.now + self.scenario.delay, self._on_start, address)
             return
-        source.others = (made.copy,)
         del self.hosts[address]
         self.hosts[made.address] = _Host(made)
         self._at(self.now + self.rules.retry, self._on_tick, made.address)
