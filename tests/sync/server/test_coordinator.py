@@ -148,7 +148,10 @@ def test_a_summary_stands_for_the_journal():
         bench.join(worker)
     bench.push(bench.granted(Key(0, 0, 0)))
     bench.granted(Key(1, 0, 0))
+    bench.do(bench.coordinator.lost(Address("shard", 0, 0), 0.0))
     old = bench.coordinator
+    assert [said for said in bench.said if isinstance(said, m.Primaries)] == [m.Primaries(1, (1,))] * 2
+    bench.tell(m.Hello(0, 2, 1), Address("shard", 0, 2))
     bench.journal = old.at.summary()
     bench.coordinator = new = bench.make()
     assert new.version == old.version
@@ -156,7 +159,8 @@ def test_a_summary_stands_for_the_journal():
     assert [(x.key, x.grant, x.peers, x.answer) for x in new.at.members.values()] == [
         (x.key, x.grant, x.peers, x.answer) for x in old.at.members.values()
     ]
-    assert new.at.copies.epoch >= old.at.copies.epoch
+    assert new.at.copies.primaries() == (1,)
+    assert new.at.copies.epoch >= old.at.copies.epoch, "or workers would take its next word for an old one"
     assert new.at.started
 
 
@@ -172,6 +176,19 @@ def test_clipping_is_of_the_mean():
     committed = bench.journal[-1]
     assert isinstance(committed, r.Committed)
     assert (committed.grad_norm, committed.clip, committed.apply().scale) == (2.0, 0.25, 0.25 / 8)
+
+
+def test_a_norm_is_added_up_in_the_order_of_names_and_rows():
+    """Ones first, they add up to 64; after 2⁵³ each of them is lost."""
+    bench = Bench(workers=1, clip=0.0)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, grant.samples))
+    ones = tuple(Square("a", row, 1.0) for row in range(64))
+    bench.tell(m.Staged(grant.key, 0, 0, (Square("b", 0, 2.0**53), *ones)))
+    committed = bench.journal[-1]
+    assert isinstance(committed, r.Committed)
+    assert committed.grad_norm == (2.0**53 + 64) ** 0.5 != (2.0**53) ** 0.5
 
 
 def test_late_ones_of_a_quorum_are_rejected_and_their_samples_used_by_the_next():
@@ -207,6 +224,17 @@ def test_a_silent_worker_is_fenced_and_its_samples_go_to_others():
     assert set(bench.coordinator.at.members) == {1}
     bench.do(bench.coordinator.tick(6.5))
     assert not bench.coordinator.at.members
+
+
+def test_without_a_time_to_reconnect_a_worker_is_given_up_at_once():
+    bench = Bench("ssp", workers=2, staleness=0, reconnect=0.0)
+    for worker in (0, 1):
+        bench.join(worker)
+    bench.push(bench.granted(Key(0, 0, 0)))
+    assert bench.ask(Key(0, 0, 1)) is None
+    bench.do(bench.coordinator.lost(Address("worker", 1, 0), 0.0))
+    assert bench.journal[-2:-1] == [r.Left(1, 0, "lost")]
+    assert any(isinstance(said, m.Grant) for said in bench.said), "the slowest is gone"
 
 
 def test_a_broken_connection_that_comes_back_is_forgiven():
