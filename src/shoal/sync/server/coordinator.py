@@ -13,7 +13,7 @@ from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copy
-from shoal.sync.server.decisions import commit, may_begin
+from shoal.sync.server.decisions import as_granted, commit, leases, may_begin, refusal
 from shoal.sync.server.members import Member
 from shoal.sync.server.messages import Address, Effect, Key, Message, Range, Send, Square, Write
 from shoal.sync.server.rounds import Round
@@ -123,15 +123,8 @@ class Coordinator:
 
     def _join(self, message: m.Join) -> None:
         back = Address("worker", message.worker, message.nonce)
-        for what, theirs, ours in (("model", message.model, self.model),
-                                   ("tokenizer", message.tokenizer, self.tokenizer)):  # fmt: skip
-            if theirs != ours:
-                why = f"worker {message.worker} has another {what}: {theirs or 'none'} instead of {ours or 'none'}"
-                self._say(back, m.Refused(message.nonce, why, "start it with the job.toml of this run"))
-                return
-        if message.share < 1:
-            why = f"worker {message.worker} computes {message.share} micro-batches a gradient"
-            self._say(back, m.Refused(message.nonce, why, "at least one"))
+        if (refused := refusal(message, self.model, self.tokenizer)) is not None:
+            self._say(back, refused)
             return
         member = self.at.members.get(message.worker)
         if member is None or member.nonce != message.nonce:
@@ -183,7 +176,7 @@ class Coordinator:
         if (member.grant is None or message.version > member.grant.version) and not self._adopt(member, message):
             return
         again, member.push = member.push is not None, message
-        if not self._as_granted(member, message):
+        if not as_granted(self.at, member, message):
             self._reject(member, "not as granted")
         elif self._late(message):
             self._reject(member, r.LATE)
@@ -206,12 +199,6 @@ class Coordinator:
         everybody = sum(incarnation + 1 for incarnation in self.at.incarnations.values())
         self._write(r.Granted(push.key, push.version, samples, everybody - 1), durable=False)
         return True
-
-    def _as_granted(self, member: Member, push: m.Push) -> bool:
-        assert member.grant is not None
-        start, stop = member.grant.samples
-        samples_fit = start <= push.samples.start < push.samples.stop <= stop
-        return samples_fit and member.grant.version <= push.version <= self.version
 
     def _late(self, push: m.Push) -> bool:
         staleness = self.version - push.version
@@ -367,14 +354,7 @@ class Coordinator:
 
     def _begin(self, asked: list[Member]) -> None:
         """bsp: all begin together, and get their samples in the order of their numbers."""
-        leases = []
-        for member in asked:
-            samples = self.at.samples.lease(member.size * self.rules.micro_batch)
-            if samples is not None:
-                leases.append((member, samples))
-        for _, samples in leases:
-            self.at.samples.give_back(samples)
-        grants = tuple(r.Granted(x.key, self.version, samples, len(self.at.members) - 1) for x, samples in leases)
+        grants = leases(self.at, asked)
         if grants:
             self._write(r.Begun(grants))
         for member in asked:

@@ -1,4 +1,4 @@
-"""What the coordinator decides, as functions of where it stands: the content of a commit, who may begin."""
+"""What the coordinator decides, as functions of where it stands: who may join and begin, what a commit is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,31 @@ import math
 from collections.abc import Callable
 
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import Key, Push, Square
-from shoal.sync.server.records import Committed
+from shoal.sync.server.messages import Join, Key, Push, Refused, Square
+from shoal.sync.server.records import Committed, Granted
 from shoal.sync.server.staleness import rate_factor, weight_factor
 from shoal.sync.server.standing import Standing
+
+
+def refusal(message: Join, model: str, tokenizer: str) -> Refused | None:
+    """Why this worker cannot take part in a job with these hashes, if it cannot."""
+    fix = "start it with the job.toml of this run"
+    for what, theirs, ours in (("model", message.model, model), ("tokenizer", message.tokenizer, tokenizer)):
+        if theirs != ours:
+            why = f"worker {message.worker} has another {what}: {theirs or 'none'} instead of {ours or 'none'}"
+            return Refused(message.nonce, why, fix)
+    if message.share < 1:
+        why = f"worker {message.worker} computes {message.share} micro-batches a gradient"
+        return Refused(message.nonce, why, "at least one")
+    return None
+
+
+def as_granted(at: Standing, member: Member, push: Push) -> bool:
+    """It is of samples that are leased for it, from the first one on or not, and of a version that there is."""
+    assert member.grant is not None
+    start, stop = member.grant.samples
+    samples_fit = start <= push.samples.start < push.samples.stop <= stop
+    return samples_fit and member.grant.version <= push.version <= at.version
 
 
 def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...], squares: list[Square]) -> Committed:
@@ -63,3 +84,15 @@ def may_begin(at: Standing) -> list[Member]:
         slowest = min(member.clock for member in members)
         return [member for member in asked if member.clock - slowest <= at.rules.staleness]
     return asked
+
+
+def leases(at: Standing, members: list[Member]) -> tuple[Granted, ...]:
+    """What each may begin with, in this order, without taking it: for those for whom there are samples."""
+    found = []
+    for member in members:
+        samples = at.samples.lease(member.size * at.rules.micro_batch)
+        if samples is not None:
+            found.append(Granted(member.key, at.version, samples, len(at.members) - 1))
+    for grant in found:
+        at.samples.give_back(grant.samples)
+    return tuple(found)

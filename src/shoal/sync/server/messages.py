@@ -340,4 +340,5 @@ def encode(message: Message) -> bytes:
 
 def decode(header: bytes) -> AnyMessage:
     """Raises msgspec.DecodeError for anything that is no message."""
-    return _decoder.decode(header)
+    message: AnyMessage = _decoder.decode(header)
+    return message
