@@ -95,6 +95,16 @@ def test_goes_on_bitwise_from_its_saved_state(name):
     assert all(torch.equal(a.local, b.local) for a, b in zip(one, two, strict=True))
 
 
+def test_a_rate_that_is_given_takes_the_place_of_the_schedule():
+    options = OptimOptions(name="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
+    held, before = shards(), shards()
+    for shard in held:
+        shard.grad = gradient(0, shard)
+    assert Update(held, options, STEPS).apply(0.5, 0.25) == 0.25
+    for shard, old in zip(held, before, strict=True):
+        torch.testing.assert_close(shard.local, old.local - 0.125 * gradient(0, shard), rtol=1e-12, atol=1e-14)
+
+
 def test_norm_counts_every_element_once():
     held = shards(4)
     for shard in held:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from shoal.job.optim import OptimOptions
 
 
-def learning_rate(options: OptimOptions, step: int, steps: int) -> float:
-    """Learning rate of update `step` (0 is the first) in a run of `steps`.
+def learning_rate(options: OptimOptions, step: float, steps: int) -> float:
+    """Learning rate of update `step` (0 is the first; may lie between two) in a run of `steps`.
 
     cosine: Loshchilov and Hutter 2017 (SGDR) without restarts. wsd: warm-up, stable, linear decay
     (Hu et al. 2024, MiniCPM; linear as in Hägele et al. 2024).

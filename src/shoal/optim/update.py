@@ -36,9 +36,12 @@ class Update:
         self.options, self.steps = options, steps
 
     @torch.no_grad()
-    def apply(self, scale: float) -> float:
-        """One update from the shards' gradients times `scale` (which normalises and clips). Returns the rate used."""
-        lr = learning_rate(self.options, self.done, self.steps)
+    def apply(self, scale: float, lr: float | None = None) -> float:
+        """One update from the shards' gradients times `scale` (which normalises and clips). Returns the rate used.
+
+        lr: None = what the schedule says of this update; a server's coordinator counts tokens instead.
+        """
+        lr = learning_rate(self.options, self.done, self.steps) if lr is None else lr
         for chosen, decay in self._groups:
             self._step(chosen, scale, lr, decay)
         self.done += 1

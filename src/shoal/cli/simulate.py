@@ -1,0 +1,176 @@
+"""`shoal simulate`: what asynchrony does, on simulated machines."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shoal.cli import flags
+from shoal.cli.answer import Answer
+from shoal.errors import JobError
+from shoal.job.check import at_least, one_of, positive, require
+
+if TYPE_CHECKING:
+    from shoal.sync.simulate.scenario import Fault
+
+_KILL = re.compile(r"(worker|shard):(\d+)@(\d+(?:\.\d+)?)|(coordinator)@(\d+(?:\.\d+)?)")
+
+
+@dataclass(frozen=True)
+class SimulateOptions:
+    """Runs the sync code of shoal on simulated machines and a small problem, and compares it with bsp.
+
+    $ shoal simulate --sync server --mode ssp --staleness 4 --workers 4 --speeds 1,1,1,4
+    $ shoal simulate --mode asp --workers 4 --speeds 1,1,1,4 --compensation look-ahead
+    $ shoal simulate --mode quorum --quorum 3 --workers 4 --kill worker:1@20,shard:0@30,coordinator@40
+
+    The problem is least squares with 32 weights in float64; time is simulated, so the same command prints the same.
+    What it tells: speed, waiting, staleness, rejected work. The loss is of this problem, not of a language model.
+    """
+
+    sync: str = "server"
+    """`server`: the parameter server."""
+    mode: str = "ssp"
+    """`bsp`: all workers' gradients, one update. `asp`: an update a push. `ssp`: the same, but no worker more than
+    --staleness pushes ahead of the slowest. `quorum`: the first --quorum gradients, one update."""
+    workers: int = 4
+    """Number of workers."""
+    speeds: str = "1"
+    """Seconds that each worker computes on a micro-batch, with commas; one number = the same for all."""
+    staleness: int = 4
+    """ssp: pushes that a worker may be ahead of the slowest."""
+    max_staleness: int = -1
+    """asp, ssp: commits between pull and commit after which a gradient is rejected; -1 = never."""
+    quorum: int = 1
+    """quorum: gradients that close a round."""
+    grace: float = 0.0
+    """quorum: seconds that a round stays open after them."""
+    level: str = "snapshot"
+    """What a pull may see: `snapshot` = one version on all shards, `shard` = one on each, `hogwild` = torn reads."""
+    compensation: str = "none"
+    """Of staleness: `rate`, `age`, `dc`, `look-ahead`, `delayed-nesterov` (docs/parameter-server.md)."""
+    strength: float = -1.0
+    """Of the compensation: power of `rate` and `age`, λ of `dc`; -1 = its default."""
+    servers: int = 2
+    """Server shards, at most 4."""
+    copies: int = 1
+    """Of each shard; with 1 it keeps a log."""
+    updates: int = 200
+    """Length: times a whole gradient of every worker."""
+    share: str = "2"
+    """Micro-batches of each worker's gradient, with commas, e.g. fewer for a slow one; one number = the same for
+    all."""
+    micro_batch: int = 4
+    """Samples in a micro-batch."""
+    delay: float = 0.01
+    """Seconds that a message is on its way."""
+    jitter: float = 0.0
+    """Mean of what comes on top of it, times --delay (exponential: messages overtake each other)."""
+    drop: float = 0.0
+    """Share of the messages that are lost."""
+    double: float = 0.0
+    """Share of the messages that arrive twice."""
+    kill: str = ""
+    """Who is killed when, in simulated seconds, and started again a second later: `worker:1@5,coordinator@8`."""
+    lease: float = 5.0
+    """Seconds of silence after which a worker is given up."""
+    retry: float = 1.0
+    """Seconds after which what was not answered is said again."""
+    optimizer: str = "sgd"
+    """`sgd` (with --momentum) or `adamw`."""
+    lr: float = 0.02
+    """Learning rate, constant."""
+    momentum: float = 0.9
+    """SGD: decay of the velocity."""
+    clip: float = 0.0
+    """Largest norm of an update's gradient; 0 = none."""
+    seed: int = 0
+    """Of the problem and the network."""
+    patience: float = 1e6
+    """Simulated seconds after which it is given up."""
+    format: str = "text"
+    """`json` prints one JSON object as the last line on standard output: `outcome`, `bsp` and `speedup`."""
+
+    def validate(self) -> None:
+        one_of("--sync", self.sync, ("server",))
+        one_of("--optimizer", self.optimizer, ("sgd", "adamw"))
+        for name, least in (("workers", 1), ("servers", 1), ("copies", 1), ("updates", 1),
+                            ("micro_batch", 1), ("delay", 0), ("jitter", 0), ("max_staleness", -1)):  # fmt: skip
+            at_least(f"--{name.replace('_', '-')}", getattr(self, name), least)
+        positive("--lr", self.lr)
+        for name in ("drop", "double"):
+            share = getattr(self, name)
+            require(0 <= share < 1, f"--{name}={share} is not a share below 1", "e.g. 0.1")
+
+
+def run(args: list[str]) -> Answer:
+    """Prints a table."""
+    options = flags.parse(SimulateOptions, args, "shoal simulate")
+    options.validate()
+    speeds, faults = _numbers("--speeds", options.speeds, options.workers), _faults(options)
+    shares = tuple(int(share) for share in _numbers("--share", options.share, options.workers))
+
+    from shoal.job.optim import OptimOptions
+    from shoal.sync.server.rules import Rules
+    from shoal.sync.simulate.outcome import simulate
+    from shoal.sync.simulate.scenario import Scenario
+
+    rules = Rules(
+        mode=options.mode,
+        workers=options.workers,
+        staleness=options.staleness,
+        max_staleness=None if options.max_staleness < 0 else options.max_staleness,
+        quorum=options.quorum,
+        grace=options.grace,
+        level=options.level,
+        lease=options.lease,
+        retry=options.retry,
+        clip=options.clip,
+        micro_batch=options.micro_batch,
+        compensation=options.compensation,
+        strength=None if options.strength == -1 else options.strength,
+    ).validate()
+    batch = sum(shares) * options.micro_batch
+    scenario = Scenario(
+        rules, speeds, batch * options.updates, options.seed, options.servers, options.copies, shares,
+        options.delay, options.jitter, options.drop, options.double, faults, options.patience,
+    )  # fmt: skip
+    optim = OptimOptions(
+        name=options.optimizer, lr=options.lr, momentum=options.momentum, schedule="constant", warmup=0.0,
+        weight_decay=0.0,
+    )  # fmt: skip
+    optim.validate()
+    simulation = simulate(scenario, optim, batch)
+    print(simulation)
+    return Answer(simulation)
+
+
+def _numbers(flag: str, text: str, workers: int) -> tuple[float, ...]:
+    """One for each worker. Whole ones for --share."""
+    kind = int if flag == "--share" else float
+    try:
+        found = tuple(kind(word) for word in text.split(","))
+    except ValueError:
+        raise JobError(f"{flag}={text} is not numbers with commas", fix=f"e.g. {flag} 1,1,1,4") from None
+    found = found * workers if len(found) == 1 else found
+    require(len(found) == workers, f"{flag} has {len(found)} numbers for {workers} workers", "one each, or one for all")
+    for number in found:
+        positive(flag, number)
+    return found
+
+
+def _faults(options: SimulateOptions) -> tuple[Fault, ...]:
+    """`worker:1@5,coordinator@8` as faults."""
+    from shoal.sync.simulate.scenario import Fault
+
+    found = []
+    for word in filter(None, options.kill.split(",")):
+        parts = _KILL.fullmatch(word)
+        if parts is None:
+            raise JobError(f"--kill: '{word}' is not who@when", fix="e.g. worker:1@5, shard:0@8 or coordinator@8")
+        role, number, time, coordinator, its_time = parts.groups()
+        most = {"worker": options.workers, "shard": options.servers}.get(role, 1)
+        require(int(number or 0) < most, f"--kill: there is no {role} {number}", f"0 to {most - 1}")
+        found.append(Fault(float(time or its_time), role or coordinator, int(number or 0)))
+    return tuple(found)

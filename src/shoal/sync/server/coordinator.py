@@ -1,0 +1,390 @@
+"""The coordinator: who takes part, on which samples, and which gradients become which version. No I/O, no clock.
+
+A push is one transaction over all shards, keyed (worker, incarnation, clock): every copy of every shard stages it, the
+coordinator writes the commit into its journal, and only then is anybody told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from shoal.errors import JobError
+from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
+from shoal.sync.server.copies import Copy
+from shoal.sync.server.decisions import as_granted, commit, leases, may_begin, refusal
+from shoal.sync.server.members import Member
+from shoal.sync.server.messages import Address, Effect, Key, Message, Range, Send, Square, Write
+from shoal.sync.server.rounds import Round
+from shoal.sync.server.rules import Rules
+from shoal.sync.server.standing import Standing
+
+_FromShard = m.Hello | m.Staged | m.Combined | m.Applied
+_FromWorker = m.Leave | m.Heartbeat | m.Ask | m.Push
+
+
+class Coordinator:
+    """Give it every message (`handle`), the time now and then (`tick`), broken connections (`lost`); do what it says.
+
+    Effects are to be done in order; a durable Write must be on disk before what follows it. At `alarm`, if not None,
+    it wants a tick.
+    """
+
+    def __init__(
+        self,
+        rules: Rules,
+        rate: Callable[[int], float],
+        copies: Sequence[int],
+        *,
+        journal: Sequence[r.AnyRecord],
+        samples: int | None = None,
+        model: str = "",
+        tokenizer: str = "",
+        now: float = 0.0,
+    ):
+        """rate: learning rate by samples used up so far (`staleness.token_schedule`). copies: of each shard, at first.
+
+        journal: what the job's coordinators wrote so far, in this process or before a crash; a new one is one Opened.
+        samples: of the whole job, None = no end. model, tokenizer: hashes that workers must have, too.
+        """
+        self.rules, self.rate, self.model, self.tokenizer = rules.validate(), rate, model, tokenizer
+        self.at = Standing(rules, copies, samples, journal, now)
+        if (job := self.at.opened.job) != model:
+            raise JobError(
+                f"this is the journal of model {job}, not of {model}", where="journal",
+                fix="name the folder of this run",
+            )  # fmt: skip
+        self._round = Round(rules)
+        self._out: list[Effect] = []
+
+    @property
+    def version(self) -> int:
+        """Of the latest commit."""
+        return self.at.version
+
+    @property
+    def alarm(self) -> float | None:
+        ends = self._round.ends
+        return ends if ends is not None and ends > self.at.now else None
+
+    # Events.
+
+    def handle(self, sender: Address, message: Message, now: float) -> list[Effect]:
+        """What follows from one message."""
+        self.at.now = now
+        if isinstance(message, _FromShard):
+            self._from_shard(message)
+        elif isinstance(message, m.Join):
+            self._join(message)
+        else:
+            assert isinstance(message, _FromWorker), message
+            self._from_worker(sender, message)
+        return self._done()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Gives up workers that are silent, closes rounds whose grace is over, says again what was not answered."""
+        self.at.now = now
+        for member in list(self.at.members.values()):
+            if now >= member.until:
+                self._give_up(member, "expired")
+        self._out += self.at.copies.tick(now)
+        self._combine()
+        return self._done()
+
+    def lost(self, address: Address, now: float) -> list[Effect]:
+        """The connection to a worker or to a copy of a shard broke."""
+        self.at.now = now
+        if address.role == "worker":
+            member = self.at.members.get(address.number)
+            if member is not None and member.nonce == address.copy:
+                member.until = min(member.until, now + self.rules.reconnect)
+                if not self.rules.reconnect:
+                    self._give_up(member, "lost")
+        else:
+            copies = self.at.copies.of_shard[address.number]
+            left = tuple(copy for copy in copies if copy != address.copy)
+            # The only copy of a shard is waited for: it comes back with its log.
+            if left and left != copies:
+                self._change(address.number, left)
+        return self._done()
+
+    def _done(self) -> list[Effect]:
+        """Whatever has become possible by an event, then the effects."""
+        if self.rules.rounds:
+            self._decide_round()
+        else:
+            self._decide()
+        self._grant()
+        out, self._out = self._out, []
+        return out
+
+    # Workers.
+
+    def _join(self, message: m.Join) -> None:
+        back = Address("worker", message.worker, message.nonce)
+        if (refused := refusal(message, self.model, self.tokenizer)) is not None:
+            self._say(back, refused)
+            return
+        member = self.at.members.get(message.worker)
+        if member is None or member.nonce != message.nonce:
+            if member is not None:
+                self._give_up(member, "replaced")
+            # It begins where the slowest one is, so that nobody waits for it to catch up.
+            clock = min((other.clock for other in self.at.members.values()), default=0)
+            incarnation = self.at.incarnations.get(message.worker, -1) + 1
+            self._write(r.Entered(message.worker, message.nonce, incarnation, clock, message.share))
+            member = self.at.members[message.worker]
+        member.until = self.at.now + self.rules.lease
+        copies = self.at.copies
+        joined = m.Joined(
+            message.worker, message.nonce, member.incarnation, member.clock, copies.epoch, copies.primaries()
+        )
+        self._say(back, joined)
+
+    def _from_worker(self, sender: Address, message: _FromWorker) -> None:
+        who = message.key if isinstance(message, m.Ask | m.Push) else message
+        member = self.at.members.get(who.worker)
+        if member is None or member.incarnation != who.incarnation:
+            self._say(sender, m.Fenced(who.worker, who.incarnation))
+            return
+        member.until = self.at.now + self.rules.lease
+        if isinstance(message, m.Ask):
+            self._ask(member, message)
+        elif isinstance(message, m.Push):
+            self._push(member, message)
+        elif isinstance(message, m.Leave):
+            self._give_up(member, "left")
+        elif message.epoch < self.at.copies.epoch:
+            self._say(member.address, m.Primaries(self.at.copies.epoch, self.at.copies.primaries()))
+
+    def _ask(self, member: Member, message: m.Ask) -> None:
+        if message.key != member.key or member.push is not None:
+            return
+        if member.grant is not None and message.gone <= member.grant.gone:
+            self._say(member.address, member.grant)
+        elif self.at.samples.finished:
+            self._say(member.address, m.Finished(member.worker, member.incarnation))
+        else:
+            member.asked = message
+
+    def _push(self, member: Member, message: m.Push) -> None:
+        if message.key != member.key:
+            if member.answer is not None and member.answer.key == message.key:
+                self._say(member.address, member.answer)
+            return
+        if (member.grant is None or message.version > member.grant.version) and not self._adopt(member, message):
+            return
+        again, member.push = member.push is not None, message
+        if not as_granted(self.at, member, message):
+            self._reject(member, "not as granted")
+        elif self._late(message):
+            self._reject(member, r.LATE)
+        else:
+            self._complete(member)
+            if again and member.push is not None:
+                missing = {shard for shard, copy in self.at.copies.applied if (shard, copy) not in member.staged}
+                self._say(member.address, m.Missing(message.key, tuple(sorted(missing))))
+                for shard in sorted(missing):
+                    self._say_copies(shard)
+
+    def _adopt(self, member: Member, push: m.Push) -> bool:
+        """The grant was written, but did not reach the disk before a crash. False if its samples are another's now."""
+        samples = push.samples if member.grant is None else member.grant.samples
+        if member.grant is None:
+            if not self.at.samples.claim(samples):
+                self._give_up(member, "lost")
+                return False
+            self.at.samples.give_back(samples)
+        everybody = sum(incarnation + 1 for incarnation in self.at.incarnations.values())
+        self._write(r.Granted(push.key, push.version, samples, everybody - 1), durable=False)
+        return True
+
+    def _late(self, push: m.Push) -> bool:
+        staleness = self.version - push.version
+        if self.rules.rounds:
+            return staleness > 0 and push.key not in self._round.keys
+        return self.rules.max_staleness is not None and staleness > self.rules.max_staleness
+
+    def _give_up(self, member: Member, why: str) -> None:
+        """Fences an incarnation: none of its gradients will count from now on, but those that are being summed."""
+        self._write(r.Left(member.worker, member.incarnation, why))
+        if member.grant is not None and member.key not in self._round.keys:
+            self._drop(member.key)
+        if why != "left":
+            self._say(member.address, m.Fenced(member.worker, member.incarnation))
+
+    # Shards.
+
+    def _from_shard(self, message: _FromShard) -> None:
+        copy, copies = (message.shard, message.copy), self.at.copies
+        if isinstance(message, m.Hello):
+            self._hello(copy, message)
+        elif copy not in copies.applied:
+            return
+        elif isinstance(message, m.Staged):
+            self._staged(copy, message)
+        elif isinstance(message, m.Combined):
+            if message.version == self.version + 1 and message.keys == self._round.keys:
+                self._round.squares[copy] = message.squares
+        else:
+            copies.applied[copy] = max(copies.applied[copy], message.version)
+
+    def _hello(self, copy: Copy, message: m.Hello) -> None:
+        copies = self.at.copies
+        if not 0 <= message.shard < len(copies.of_shard) or not copies.base <= message.version <= self.version:
+            why = f"shard {message.shard} holds version {message.version}, its journal {copies.base} to {self.version}"
+            self._say(Address("shard", *copy), m.Refused(message.copy, why, "start all from one checkpoint"))
+            return
+        if copy not in copies.applied:
+            self._change(message.shard, (*copies.of_shard[message.shard], message.copy))
+        copies.applied[copy] = message.version
+        self._out += copies.again(copy, self.at.now)
+
+    def _staged(self, copy: Copy, message: m.Staged) -> None:
+        member = self.at.members.get(message.key.worker)
+        if member is not None and message.key == member.key:
+            member.staged[copy] = message.squares
+            self._complete(member)
+        elif message.key in self._round.keys:
+            return
+        elif (record := self.at.copies.commit_of(message.key)) is not None:
+            # Never dropped, even if this copy has applied it: it may die, come back with its log, and need it again.
+            self._say(Address("shard", *copy), record.apply())
+        else:
+            self._say(Address("shard", *copy), m.Drop((message.key,)))
+
+    def _change(self, shard: int, copies: tuple[int, ...]) -> None:
+        self._write(r.Changed(shard, copies))
+        self._say_copies(shard)
+        told = m.Primaries(self.at.copies.epoch, self.at.copies.primaries())
+        for member in list(self.at.members.values()):
+            self._say(member.address, told)
+            self._complete(member)
+
+    def _say_copies(self, shard: int) -> None:
+        """Lest the first of them does not know that it is, or of a new one."""
+        copies = self.at.copies.of_shard[shard]
+        for copy in copies:
+            self._say(Address("shard", shard, copy), m.Copies(self.at.copies.epoch, copies))
+
+    # What becomes of gradients.
+
+    def _complete(self, member: Member) -> None:
+        """Once every copy of every shard has all of the push."""
+        push = member.push
+        if push is None or member.key in self.at.ready or not self.at.copies.applied.keys() <= member.staged.keys():
+            return
+        if not math.isfinite(sum(square.value for square in self._squares(member.staged))):
+            self._reject(member, "not finite", push.samples)
+        elif push.weight <= 0:
+            self._reject(member, "no valid tokens", push.samples)
+        else:
+            self.at.ready[member.key] = member
+
+    def _decide(self) -> None:
+        """asp, ssp: one commit a push."""
+        for member in list(self.at.ready.values()):
+            push = member.push
+            assert push is not None
+            if self.at.turn not in (None, member.worker):
+                continue
+            if self._late(push):
+                self._reject(member, r.LATE)
+            else:
+                self._commit((push,), self._squares(member.staged))
+
+    def _decide_round(self) -> None:
+        """bsp, quorum: one commit a round."""
+        if not self._round.pushes and self._round.closes(self.at):
+            self._round.close(self.at)
+            self._combine()
+        if not self._round.pushes or not self.at.copies.applied.keys() <= self._round.squares.keys():
+            return
+        self._commit(self._round.pushes, self._squares(self._round.squares))
+        self._round = Round(self.rules)
+        for member in list(self.at.members.values()):
+            if member.push is not None and self._late(member.push):
+                self._reject(member, r.LATE)
+
+    def _combine(self) -> None:
+        """Asks for the sum of a round's gradients where it is not known yet."""
+        if self._round.pushes:
+            told = m.Combine(self.version + 1, self._round.keys)
+            unknown = self.at.copies.applied.keys() - self._round.squares.keys()
+            self._out += [Send(Address("shard", *copy), told) for copy in sorted(unknown)]
+
+    def _squares(self, of_copies: dict[Copy, tuple[Square, ...]]) -> list[Square]:
+        """Of the shards' first copies, in the order in which one process would add them up: by name and row."""
+        primaries = enumerate(self.at.copies.primaries())
+        return sorted(square for shard, copy in primaries for square in of_copies[shard, copy])
+
+    def _commit(self, pushes: tuple[m.Push, ...], squares: list[Square]) -> None:
+        """Journal first; shards and workers learn of it from the effects after it."""
+        record = commit(self.at, self.rate, pushes, squares)
+        self._write(record)
+        self._out += self.at.copies.send(record, self.at.now)
+        for i, key in enumerate(record.keys):
+            member = self.at.members.get(key.worker)
+            if member is not None and member.incarnation == key.incarnation:
+                self._say(member.address, record.answer(i))
+
+    def _reject(self, member: Member, reason: str, skipped: Range = m.NOTHING) -> None:
+        assert member.push is not None
+        record = r.Rejected(member.key, self.version, self.version - member.push.version, reason, skipped)
+        self._write(record)
+        self._drop(record.key)
+        self._say(member.address, record.answer())
+
+    def _drop(self, key: Key) -> None:
+        """After the journal has it, never before: bytes that are gone cannot be committed any more."""
+        self._out += [Send(address, m.Drop((key,))) for address in self.at.copies.addresses()]
+
+    # What workers may begin.
+
+    def _grant(self) -> None:
+        if self._round.pushes:
+            return
+        if self.rules.mode == "bsp":
+            self._begin(may_begin(self.at))
+            return
+        for member in may_begin(self.at):
+            if self.at.turn in (None, member.worker) or not member.starved:
+                self._give(member)
+
+    def _begin(self, asked: list[Member]) -> None:
+        """bsp: all begin together, and get their samples in the order of their numbers."""
+        grants = leases(self.at, asked)
+        if grants:
+            self._write(r.Begun(grants))
+        for member in asked:
+            self._say_grant(member)
+
+    def _give(self, member: Member) -> None:
+        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk."""
+        assert member.asked is not None
+        gone, starved = member.asked.gone, member.starved
+        samples = member.grant.samples if member.grant is not None else None
+        if samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
+            self.at.samples.give_back(samples)
+        if samples is not None:
+            peers = len(self.at.members) - 1
+            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable=False)
+            if starved:
+                self.at.turn = member.worker
+        self._say_grant(member)
+
+    def _say_grant(self, member: Member) -> None:
+        """Or that there is nothing left; where others' samples may yet come back, it waits."""
+        if member.grant is not None:
+            self._say(member.address, member.grant)
+        elif self.at.samples.finished:
+            self._say(member.address, m.Finished(member.worker, member.incarnation))
+            member.asked = None
+
+    def _write(self, record: r.AnyRecord, durable: bool = True) -> None:
+        self._out.append(Write(record, durable=durable))
+        self.at.take(record)
+
+    def _say(self, to: Address, message: Message) -> None:
+        self._out.append(Send(to, message))

@@ -1,0 +1,98 @@
+"""What the coordinator decides, as functions of where it stands: who may join and begin, what a commit is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from shoal.sync.server.members import Member
+from shoal.sync.server.messages import Join, Key, Push, Refused, Square
+from shoal.sync.server.records import Committed, Granted
+from shoal.sync.server.staleness import rate_factor, weight_factor
+from shoal.sync.server.standing import Standing
+
+
+def refusal(message: Join, model: str, tokenizer: str) -> Refused | None:
+    """Why this worker cannot take part in a job with these hashes, if it cannot."""
+    fix = "start it with the job.toml of this run"
+    for what, theirs, ours in (("model", message.model, model), ("tokenizer", message.tokenizer, tokenizer)):
+        if theirs != ours:
+            why = f"worker {message.worker} has another {what}: {theirs or 'none'} instead of {ours or 'none'}"
+            return Refused(message.nonce, why, fix)
+    if message.share < 1:
+        why = f"worker {message.worker} computes {message.share} micro-batches a gradient"
+        return Refused(message.nonce, why, "at least one")
+    return None
+
+
+def as_granted(at: Standing, member: Member, push: Push) -> bool:
+    """It is of samples that are leased for it, from the first one on or not, and of a version that there is."""
+    assert member.grant is not None
+    start, stop = member.grant.samples
+    samples_fit = start <= push.samples.start < push.samples.stop <= stop
+    return samples_fit and member.grant.version <= push.version <= at.version
+
+
+def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...], squares: list[Square]) -> Committed:
+    """The next version: these pushes, their mean over all tokens clipped as a whole.
+
+    squares: of their sum, in the order in which they are to be added up.
+    """
+    rules, keys = at.rules, tuple(push.key for push in pushes)
+    staleness = tuple(at.version - push.version for push in pushes)
+    _check_bounds(at, keys, staleness)
+    weights = tuple(push.weight for push in pushes)
+    norm = math.sqrt(sum(square.value for square in squares)) / sum(weights)
+    clip = min(1.0, rules.clip / norm) if rules.clip and norm else 1.0
+    clip *= weight_factor(rules, max(staleness))
+    lr = rate(at.samples.used) * rate_factor(rules, max(staleness))
+    samples = tuple(push.samples for push in pushes)
+    holders = _holders(at, keys) if rules.compensation == "dc" else ()
+    return Committed(at.version + 1, keys, staleness, weights, samples, norm, clip, lr, holders)
+
+
+def _check_bounds(at: Standing, keys: tuple[Key, ...], staleness: tuple[int, ...]) -> None:
+    """That the mode keeps what it promises."""
+    for key, late in zip(keys, staleness, strict=True):
+        member = at.members.get(key.worker)
+        bound = at.rules.bound(member.peers) if member is not None and member.key == key else None
+        assert bound is None or late <= bound, f"{key} is {late} commits late, more than {bound}"
+
+
+def _holders(at: Standing, keys: tuple[Key, ...]) -> tuple[int, ...]:
+    """Workers that compute on the latest version, and will push when there are later ones."""
+    return tuple(
+        member.worker for member in at.members.values()
+        if member.grant is not None and member.grant.version == at.version and member.key not in keys
+    )  # fmt: skip
+
+
+def may_begin(at: Standing) -> list[Member]:
+    """Of the workers that ask to begin a clock those that need not wait for others.
+
+    bsp: everybody, in the order of numbers, once everybody has asked. ssp: those that are at most `staleness` clocks
+    ahead of the slowest (Ho et al. 2013, section 3).
+    """
+    members = at.members.values()
+    asked = [member for member in members if member.asked is not None]
+    if not asked or not at.started:
+        return []
+    if at.rules.mode == "bsp":
+        together = len(asked) == len(members) and not any(member.grant for member in asked)
+        return sorted(asked, key=lambda member: member.worker) if together else []
+    if at.rules.mode == "ssp":
+        slowest = min(member.clock for member in members)
+        return [member for member in asked if member.clock - slowest <= at.rules.staleness]
+    return asked
+
+
+def leases(at: Standing, members: list[Member]) -> tuple[Granted, ...]:
+    """What each may begin with, in this order, without taking it: for those for whom there are samples."""
+    found = []
+    for member in members:
+        samples = at.samples.lease(member.size * at.rules.micro_batch)
+        if samples is not None:
+            found.append(Granted(member.key, at.version, samples, len(at.members) - 1))
+    for grant in found:
+        at.samples.give_back(grant.samples)
+    return tuple(found)

@@ -1,0 +1,344 @@
+"""What a worker, the coordinator and the shards say to each other, and what a state machine asks its host to do.
+
+Messages are msgspec structs; tensors travel beside them (`Send.tensors`), in the order of the message's `pieces`.
+Every message may be lost, delayed, doubled or overtaken: whoever waits for an answer says it again, and every receiver
+takes it twice as once.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import msgspec
+
+
+class Key(NamedTuple):
+    """Names one push. clock: how many pushes of this incarnation had been answered before it."""
+
+    worker: int
+    incarnation: int
+    clock: int
+
+
+class Address(NamedTuple):
+    """role: `worker`, `coordinator` or `shard`. number: worker or shard. copy: of a shard; of a worker: its nonce."""
+
+    role: str
+    number: int = 0
+    copy: int = 0
+
+
+COORDINATOR = Address("coordinator")
+
+
+class Range(NamedTuple):
+    """Samples start … stop − 1, in the global order of the data."""
+
+    start: int
+    stop: int
+
+
+NOTHING = Range(0, 0)
+
+
+class Piece(NamedTuple):
+    """A block of one parameter. offsets: where it starts in the whole parameter."""
+
+    name: str
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class Square(NamedTuple):
+    """Sum of squares, in float64, of the rows of a gradient that one shard holds. row: the first of them."""
+
+    name: str
+    row: int
+    value: float
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    """Any of the messages below."""
+
+
+# From a worker to the coordinator.
+
+
+class Join(Message, frozen=True):
+    """nonce: drawn by the process, so that a repeated Join is told from a new process. share: micro-batches a clock.
+
+    model, tokenizer: hashes; the job's own, or the worker is refused.
+    """
+
+    worker: int
+    nonce: int
+    share: int
+    model: str = ""
+    tokenizer: str = ""
+
+
+class Leave(Message, frozen=True):
+    worker: int
+    incarnation: int
+
+
+class Heartbeat(Message, frozen=True):
+    """epoch: of the Primaries that the worker knows."""
+
+    worker: int
+    incarnation: int
+    epoch: int
+
+
+class Ask(Message, frozen=True):
+    """May this clock begin, on which samples, from which version? gone: grants whose version a shard had no more."""
+
+    key: Key
+    gone: int = 0
+
+
+class Push(Message, frozen=True):
+    """A gradient is on its way to the shards. version: pulled. weight: valid tokens in it; loss_sum: over them.
+
+    samples: what it was computed from; less than was granted where a slow worker computed fewer micro-batches.
+    """
+
+    key: Key
+    version: int
+    weight: float
+    loss_sum: float
+    samples: Range
+
+
+# From the coordinator to a worker.
+
+
+class Joined(Message, frozen=True):
+    """clock: of the worker's first push. epoch, primaries: as in Primaries."""
+
+    worker: int
+    nonce: int
+    incarnation: int
+    clock: int
+    epoch: int
+    primaries: tuple[int, ...]
+
+
+class Refused(Message, frozen=True):
+    """This worker, or this copy of a shard, cannot take part. why: one sentence. fix: what to do.
+
+    nonce: of the Join; of a shard: its copy.
+    """
+
+    nonce: int
+    why: str
+    fix: str
+
+
+class Grant(Message, frozen=True):
+    """Begin this clock: pull `version`, compute on `samples`. gone: of the Ask that it answers."""
+
+    key: Key
+    version: int
+    samples: Range
+    gone: int = 0
+
+
+class Finished(Message, frozen=True):
+    """Every sample of the job is used up."""
+
+    worker: int
+    incarnation: int
+
+
+class Missing(Message, frozen=True):
+    """The push is known, but these shards do not have (all copies of) its bytes; none: wait."""
+
+    key: Key
+    shards: tuple[int, ...]
+
+
+class Answer(Message, frozen=True):
+    """What became of a push, the same however often it is asked for.
+
+    accepted: it is in `version`. staleness: commits between its pull and its own. reason: why it was rejected.
+    """
+
+    key: Key
+    accepted: bool
+    version: int
+    staleness: int
+    reason: str = ""
+    grad_norm: float = 0.0
+    lr: float = 0.0
+
+
+class Fenced(Message, frozen=True):
+    """This incarnation was given up (its lease ended, or a new process took its place): nothing of it counts."""
+
+    worker: int
+    incarnation: int
+
+
+class Primaries(Message, frozen=True):
+    """Which copy of each shard to talk to from now on. epoch: the higher one is the later."""
+
+    epoch: int
+    copies: tuple[int, ...]
+
+
+# Between a worker and a shard.
+
+
+class Pull(Message, frozen=True):
+    """Give me weights of `version` (`shard`, `hogwild`: of what is there, but not older). pieces: none = all."""
+
+    key: Key
+    version: int
+    pieces: tuple[Piece, ...] = ()
+
+
+class Pulled(Message, frozen=True):
+    """With the tensors of `pieces`."""
+
+    key: Key
+    shard: int
+    version: int
+    pieces: tuple[Piece, ...]
+
+
+class Gone(Message, frozen=True):
+    """The shard has no weights of `version` any more: it is at `newest`."""
+
+    key: Key
+    shard: int
+    version: int
+    newest: int
+
+
+class Stage(Message, frozen=True):
+    """With the tensors of `pieces`: sums over tokens of the gradient, of one of the worker's `parts` ranks.
+
+    forwarded: by the shard's first copy, to the others.
+    """
+
+    key: Key
+    part: int
+    parts: int
+    pieces: tuple[Piece, ...]
+    forwarded: bool = False
+
+
+# Between a shard and the coordinator.
+
+
+class Hello(Message, frozen=True):
+    """A copy of a shard is there, with all commits up to `version` applied."""
+
+    shard: int
+    copy: int
+    version: int
+
+
+class Staged(Message, frozen=True):
+    """All of a push's bytes for this shard are here, and will be after a crash."""
+
+    key: Key
+    shard: int
+    copy: int
+    squares: tuple[Square, ...]
+
+
+class Copies(Message, frozen=True):
+    """Which copies this shard has now: the first of them passes on to the others what workers push."""
+
+    epoch: int
+    copies: tuple[int, ...]
+
+
+class Combine(Message, frozen=True):
+    """Add up these pushes, in this order, for what may become `version`."""
+
+    version: int
+    keys: tuple[Key, ...]
+
+
+class Combined(Message, frozen=True):
+    """squares: of the sum."""
+
+    version: int
+    keys: tuple[Key, ...]
+    shard: int
+    copy: int
+    squares: tuple[Square, ...]
+
+
+class Apply(Message, frozen=True):
+    """Commit `version`: the sum of these pushes times `scale`, at rate `lr`.
+
+    scale: normalises and clips. staleness: of the oldest push in it. holders: workers that hold weights of
+    `version − 1` and whose gradients will be measured against it (delay compensation).
+    """
+
+    version: int
+    keys: tuple[Key, ...]
+    scale: float
+    lr: float
+    staleness: int
+    holders: tuple[int, ...] = ()
+
+
+class Applied(Message, frozen=True):
+    shard: int
+    copy: int
+    version: int
+
+
+class Drop(Message, frozen=True):
+    """These pushes will never be applied."""
+
+    keys: tuple[Key, ...]
+
+
+# What a state machine asks its host to do, in this order.
+
+
+class Send(msgspec.Struct, frozen=True):
+    to: Address
+    message: Message
+    tensors: tuple[Any, ...] = ()
+
+
+class Write(msgspec.Struct, frozen=True):
+    """Append to the log. durable: be sure that it is on disk before doing what follows.
+
+    what: a record of the coordinator (`records`); a shard's Stage, with its tensors.
+    """
+
+    what: Any
+    tensors: tuple[Any, ...] = ()
+    durable: bool = True
+
+
+Effect = Send | Write
+
+
+AnyMessage = (
+    Join | Leave | Heartbeat | Ask | Push
+    | Joined | Refused | Grant | Finished | Missing | Answer | Fenced | Primaries
+    | Pull | Pulled | Gone | Stage
+    | Hello | Staged | Copies | Combine | Combined | Apply | Applied | Drop
+)  # fmt: skip
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message) -> bytes:
+    """The header of a frame; its tensors travel beside it."""
+    return _encoder.encode(message)
+
+
+def decode(header: bytes) -> AnyMessage:
+    """Raises msgspec.DecodeError for anything that is no message."""
+    message: AnyMessage = _decoder.decode(header)
+    return message

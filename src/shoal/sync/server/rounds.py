@@ -1,0 +1,50 @@
+"""A round: gradients of the same version that become one update together (`bsp`, `quorum`)."""
+
+from __future__ import annotations
+
+from shoal.sync.server.copies import Copy
+from shoal.sync.server.messages import Key, Push, Square
+from shoal.sync.server.rules import Rules
+from shoal.sync.server.standing import Standing
+
+
+class Round:
+    """pushes, keys: what it consists of, in the order of workers; empty while it is open.
+
+    squares: of their sum, by copy. ends: when an open round closes for late ones; None = not known yet.
+    """
+
+    def __init__(self, rules: Rules):
+        self.rules = rules
+        self.pushes: tuple[Push, ...] = ()
+        self.keys: tuple[Key, ...] = ()
+        self.squares: dict[Copy, tuple[Square, ...]] = {}
+        self.ends: float | None = None
+
+    def closes(self, at: Standing) -> bool:
+        """The gradients that are here make an update, and no other is waited for.
+
+        bsp: all that began the round and live. quorum: `quorum` of them, then `grace` seconds (Chen et al. 2016,
+        "Revisiting Distributed Synchronous SGD", section 3, for backup workers whose late gradients are dropped).
+        """
+        here = len(at.ready)
+        going = [member for member in at.members.values() if member.grant and member.grant.version == at.version]
+        if not here or any(member.worker == at.turn and member.key not in at.ready for member in going):
+            return False
+        if self.rules.mode == "bsp":
+            return here == len(going)
+        if here < min(self.rules.quorum, len(at.members)):
+            # At the end of the data there may be no work for so many.
+            return here == len(going) and not at.samples.available
+        if self.ends is None:
+            self.ends = at.now + self.rules.grace
+        return here == len(at.members) or at.now >= self.ends
+
+    def close(self, at: Standing) -> None:
+        """From now on it is what it consists of."""
+        chosen = sorted(at.ready.values(), key=lambda member: member.worker)
+        self.pushes = tuple(member.push for member in chosen if member.push is not None)
+        self.keys = tuple(push.key for push in self.pushes)
+        self.ends = None
+        if len(chosen) == 1:
+            self.squares = dict(chosen[0].staged)

@@ -1,0 +1,238 @@
+"""One copy of a server shard: stages pushes, applies commits in order and once, answers pulls. No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import COORDINATOR, Address, Apply, Effect, Key, Message, Piece, Send, Square, Write
+
+
+class Held(Protocol):
+    """What a shard holds: `Parameters`, or what a test puts in their place. A gradient is whatever `blank` makes."""
+
+    def blank(self) -> Any: ...
+    def put(self, into: Any, pieces: Sequence[Piece], tensors: Sequence[Any]) -> None: ...
+    def squares(self, gradient: Any) -> tuple[Square, ...]: ...
+    def total(self, gradients: Sequence[Any]) -> Any: ...
+    def apply(self, gradient: Any, order: Apply, pulled: Any) -> None: ...
+    def freeze(self) -> Any: ...
+    def live(self) -> Any: ...
+    def pieces(self) -> tuple[Piece, ...]: ...
+    def cut(self, weights: Any, pieces: Sequence[Piece]) -> tuple[Any, ...]: ...
+
+
+@dataclass
+class _Staged:
+    """A push that is not decided on. parts: which of the worker's ranks have sent theirs. said: when we told so."""
+
+    gradient: Any
+    parts: set[int] = field(default_factory=set)
+    squares: tuple[Square, ...] | None = None
+    said: float = 0.0
+
+
+class ServerShard:
+    """Version v: exactly the commits ≤ v are applied. Give it every message and the time; do what it says.
+
+    Pulls (`level`): `snapshot` is served from the latest version or the one before it, in tensors that stay as they
+    are; `shard` from the latest; `hogwild` from the weights themselves, which may change while they are being sent
+    (Recht et al. 2011, "Hogwild!": lock-free, updates lost or torn in single elements only).
+    Memory: weights, optimizer state, one staged gradient a worker; `snapshot` at most two more copies of the weights.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        held: Held,
+        *,
+        copy: int = 0,
+        others: Sequence[int] = (),
+        level: str = "snapshot",
+        version: int = 0,
+        logged: bool = False,
+        retry: float = 1.0,
+        backups: bool = False,
+    ):
+        """others: copies to which this one, the first, passes on what workers push. version: of the weights in `held`.
+
+        logged: staged bytes go to a durable log. retry: seconds. backups: keep what each worker pulled, for `dc`.
+        """
+        self.number, self.copy, self.held, self.level, self.version = number, copy, held, level, version
+        self.refused: m.Refused | None = None
+        self.others, self.logged, self.retry, self.backups = tuple(others), logged, retry, backups
+        self._epoch = 0
+        self.staged: dict[Key, _Staged] = {}
+        self._applied: dict[int, Key] = {}
+        self._orders: dict[int, Apply] = {}
+        self._summed: tuple[tuple[Key, ...], Any, tuple[Square, ...]] | None = None
+        self._frozen: dict[int, Any] = {}
+        self._backup: dict[int, Any] = {}
+        self._waiting: dict[int, tuple[Address, m.Pull]] = {}
+        self._out: list[Effect] = []
+
+    @property
+    def address(self) -> Address:
+        return Address("shard", self.number, self.copy)
+
+    def hello(self) -> list[Effect]:
+        """To be said to the coordinator when it is there, and again whenever either comes back."""
+        return [Send(COORDINATOR, m.Hello(self.number, self.copy, self.version))]
+
+    def recover(self, log: Sequence[tuple[m.Stage, Sequence[Any]]]) -> None:
+        """After a crash, with `held` as it was saved at `version`: takes in what the log has of the time since."""
+        for stage, tensors in log:
+            self._put(stage, tensors)
+
+    def handle(self, sender: Address, message: Message, tensors: Sequence[Any], now: float) -> list[Effect]:
+        """What follows from one message.
+
+        Raises JobError for pieces that are not held here: the sender's mistake, which changes nothing. Once `refused`
+        is set, this copy has no part in the job: it is to end.
+        """
+        if isinstance(message, m.Stage):
+            self._stage(message, tensors, now)
+        elif isinstance(message, m.Apply):
+            self._apply(message)
+        elif isinstance(message, m.Pull):
+            self._pull(sender, message)
+        elif isinstance(message, m.Combine):
+            self._combine(message)
+        elif isinstance(message, m.Drop):
+            for key in message.keys:
+                self.staged.pop(key, None)
+        elif isinstance(message, m.Copies):
+            if message.epoch >= self._epoch:
+                self._epoch = message.epoch
+                self.others = message.copies[1:] if message.copies[0] == self.copy else ()
+        elif isinstance(message, m.Refused):
+            self.refused = message
+        out, self._out = self._out, []
+        return out
+
+    def tick(self, now: float) -> list[Effect]:
+        """Says again what is staged and not decided on: the coordinator may have lost it, or have decided."""
+        for key, staged in self.staged.items():
+            if now - staged.said >= self.retry:
+                self._say_staged(key, staged, now)
+        out, self._out = self._out, []
+        return out
+
+    def _stage(self, message: m.Stage, tensors: Sequence[Any], now: float) -> None:
+        if self._over(message.key):
+            return
+        if not message.forwarded:
+            forward = m.Stage(message.key, message.part, message.parts, message.pieces, True)
+            self._out += [Send(Address("shard", self.number, copy), forward, tuple(tensors)) for copy in self.others]
+        new = self._put(message, tensors)
+        staged = self.staged[message.key]
+        if new and self.logged:
+            self._out.append(Write(message, tuple(tensors), durable=staged.squares is not None))
+        self._say_staged(message.key, staged, now)
+
+    def _put(self, message: m.Stage, tensors: Sequence[Any]) -> bool:
+        """False if this part was there."""
+        staged = self.staged.get(message.key)
+        if staged is None:
+            # What the worker left half sent is of a push that was given up: none of it can have been committed.
+            for key in [k for k, s in self.staged.items() if k.worker == message.key.worker and s.squares is None]:
+                if key < message.key:
+                    del self.staged[key]
+            staged = self.staged[message.key] = _Staged(self.held.blank())
+        if message.part in staged.parts:
+            return False
+        self.held.put(staged.gradient, message.pieces, tensors)
+        staged.parts.add(message.part)
+        if len(staged.parts) == message.parts:
+            staged.squares = self.held.squares(staged.gradient)
+        return True
+
+    def _say_staged(self, key: Key, staged: _Staged, now: float) -> None:
+        if staged.squares is not None:
+            staged.said = now
+            self._out.append(Send(COORDINATOR, m.Staged(key, self.number, self.copy, staged.squares)))
+
+    def _over(self, key: Key) -> bool:
+        """A late double of a push that is in the weights, or of one before it."""
+        return key.worker in self._applied and key <= self._applied[key.worker]
+
+    def _combine(self, message: m.Combine) -> None:
+        if message.version <= self.version:
+            return
+        if self._summed is None or self._summed[0] != message.keys:
+            found = [self.staged.get(key) for key in message.keys]
+            gradients = [staged.gradient for staged in found if staged is not None and staged.squares is not None]
+            if len(gradients) < len(found):
+                return
+            total = self.held.total(gradients)
+            self._summed = message.keys, total, self.held.squares(total)
+        keys, _, squares = self._summed
+        self._out.append(Send(COORDINATOR, m.Combined(message.version, keys, self.number, self.copy, squares)))
+
+    def _apply(self, message: Apply) -> None:
+        if message.version > self.version:
+            self._orders[message.version] = message
+        else:
+            for key in message.keys:
+                self.staged.pop(key, None)
+        while (order := self._orders.get(self.version + 1)) is not None and self._whole(order):
+            self._apply_next(self._orders.pop(order.version))
+        self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))
+        for sender, pull in list(self._waiting.values()):
+            self._pull(sender, pull)
+
+    def _whole(self, order: Apply) -> bool:
+        """All of its bytes are here. They always are, but in a copy that has just recovered they may come later."""
+        return all(key in self.staged and self.staged[key].squares is not None for key in order.keys)
+
+    def _apply_next(self, order: Apply) -> None:
+        if self.level == "snapshot" or order.holders:
+            self._freeze()
+        self._backup |= dict.fromkeys(order.holders, self._frozen.get(self.version))
+        self._frozen = {v: kept for v, kept in self._frozen.items() if v == self.version and self.level == "snapshot"}
+        staged = [self.staged.pop(key).gradient for key in order.keys]
+        if len(staged) == 1:
+            total = staged[0]
+        elif self._summed is not None and self._summed[0] == order.keys:
+            total = self._summed[1]
+        else:
+            total = self.held.total(staged)
+        pulled = self._backup.pop(order.keys[0].worker, None) if self.backups else None
+        self.held.apply(total, order, pulled)
+        self._summed = None
+        for key in order.keys:
+            self._applied[key.worker] = key
+        self.version = order.version
+
+    def _freeze(self) -> Any:
+        if self.version not in self._frozen:
+            self._frozen[self.version] = self.held.freeze()
+        return self._frozen[self.version]
+
+    def _pull(self, sender: Address, message: m.Pull) -> None:
+        self._waiting.pop(message.key.worker, None)
+        version = message.version if self.level == "snapshot" else max(message.version, self.version)
+        if version > self.version:
+            self._waiting[message.key.worker] = (sender, message)
+            return
+        if self.level == "hogwild":
+            weights = self.held.live()
+        elif version == self.version:
+            weights = self._freeze()
+        else:
+            weights = self._frozen.get(version)
+        if weights is None:
+            self._out.append(Send(sender, m.Gone(message.key, self.number, version, self.version)))
+            return
+        pieces = message.pieces or self.held.pieces()
+        pulled = m.Pulled(message.key, self.number, version, pieces)
+        self._out.append(Send(sender, pulled, self.held.cut(weights, pieces)))
+
+    def clone(self, copy: int) -> ServerShard:
+        """Another copy with the same weights, optimizer state and staged pushes, none of it shared."""
+        other = deepcopy(self)
+        other.copy, other.others, other._waiting, other._out = copy, (), {}, []
+        return other

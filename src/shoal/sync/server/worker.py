@@ -1,0 +1,221 @@
+"""A worker's side: asks for work, pulls weights, pushes gradients, until each push is answered. No I/O, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import COORDINATOR, Address, Effect, Key, Message, Piece, Range, Send
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What one rank pushes to one shard: sums over tokens. The tensors must stay as they are until the answer."""
+
+    pieces: tuple[Piece, ...]
+    tensors: tuple[Any, ...]
+
+
+class Worker:
+    """One incarnation after another of one worker.
+
+    state: `joining` → `asking` → `pulling` → `computing` → `pushing` → `asking` … until `finished`, `left`, `fenced` or
+    `refused`. While `computing`, the host computes from `pulled` on `grant.samples` and then calls `push`; when
+    `fenced`, everything it holds is void, and it calls `start` again, with another nonce, or ends.
+    """
+
+    def __init__(
+        self, number: int, share: int, shards: int, *, model: str = "", tokenizer: str = "", retry: float = 1.0,
+        heartbeat: float = 1.0, wanted: Mapping[int, tuple[Piece, ...]] | None = None,
+    ):  # fmt: skip
+        """share: micro-batches a clock. retry, heartbeat: seconds (heartbeat: less than a third of the lease).
+
+        wanted: pieces to pull from each shard; None = all that it holds.
+        """
+        self.number, self.share, self.shards = number, share, shards
+        self.model, self.tokenizer, self.retry, self.heartbeat = model, tokenizer, retry, heartbeat
+        self.wanted = dict(wanted or {})
+        self.state = "left"
+        self.nonce = self.incarnation = self.clock = 0
+        self.grant: m.Grant | None = None
+        self.pulled: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
+        self.answer: m.Answer | None = None
+        self.refused: m.Refused | None = None
+        self._gone = 0
+        self._epoch = -1
+        self._primaries: tuple[int, ...] = ()
+        self._push: m.Push | None = None
+        self._pushed: Mapping[int, Pushed] = {}
+        self._part, self._parts = 0, 1
+        self._said = self._beat = 0.0
+        self._out: list[Effect] = []
+
+    @property
+    def address(self) -> Address:
+        return Address("worker", self.number, self.nonce)
+
+    @property
+    def key(self) -> Key:
+        return Key(self.number, self.incarnation, self.clock)
+
+    def start(self, nonce: int, now: float) -> list[Effect]:
+        """Joins as a new incarnation. nonce: drawn at random, at least 32 bits."""
+        self.nonce, self.state = nonce, "joining"
+        self._forget()
+        self._again(now)
+        return self._effects()
+
+    def leave(self, now: float) -> list[Effect]:
+        """Ends; what is not answered may or may not be applied."""
+        self.state = "left"
+        self._forget()
+        return [Send(COORDINATOR, m.Leave(self.number, self.incarnation))]
+
+    def push(
+        self, gradients: Mapping[int, Pushed], weight: float, loss_sum: float, now: float, *,
+        samples: Range | None = None, part: int = 0, parts: int = 1,
+    ) -> list[Effect]:  # fmt: skip
+        """Sends the gradient of the granted samples, or of the first of them.
+
+        gradients: for every shard. weight: valid tokens in it. part, parts: which of the worker's ranks this is.
+        """
+        assert self.state == "computing"
+        assert self.grant is not None
+        assert len(gradients) == self.shards, "every shard must hear of every push"
+        self.state, self.pulled, self._pushed = "pushing", {}, gradients
+        self._part, self._parts = part, parts
+        self._push = m.Push(self.key, self.grant.version, weight, loss_sum, samples or self.grant.samples)
+        self._out += [self._stage(shard) for shard in range(self.shards)]
+        self._again(now)
+        return self._effects()
+
+    def handle(self, message: Message, tensors: Sequence[Any], now: float) -> list[Effect]:
+        """What follows from one message. Doubles and messages of earlier states change nothing."""
+        if isinstance(message, m.Joined):
+            self._joined(message, now)
+        elif isinstance(message, m.Grant):
+            self._granted(message, now)
+        elif isinstance(message, m.Pulled):
+            self._take(message, tensors)
+        elif isinstance(message, m.Gone):
+            self._gone_by(message, now)
+        elif isinstance(message, m.Missing):
+            if message.key == self.key and self.state == "pushing":
+                self._out += [self._stage(shard) for shard in message.shards]
+        elif isinstance(message, m.Answer):
+            self._answered(message, now)
+        elif isinstance(message, m.Primaries):
+            self._moved(message)
+        elif isinstance(message, m.Refused):
+            if message.nonce == self.nonce and self.state == "joining":
+                self.state, self.refused = "refused", message
+        elif isinstance(message, m.Fenced | m.Finished):
+            self._ended(message)
+        return self._effects()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Says that it lives, and again what was not answered."""
+        if self.state in ("left", "fenced", "refused", "finished"):
+            return []
+        if self.state != "computing" and now - self._said >= self.retry:
+            self._again(now)
+        elif self.state != "joining" and now - self._beat >= self.heartbeat:
+            self._beat = now
+            self._live()
+        return self._effects()
+
+    def _live(self) -> None:
+        """Says that it lives; learns of shards that have moved."""
+        self._out.append(Send(COORDINATOR, m.Heartbeat(self.number, self.incarnation, self._epoch)))
+
+    def _effects(self) -> list[Effect]:
+        out, self._out = self._out, []
+        return out
+
+    def _again(self, now: float) -> None:
+        """What the present state waits for an answer to. A repeated Push is answered with what is missing."""
+        self._said = self._beat = now
+        if self.state == "joining":
+            self._out.append(Send(COORDINATOR, m.Join(self.number, self.nonce, self.share, self.model, self.tokenizer)))
+        elif self.state == "asking":
+            self._out.append(Send(COORDINATOR, m.Ask(self.key, self._gone)))
+        elif self.state == "pulling":
+            self._out += [self._pull(shard) for shard in range(self.shards) if shard not in self.pulled]
+            self._live()
+        elif self.state == "pushing":
+            assert self._push is not None
+            self._out.append(Send(COORDINATOR, self._push))
+            self._live()
+
+    def _pull(self, shard: int) -> Send:
+        assert self.grant is not None
+        return Send(self._shard(shard), m.Pull(self.key, self.grant.version, self.wanted.get(shard, ())))
+
+    def _stage(self, shard: int) -> Send:
+        pushed = self._pushed[shard]
+        return Send(self._shard(shard), m.Stage(self.key, self._part, self._parts, pushed.pieces), pushed.tensors)
+
+    def _shard(self, shard: int) -> Address:
+        return Address("shard", shard, self._primaries[shard])
+
+    def _joined(self, message: m.Joined, now: float) -> None:
+        if self.state != "joining" or message.nonce != self.nonce:
+            return
+        self.incarnation, self.clock = message.incarnation, message.clock
+        if message.epoch > self._epoch:
+            self._epoch, self._primaries = message.epoch, message.primaries
+        self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        self.state = "asking"
+        self._again(now)
+
+    def _granted(self, message: m.Grant, now: float) -> None:
+        if self.state == "asking" and message.key == self.key and message.gone == self._gone:
+            self.state, self.grant = "pulling", message
+            self._again(now)
+
+    def _take(self, message: m.Pulled, tensors: Sequence[Any]) -> None:
+        if self.state != "pulling" or message.key != self.key or self.grant is None:
+            return
+        if message.version < self.grant.version or message.shard in self.pulled:
+            return
+        self.pulled[message.shard] = (message, tensors)
+        if len(self.pulled) == self.shards:
+            self.state = "computing"
+
+    def _gone_by(self, message: m.Gone, now: float) -> None:
+        if self.state == "pulling" and message.key == self.key and self.grant and message.version == self.grant.version:
+            self._gone += 1
+            self.pulled = {}
+            self._ask(now)
+
+    def _answered(self, message: m.Answer, now: float) -> None:
+        if self.state == "pushing" and message.key == self.key:
+            self.answer = message
+            self._forget()
+            self.clock += 1
+            self._ask(now)
+
+    def _moved(self, message: m.Primaries) -> None:
+        if message.epoch <= self._epoch:
+            return
+        old, self._primaries, self._epoch = self._primaries, message.copies, message.epoch
+        for shard, copy in enumerate(message.copies):
+            if not old or copy == old[shard]:
+                continue
+            if self.state == "pulling" and shard not in self.pulled:
+                self._out.append(self._pull(shard))
+            elif self.state == "pushing":
+                self._out.append(self._stage(shard))
+
+    def _ended(self, message: m.Fenced | m.Finished) -> None:
+        if message.incarnation != self.incarnation or self.state in ("joining", "left", "refused"):
+            return
+        self.state = "fenced" if isinstance(message, m.Fenced) else "finished"
+        self._forget()
+
+    def _forget(self) -> None:
+        self.grant, self.pulled, self._push, self._pushed, self._gone = None, {}, None, {}, 0

@@ -1,0 +1,367 @@
+"""A parameter server's machines in one process: a queue of events, a network that loses and doubles, hosts that die."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
+from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.journal import MAGIC, decode, encode
+from shoal.sync.server.messages import COORDINATOR, Address, Effect, Key, Send
+from shoal.sync.server.shard import ServerShard
+from shoal.sync.server.worker import Worker
+from shoal.sync.simulate.scenario import Fault, Problem, Scenario
+
+
+@dataclass
+class _Host:
+    """A process. life: how often it was started. fuse: effects until it is killed. asleep: hangs until then."""
+
+    machine: Any
+    life: int = 0
+    up: bool = True
+    fuse: int | None = None
+    down: float = 0.0
+    asleep: float = 0.0
+    alarm: float = -1.0
+    busy: Key | None = None
+
+
+@dataclass
+class Seen:
+    """What happened to one worker. idle: seconds that it waited. computed, wasted: micro-batches; the latter rejected.
+
+    answers: as they came. pulled: versions, by push.
+    """
+
+    idle: float = 0.0
+    since: float = 0.0
+    computed: int = 0
+    wasted: int = 0
+    answers: list[tuple[m.Answer, tuple[int, Key]]] = field(default_factory=list)
+    pulled: dict[tuple[int, Key], tuple[int, ...]] = field(default_factory=dict)
+
+
+class World:
+    """Run it once with `run`, then read `journal`, `committed` (the times of commits), `seen`, `shards`, `now`."""
+
+    def __init__(self, scenario: Scenario, problem: Problem, coordinator: type[Coordinator] = Coordinator):
+        """coordinator: the class; a test may give one with a mistake in it."""
+        self.scenario, self.problem, self.rules = scenario, problem, scenario.rules
+        self.make = coordinator
+        self.rng = random.Random(scenario.seed)
+        self.now, self._count = 0.0, 0
+        self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self.journal: list[r.AnyRecord] = [r.Opened("")]
+        self.durable = 1
+        self.committed: list[float] = []
+        self.logs: dict[int, list[tuple[m.Stage, Sequence[Any]]]] = {}
+        self.seen = [Seen() for _ in scenario.speeds]
+        self.hosts: dict[Address, _Host] = {}
+        self.live_workers: dict[int, Address] = {}
+        self._done: set[int] = set()
+        self._next_copy = scenario.copies
+        self.hosts[COORDINATOR] = _Host(self._coordinator())
+        for shard in range(scenario.shards):
+            for copy in range(scenario.copies):
+                others = tuple(range(1, scenario.copies)) if copy == 0 else ()
+                self.hosts[Address("shard", shard, copy)] = _Host(self._shard(shard, copy, others))
+        for number in range(len(scenario.speeds)):
+            self._start_worker(number, _Host(None))
+        for fault in scenario.faults:
+            self._at(fault.time, self._on_fault, fault)
+        for address in self.hosts:
+            self._at(self.rules.retry * (1 + self.rng.random()), self._on_tick, address)
+
+    @property
+    def finished(self) -> bool:
+        """Every worker has been told that all samples are used up."""
+        return len(self._done) == len(self.scenario.speeds)
+
+    def run(self) -> World:
+        """Until it is finished and every commit is applied, or patience ends."""
+        queue, workers = self._queue, len(self.scenario.speeds)
+        while queue and not (len(self._done) == workers and self._settled()):
+            self.now, _, event, given = heapq.heappop(queue)
+            if self.now > self.scenario.patience:
+                break
+            event(*given)
+        return self
+
+    def shards(self) -> list[ServerShard]:
+        """The copies that live."""
+        return [host.machine for address, host in self.hosts.items() if address.role == "shard" and host.up]
+
+    def _settled(self) -> bool:
+        coordinator = self.hosts[COORDINATOR]
+        alive = coordinator.up and all(map(self._up, coordinator.machine.at.copies.addresses()))
+        return alive and all(s.version == coordinator.machine.version for s in self.shards()) and not self._broken()
+
+    def _up(self, address: Address) -> bool:
+        """The journal may name a copy that never came to be, because the coordinator died meanwhile."""
+        host = self.hosts.get(address)
+        return host is not None and host.up
+
+    def _broken(self) -> bool:
+        """Some copy has yet to be started again."""
+        return (
+            sum(a.role == "shard" and h.up for a, h in self.hosts.items()) < self.scenario.shards * self.scenario.copies
+        )
+
+    # Hosts and what they do.
+
+    def _coordinator(self) -> Coordinator:
+        counts = [self.scenario.copies] * self.scenario.shards
+        return self.make(
+            self.rules, self.problem.rate, counts, journal=self.journal, samples=self.scenario.samples, now=self.now
+        )
+
+    def _shard(self, number: int, copy: int, others: tuple[int, ...]) -> ServerShard:
+        return ServerShard(
+            number, self.problem.held(number), copy=copy, others=others, level=self.rules.level,
+            logged=self.scenario.copies == 1, retry=self.rules.retry, backups=self.rules.compensation == "dc",
+        )  # fmt: skip
+
+    def _start_worker(self, number: int, host: _Host) -> None:
+        """A new process in the place of the old one."""
+        host.machine = Worker(
+            number, self.scenario.shares[number] if self.scenario.shares else 1, self.scenario.shards,
+            retry=self.rules.retry, heartbeat=self.rules.lease / 4,
+        )  # fmt: skip
+        self._join(number, host)
+
+    def _join(self, number: int, host: _Host) -> None:
+        if (old := self.live_workers.pop(number, None)) is not None:
+            self.hosts.pop(old, None)
+        effects = host.machine.start(self.rng.getrandbits(32), self.now)
+        address = self.live_workers[number] = host.machine.address
+        host.busy = None
+        self.hosts[address] = host
+        self._do(address, host, effects)
+
+    def _do(self, address: Address, host: _Host, effects: Sequence[Effect]) -> None:
+        """Effects in order; a host with a burning fuse dies between two of them."""
+        for effect in effects:
+            if host.fuse is not None:
+                if host.fuse == 0 and self._kill(address, host):
+                    return
+                host.fuse = host.fuse - 1 if host.fuse else None
+            if isinstance(effect, Send):
+                self._send(address, effect)
+            elif isinstance(effect.what, m.Stage):
+                self.logs.setdefault(address.number, []).append((effect.what, effect.tensors))
+            else:
+                self.journal.append(effect.what)
+                if isinstance(effect.what, r.Committed):
+                    self.committed.append(self.now)
+                if effect.durable:
+                    self.durable = len(self.journal)
+        if address.role == "worker":
+            self._follow(address, host)
+        elif address is COORDINATOR and host.machine.alarm not in (None, host.alarm):
+            host.alarm = host.machine.alarm
+            self._at(host.alarm, self._on_alarm, host.life)
+
+    def _follow(self, address: Address, host: _Host) -> None:
+        """What a worker's own program does: it computes when there is something to, joins again when it was fenced."""
+        worker: Worker = host.machine
+        seen = self.seen[worker.number]
+        if worker.state == "computing" and host.busy != worker.key:
+            assert worker.grant is not None
+            host.busy = worker.key
+            seen.idle += self.now - seen.since
+            samples = worker.grant.samples
+            batches = (samples.stop - samples.start) / self.rules.micro_batch
+            self._at(self.now + batches * self.scenario.speeds[worker.number], self._on_computed, address, host.life)
+        elif worker.state == "fenced":
+            self._join(worker.number, host)
+        elif worker.state == "finished":
+            self._done.add(worker.number)
+            self._do(address, host, worker.leave(self.now))
+
+    def _send(self, sender: Address, send: Send) -> None:
+        scenario, random = self.scenario, self.rng.random
+        for _ in range(2 if scenario.double and random() < scenario.double else 1):
+            if scenario.loss and random() < scenario.loss:
+                continue
+            late = self.rng.expovariate(1.0) * scenario.jitter if scenario.jitter else 0.0
+            self._at(self.now + scenario.delay * (1 + late), self._on_message, sender, send)
+
+    def _at(self, time: float, event: Callable[..., None], *given: Any) -> None:
+        self._count += 1
+        heapq.heappush(self._queue, (time, self._count, event, given))
+
+    # Events.
+
+    def _on_message(self, sender: Address, send: Send) -> None:
+        host = self.hosts.get(send.to)
+        if host is None or not host.up:
+            return
+        if host.asleep > self.now:
+            self._at(host.asleep, self._on_message, sender, send)
+            return
+        message, tensors = send.message, send.tensors
+        if send.to.role == "coordinator":
+            self._do(COORDINATOR, host, host.machine.handle(sender, message, self.now))
+        elif send.to.role == "shard":
+            self._do(send.to, host, host.machine.handle(sender, message, tensors, self.now))
+        else:
+            self._to_worker(send.to, host, message, tensors)
+
+    def _to_worker(self, address: Address, host: _Host, message: m.Message, tensors: Sequence[Any]) -> None:
+        worker: Worker = host.machine
+        before, nonce = worker.answer, worker.nonce
+        if isinstance(message, m.Pulled) and self.rules.level == "hogwild":
+            tensors = self.problem.copy(tensors)
+        effects = worker.handle(message, tensors, self.now)
+        if worker.answer is not before:
+            assert worker.answer is not None
+            self._answered(worker, nonce)
+        self._do(address, host, effects)
+
+    def _answered(self, worker: Worker, nonce: int) -> None:
+        seen, answer = self.seen[worker.number], worker.answer
+        assert answer is not None
+        seen.answers.append((answer, (nonce, answer.key)))
+        if not answer.accepted:
+            seen.wasted += 1
+
+    def _on_computed(self, address: Address, life: int) -> None:
+        host = self.hosts.get(address)
+        if host is None or not host.up or host.life != life:
+            return
+        if host.asleep > self.now:
+            self._at(host.asleep, self._on_computed, address, life)
+            return
+        worker: Worker = host.machine
+        if worker.state != "computing" or worker.key != host.busy:
+            return
+        assert worker.grant is not None
+        token, seen = (worker.nonce, worker.key), self.seen[worker.number]
+        seen.pulled[token] = tuple(pulled.version for pulled, _ in worker.pulled.values())
+        seen.computed += 1
+        seen.since = self.now
+        weights = {shard: tensors for shard, (_, tensors) in worker.pulled.items()}
+        gradients, weight, loss = self.problem.gradient(weights, worker.grant.samples, token)
+        self._do(address, host, worker.push(gradients, weight, loss, self.now))
+
+    def _on_tick(self, address: Address) -> None:
+        """Of servers by address; of workers by number, whichever incarnation."""
+        now_at = self.live_workers.get(address.number, address) if address.role == "worker" else address
+        host = self.hosts.get(now_at)
+        if host is None or (address.role == "worker" and address.number in self._done):
+            return
+        self._at(self.now + self.rules.retry, self._on_tick, address)
+        if host.up and host.asleep <= self.now:
+            self._do(now_at, host, host.machine.tick(self.now))
+
+    def _on_alarm(self, life: int) -> None:
+        host = self.hosts[COORDINATOR]
+        if host.up and host.life == life:
+            self._do(COORDINATOR, host, host.machine.tick(self.now))
+
+    def _on_fault(self, fault: Fault) -> None:
+        if fault.role == "coordinator":
+            address = COORDINATOR
+        elif fault.role == "worker":
+            address = self.live_workers[fault.number]
+        else:
+            address = self._a_copy(fault)
+        if not self._up(address):
+            return
+        host = self.hosts[address]
+        if fault.role == "worker" and fault.number in self._done:
+            return
+        if fault.hang:
+            host.asleep = max(host.asleep, self.now + fault.down)
+        else:
+            host.fuse, host.down = fault.effects, fault.down
+            if fault.effects == 0:
+                self._kill(address, host)
+
+    def _a_copy(self, fault: Fault) -> Address:
+        """The copy that workers talk to, by what the coordinator last knew."""
+        coordinator: Coordinator = self.hosts[COORDINATOR].machine
+        return Address("shard", fault.number, coordinator.at.copies.primaries()[fault.number])
+
+    def _kill(self, address: Address, host: _Host) -> bool:
+        """False where it would destroy the only copy of what is not on a disk."""
+        host.fuse = None
+        if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
+            return False
+        host.up, host.life = False, host.life + 1
+        self._at(self.now + host.down, self._on_start, address)
+        if address is not COORDINATOR:
+            self._at(self.now + self.scenario.delay, self._on_lost, address)
+        return True
+
+    def _last(self, address: Address) -> bool:
+        alike = [a for a, h in self.hosts.items() if a.role == "shard" and a.number == address.number and h.up]
+        known: Coordinator = self.hosts[COORDINATOR].machine
+        return len(alike) < 2 or len(known.at.copies.of_shard[address.number]) < 2
+
+    def _on_lost(self, address: Address) -> None:
+        host = self.hosts[COORDINATOR]
+        if not host.up:
+            self._at(self.now + self.scenario.delay, self._on_lost, address)
+        else:
+            self._do(COORDINATOR, host, host.machine.lost(address, self.now))
+
+    def _on_start(self, address: Address) -> None:
+        if address is COORDINATOR:
+            self._start_coordinator()
+        elif address.role == "worker":
+            self._start_worker(address.number, self._revived(address))
+        elif self.scenario.copies == 1:
+            host = self._revived(address)
+            host.machine = self._shard(address.number, address.copy, ())
+            host.machine.recover(self.logs.get(address.number, ()))
+            self._do(address, host, host.machine.hello())
+        else:
+            self._start_copy(address)
+
+    def _revived(self, address: Address) -> _Host:
+        host = self.hosts[address]
+        host.up, host.fuse, host.asleep, host.busy = True, None, 0.0, None
+        return host
+
+    def _start_coordinator(self) -> None:
+        """From what was on the disk, and of the rest as many bytes as happened to be."""
+        host = self._revived(COORDINATOR)
+        kept, torn = encode(self.journal[: self.durable]), encode(self.journal[self.durable :])
+        data = MAGIC + kept + torn[: self.rng.randint(0, len(torn))]
+        self.journal, _ = decode(data)
+        self.durable = len(self.journal)
+        host.machine = self._coordinator()
+        for address in host.machine.at.copies.addresses():
+            if not self._up(address):
+                # It cannot be connected to; that it had died may have been learned and forgotten in the crash.
+                self._at(self.now + self.scenario.delay, self._on_lost, address)
+
+    def _start_copy(self, address: Address) -> None:
+        """A new copy, made from the one that lives while it does nothing else; the coordinator knows both at once."""
+        coordinator = self.hosts[COORDINATOR]
+        if not coordinator.up or address.copy in coordinator.machine.at.copies.of_shard[address.number]:
+            self._at(self.now + self.scenario.delay, self._on_start, address)
+            return
+        first = coordinator.machine.at.copies.of_shard[address.number][0]
+        source = Address("shard", address.number, first)
+        if not self._up(source):
+            self._at(self.now + self.scenario.delay, self._on_start, address)
+            return
+        made: ServerShard = self.hosts[source].machine.clone(self._next_copy)
+        self._next_copy += 1
+        (hello,) = made.hello()
+        assert isinstance(hello, Send)
+        self._do(COORDINATOR, coordinator, coordinator.machine.handle(made.address, hello.message, self.now))
+        if not coordinator.up:
+            self._at(self.now + self.scenario.delay, self._on_start, address)
+            return
+        del self.hosts[address]
+        self.hosts[made.address] = _Host(made)
+        self._at(self.now + self.rules.retry, self._on_tick, made.address)

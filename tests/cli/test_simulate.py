@@ -1,0 +1,79 @@
+"""`shoal simulate`: what it prints, what it answers, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+
+from shoal.cli.flags import docstrings
+from shoal.cli.main import main
+from shoal.cli.simulate import SimulateOptions
+
+SMALL = ["simulate", "--updates", "10", "--micro-batch", "1", "--share", "1", "--lr", "0.01"]
+
+
+def test_every_option_is_explained():
+    assert set(docstrings(SimulateOptions)) == {field.name for field in fields(SimulateOptions)}
+
+
+def test_the_table_and_the_answer(capsys: pytest.CaptureFixture):
+    args = [*SMALL, "--sync", "server", "--mode", "ssp", "--staleness", "2", "--workers", "3", "--speeds", "1,1,4"]
+    assert main(args) == 0
+    out = capsys.readouterr().out
+    assert "ssp(2)" in out
+    assert re.search(r"bsp: wait of each worker  0: [67]\d%  1: [67]\d%  2: \d%", out)
+    assert "staleness is never above 10" in out
+    assert main([*args, "--format", "json"]) == 0
+    printed, err = capsys.readouterr()
+    assert "ssp(2)" in err
+    answer = json.loads(printed)
+    assert answer["outcome"]["updates"] == 30
+    assert answer["bsp"]["updates"] == 10
+    assert answer["outcome"]["staleness_max"] <= 10
+    assert sum(answer["outcome"]["staleness"].values()) == 30
+
+
+def test_workers_may_do_as_much_as_they_are_fast(capsys: pytest.CaptureFixture):
+    args = [*SMALL, "--mode", "bsp", "--workers", "2", "--speeds", "1,4", "--share", "4,1", "--format", "json"]
+    assert main(args) == 0
+    answer = json.loads(capsys.readouterr().out)["outcome"]
+    assert answer["updates"] == 10
+    assert max(answer["wait"]) < 0.1
+
+
+def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
+    kill = "worker:1@3,shard:0@5,coordinator@7"
+    assert main([*SMALL, "--mode", "asp", "--workers", "2", "--copies", "2", "--kill", kill, "--format", "json"]) == 0
+    answer = json.loads(capsys.readouterr().out)["outcome"]
+    assert answer["given_up"] == 1
+    assert answer["updates"] == 20
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (["--sync", "gossip"], "--sync='gossip'"),
+        (["--mode", "spp"], "mode='spp'"),
+        (["--staleness", "-1"], "staleness=-1 is less than 0"),
+        (["--speeds", "1,2"], "--speeds has 2 numbers for 4 workers"),
+        (["--speeds", "1,x,1,1"], "--speeds=1,x,1,1 is not numbers with commas"),
+        (["--speeds", "0"], "--speeds"),
+        (["--servers", "5"], "5 server shards for 4 parameters"),
+        (["--kill", "worker@3"], "--kill: 'worker@3' is not who@when"),
+        (["--kill", "worker:4@3"], "--kill: there is no worker 4"),
+        (["--drop", "1"], "--drop=1.0 is not a share below 1"),
+        (["--mode", "quorum", "--quorum", "5"], "quorum=5 of 4 workers"),
+        (["--compensation", "dc", "--level", "shard"], "compensation=dc with level=shard"),
+        (["--compensation", "delayed-nesterov", "--optimizer", "adamw"], "delayed-nesterov is an optimizer of its own"),
+        (["--patience", "3"], "after 3 simulated seconds the job has not ended"),
+        (["--stalenes", "3"], "unknown option --stalenes"),
+    ],
+)
+def test_mistakes(args: list[str], what: str, capsys: pytest.CaptureFixture):
+    assert main([*SMALL, *args]) == 2
+    err = capsys.readouterr().err
+    assert what in err
+    assert "Traceback" not in err

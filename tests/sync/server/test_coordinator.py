@@ -1,0 +1,308 @@
+"""The coordinator by hand: who may join, what is granted, rejected, fenced, and in which order it is said."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.errors import JobError
+from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
+from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.journal import MAGIC, decode, encode
+from shoal.sync.server.messages import Address, Key, Range, Send, Square, Write
+from shoal.sync.server.rules import Rules
+
+WORKER = Address("worker")
+
+
+def kinds(effects) -> list[type]:
+    return [type(effect.what if isinstance(effect, Write) else effect.message) for effect in effects]
+
+
+class Bench:
+    """A coordinator with one shard, and what it said."""
+
+    def __init__(self, mode: str = "asp", copies: int = 1, samples: int | None = 100, **rules):
+        self.rules, self.copies, self.total = Rules(mode, **rules), copies, samples
+        self.journal: list[r.AnyRecord] = [r.Opened("model")]
+        self.now, self.said, self.effects = 0.0, [], []
+        self.coordinator = self.make()
+
+    def make(self) -> Coordinator:
+        return Coordinator(
+            self.rules, lambda used: 1.0, [self.copies], journal=self.journal, samples=self.total, model="model",
+            tokenizer="bpe", now=self.now,
+        )  # fmt: skip
+
+    def do(self, effects) -> list:
+        """What was said, by the order in which it was."""
+        self.effects = effects
+        self.journal += [effect.what for effect in effects if isinstance(effect, Write)]
+        self.said = [effect.message for effect in effects if isinstance(effect, Send)]
+        return self.said
+
+    def tell(self, message, sender: Address = WORKER) -> list:
+        return self.do(self.coordinator.handle(sender, message, self.now))
+
+    def join(self, worker: int, nonce: int = 0, share: int = 4) -> m.Joined:
+        (joined,) = (r for r in self.tell(m.Join(worker, nonce, share, "model", "bpe")) if isinstance(r, m.Joined))
+        return joined
+
+    def ask(self, key: Key, gone: int = 0) -> m.Grant | None:
+        return next((said for said in self.tell(m.Ask(key, gone)) if isinstance(said, m.Grant)), None)
+
+    def push(self, grant: m.Grant, square: float = 1.0, weight: float = 1.0) -> m.Answer | None:
+        self.tell(m.Push(grant.key, grant.version, weight, 0.0, grant.samples))
+        answers = [said for said in self.said if isinstance(said, m.Answer)]
+        for copy in range(self.copies):
+            self.tell(m.Staged(grant.key, 0, copy, (Square("w", 0, square),)))
+            answers += [said for said in self.said if isinstance(said, m.Answer)]
+        return answers[-1] if answers else None
+
+    def granted(self, key: Key) -> m.Grant:
+        grant = self.ask(key)
+        assert grant is not None
+        return grant
+
+
+def test_a_worker_of_another_model_or_tokenizer_is_named():
+    bench = Bench()
+    (refused,) = bench.tell(m.Join(3, 1, 1, "other", "bpe"))
+    assert (refused.why, bench.journal[1:]) == ("worker 3 has another model: other instead of model", [])
+    (refused,) = bench.tell(m.Join(3, 1, 0, "model", "bpe"))
+    assert refused.why == "worker 3 computes 0 micro-batches a gradient"
+    (refused,) = bench.tell(m.Join(3, 1, 1, "model", ""))
+    assert refused.why == "worker 3 has another tokenizer: none instead of bpe"
+    bench.journal[0] = r.Opened("another")
+    with pytest.raises(JobError, match="journal of model another, not of model"):
+        bench.make()
+
+
+def test_nothing_begins_before_all_workers_are_there():
+    bench = Bench("bsp", workers=2)
+    first = bench.join(1)
+    assert bench.ask(Key(1, first.incarnation, 0)) is None
+    bench.join(0)
+    bench.tell(m.Ask(Key(0, 0, 0)))
+    grants = [said for said in bench.said if isinstance(said, m.Grant)]
+    assert sorted((g.key.worker, g.samples) for g in grants) == [(0, Range(0, 4)), (1, Range(4, 8))]
+
+
+def test_a_repeated_join_is_the_same_incarnation_and_a_new_process_another():
+    bench = Bench(workers=1)
+    assert bench.join(0, nonce=5).incarnation == bench.join(0, nonce=5).incarnation == 0
+    grant = bench.granted(Key(0, 0, 0))
+    assert bench.join(0, nonce=6).incarnation == 1
+    assert any(isinstance(said, m.Fenced) for said in bench.said)
+    assert bench.tell(m.Push(grant.key, 0, 1.0, 0.0, grant.samples)) == [m.Fenced(0, 0)]
+    assert bench.granted(Key(0, 1, 0)).samples == grant.samples
+
+
+def test_a_commit_is_on_disk_before_anybody_hears_of_it():
+    bench = Bench(workers=1)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.push(grant)
+    write, apply, answer = bench.effects[:3]
+    assert isinstance(write, Write)
+    assert write.durable
+    assert isinstance(write.what, r.Committed)
+    assert isinstance(apply.message, m.Apply)
+    assert answer.message == m.Answer(grant.key, True, 1, 0, "", 1.0, 1.0)
+
+
+def test_bytes_are_given_up_only_after_the_journal_has_it():
+    """Else a crash between the two leaves a push that may be committed, and shards without its bytes."""
+    bench = Bench(workers=1, max_staleness=0)
+    for worker in (0, 1):
+        bench.join(worker)
+    early, late = bench.granted(Key(0, 0, 0)), bench.granted(Key(1, 0, 0))
+    bench.push(early)
+    bench.tell(m.Push(late.key, 0, 1.0, 0.0, late.samples))
+    assert kinds(bench.effects) == [r.Rejected, m.Drop, m.Answer]
+    bench.granted(Key(1, 0, 1))
+    bench.now = 100.0
+    given_up = kinds(bench.coordinator.tick(bench.now))
+    assert given_up.index(r.Left) < given_up.index(m.Drop)
+
+
+def test_a_retry_gets_the_recorded_answer_also_after_a_crash():
+    bench = Bench(workers=1)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    answer = bench.push(grant)
+    again = m.Push(grant.key, grant.version, 1.0, 0.0, grant.samples)
+    assert bench.tell(again) == [answer]
+    bench.journal, _ = decode(MAGIC + encode(bench.journal))
+    bench.coordinator = bench.make()
+    assert bench.tell(again) == [answer]
+    bench.journal = bench.coordinator.at.summary()
+    bench.coordinator = bench.make()
+    assert bench.tell(again) == [answer]
+    assert bench.coordinator.version == 1
+
+
+def test_a_summary_stands_for_the_journal():
+    bench = Bench("ssp", workers=2, staleness=1, copies=2)
+    for worker in (0, 1):
+        bench.join(worker)
+    bench.push(bench.granted(Key(0, 0, 0)))
+    bench.granted(Key(1, 0, 0))
+    bench.do(bench.coordinator.lost(Address("shard", 0, 0), 0.0))
+    old = bench.coordinator
+    assert [said for said in bench.said if isinstance(said, m.Primaries)] == [m.Primaries(1, (1,))] * 2
+    bench.tell(m.Hello(0, 2, 1), Address("shard", 0, 2))
+    bench.journal = old.at.summary()
+    bench.coordinator = new = bench.make()
+    assert new.version == old.version
+    assert new.at.samples.state() == old.at.samples.state()
+    assert [(x.key, x.grant, x.peers, x.answer) for x in new.at.members.values()] == [
+        (x.key, x.grant, x.peers, x.answer) for x in old.at.members.values()
+    ]
+    assert new.at.copies.primaries() == (1,)
+    assert new.at.copies.epoch >= old.at.copies.epoch, "or workers would take its next word for an old one"
+    assert new.at.started
+
+
+def test_clipping_is_of_the_mean():
+    bench = Bench("quorum", workers=2, quorum=2, clip=0.5)
+    for worker in (0, 1):
+        bench.join(worker)
+    grants = [bench.granted(Key(worker, 0, 0)) for worker in (0, 1)]
+    for grant, weight in zip(grants, (3.0, 5.0), strict=True):
+        bench.push(grant, square=100.0, weight=weight)
+    assert bench.said[-1] == m.Combine(1, (grants[0].key, grants[1].key))
+    bench.tell(m.Combined(1, (grants[0].key, grants[1].key), 0, 0, (Square("w", 0, 256.0),)))
+    committed = bench.journal[-1]
+    assert isinstance(committed, r.Committed)
+    assert (committed.grad_norm, committed.clip, committed.apply().scale) == (2.0, 0.25, 0.25 / 8)
+
+
+def test_a_norm_is_added_up_in_the_order_of_names_and_rows():
+    """Ones first, they add up to 64; after 2⁵³ each of them is lost."""
+    bench = Bench(workers=1, clip=0.0)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, grant.samples))
+    ones = tuple(Square("a", row, 1.0) for row in range(64))
+    bench.tell(m.Staged(grant.key, 0, 0, (Square("b", 0, 2.0**53), *ones)))
+    committed = bench.journal[-1]
+    assert isinstance(committed, r.Committed)
+    assert committed.grad_norm == (2.0**53 + 64) ** 0.5 != (2.0**53) ** 0.5
+
+
+def test_late_ones_of_a_quorum_are_rejected_and_their_samples_used_by_the_next():
+    bench = Bench("quorum", workers=2, quorum=1, grace=1.0)
+    for worker in (0, 1):
+        bench.join(worker)
+    first, second = bench.granted(Key(0, 0, 0)), bench.granted(Key(1, 0, 0))
+    bench.push(first)
+    assert bench.coordinator.version == 0
+    assert bench.coordinator.alarm == 1.0
+    bench.now = 1.0
+    bench.do(bench.coordinator.tick(bench.now))
+    assert bench.coordinator.version == 1
+    answer = bench.push(second)
+    assert answer is not None
+    assert (answer.accepted, answer.reason, answer.staleness) == (False, r.LATE, 1)
+    assert bench.granted(Key(0, 0, 1)).samples == second.samples
+
+
+def test_a_silent_worker_is_fenced_and_its_samples_go_to_others():
+    bench = Bench(workers=2, lease=5.0, reconnect=0.5)
+    for worker in (0, 1):
+        bench.join(worker)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.now = 4.0
+    bench.tell(m.Heartbeat(1, 0, 0))
+    bench.now = 5.0
+    bench.do(bench.coordinator.tick(5.0))
+    assert r.Left(0, 0, "expired") in bench.journal
+    assert bench.granted(Key(1, 0, 0)).samples == grant.samples
+    bench.do(bench.coordinator.lost(Address("worker", 1, 0), 6.0))
+    bench.do(bench.coordinator.tick(6.4))
+    assert set(bench.coordinator.at.members) == {1}
+    bench.do(bench.coordinator.tick(6.5))
+    assert not bench.coordinator.at.members
+
+
+def test_without_a_time_to_reconnect_a_worker_is_given_up_at_once():
+    bench = Bench("ssp", workers=2, staleness=0, reconnect=0.0)
+    for worker in (0, 1):
+        bench.join(worker)
+    bench.push(bench.granted(Key(0, 0, 0)))
+    assert bench.ask(Key(0, 0, 1)) is None
+    bench.do(bench.coordinator.lost(Address("worker", 1, 0), 0.0))
+    assert bench.journal[-2:-1] == [r.Left(1, 0, "lost")]
+    assert any(isinstance(said, m.Grant) for said in bench.said), "the slowest is gone"
+
+
+def test_a_broken_connection_that_comes_back_is_forgiven():
+    bench = Bench(workers=1, reconnect=0.5)
+    bench.join(0)
+    bench.coordinator.lost(Address("worker", 0, 0), 1.0)
+    bench.now = 1.3
+    bench.tell(m.Heartbeat(0, 0, 0))
+    bench.coordinator.tick(3.0)
+    assert set(bench.coordinator.at.members) == {0}
+
+
+def test_the_gate_of_ssp():
+    bench = Bench("ssp", workers=2, staleness=1)
+    for worker in (0, 1):
+        bench.join(worker)
+    slow = bench.granted(Key(1, 0, 0))
+    for clock in range(2):
+        bench.push(bench.granted(Key(0, 0, clock)))
+    assert bench.ask(Key(0, 0, 2)) is None
+    bench.push(slow)
+    assert any(isinstance(said, m.Grant) and said.key == Key(0, 0, 2) for said in bench.said)
+
+
+def test_nothing_can_be_learned_from_nan_or_from_no_tokens():
+    bench = Bench(workers=1)
+    bench.join(0)
+    useless = [(float("nan"), 1.0, "not finite"), (0.0, 0.0, "no valid tokens")]
+    for clock, (square, weight, reason) in enumerate(useless):
+        grant = bench.granted(Key(0, 0, clock))
+        assert grant.samples == Range(4 * clock, 4 * clock + 4)
+        answer = bench.push(grant, square, weight)
+        assert answer is not None
+        assert answer.reason == reason
+    assert bench.coordinator.version == 0
+    assert bench.coordinator.at.samples.watermark == 8
+
+
+def test_a_push_of_other_samples_than_granted_is_rejected_and_of_fewer_is_not():
+    bench = Bench(workers=1)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, Range(2, 6)))
+    assert bench.journal[-1].reason == "not as granted"  # type: ignore[union-attr]
+    grant = bench.granted(Key(0, 0, 1))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, Range(0, 2)))
+    bench.tell(m.Staged(grant.key, 0, 0, (Square("w", 0, 1.0),)))
+    assert bench.coordinator.at.samples.watermark == 2
+    assert bench.granted(Key(0, 0, 2)).samples == Range(2, 6)
+
+
+def test_a_shard_of_another_time_is_refused():
+    bench = Bench()
+    (refused,) = bench.tell(m.Hello(0, 0, 3), Address("shard"))
+    assert refused.why == "shard 0 holds version 3, its journal 0 to 0"
+    for shard in (-1, 1):
+        (refused,) = bench.tell(m.Hello(shard, 0, 0), Address("shard", shard))
+        assert isinstance(refused, m.Refused)
+
+
+def test_commits_that_everybody_has_on_disk_are_forgotten():
+    bench = Bench(workers=1)
+    bench.join(0)
+    for clock in range(3):
+        bench.push(bench.granted(Key(0, 0, clock)))
+    copies = bench.coordinator.at.copies
+    bench.tell(m.Applied(0, 0, 2))
+    copies.forget(3)
+    assert (copies.base, len(copies.commits), bench.coordinator.version) == (2, 1, 3)
+    assert copies.commit_of(Key(0, 0, 1)) is None
+    assert copies.commit_of(Key(0, 0, 2)) is not None

@@ -1,0 +1,161 @@
+"""One copy of a server shard by hand: parts, order, once, levels of a pull."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shoal.errors import JobError
+from shoal.job.optim import OptimOptions
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import Address, Key, Piece, Send, Write
+from shoal.sync.server.parameters import Parameters, blocks
+from shoal.sync.server.placement import Block
+from shoal.sync.server.rules import Rules
+from shoal.sync.server.shard import ServerShard
+
+WORKER = Address("worker", 0, 1)
+VALUES = {"a": torch.arange(12.0).reshape(6, 2), "s": torch.tensor(3.0)}
+WHOLE = (Piece("a", (0, 0), (6, 2)), Piece("s", (), ()))
+
+
+def shard(level: str = "snapshot", **options) -> ServerShard:
+    held = blocks(VALUES, [Block("a", 0, 6), Block("s", 0, 1)])
+    sgd = OptimOptions(name="sgd", momentum=0.0, weight_decay=0.0)
+    return ServerShard(0, Parameters(held, Rules("asp"), sgd, 10), level=level, **options)
+
+
+def said(effects) -> list:
+    return [effect.message for effect in effects if isinstance(effect, Send)]
+
+
+def stage(server: ServerShard, key: Key, value: float = 1.0) -> list:
+    tensors = (torch.full((6, 2), value), torch.tensor(value))
+    return said(server.handle(WORKER, m.Stage(key, 0, 1, WHOLE), tensors, 0.0))
+
+
+def apply(server: ServerShard, version: int, *keys: Key) -> list:
+    return said(server.handle(m.COORDINATOR, m.Apply(version, keys, 1.0, 1.0, 0), (), 0.0))
+
+
+def pull(server: ServerShard, version: int, pieces=()) -> tuple[list, tuple]:
+    effects = server.handle(WORKER, m.Pull(Key(0, 0, 0), version, pieces), (), 0.0)
+    return said(effects), effects[0].tensors if effects else ()
+
+
+def keys(count: int) -> list[Key]:
+    return [Key(0, 0, clock) for clock in range(count)]
+
+
+def test_a_push_in_parts_is_staged_when_all_ranks_have_sent_theirs():
+    server, key = shard(), Key(0, 0, 0)
+    rows = [(Piece("a", (0, 0), (6, 1)),), (Piece("a", (0, 1), (6, 1)), Piece("s", (), ()))]
+    first, second = torch.full((6, 1), 2.0), (torch.full((6, 1), 3.0), torch.tensor(5.0))
+    assert said(server.handle(WORKER, m.Stage(key, 0, 2, rows[0]), (first,), 0.0)) == []
+    assert said(server.handle(WORKER, m.Stage(key, 0, 2, rows[0]), (first,), 0.0)) == []
+    (staged,) = said(server.handle(WORKER, m.Stage(key, 1, 2, rows[1]), second, 0.0))
+    assert [(s.name, s.value) for s in staged.squares] == [("a", pytest.approx(6 * 4 + 6 * 9)), ("s", 25.0)]
+    apply(server, 1, key)
+    assert torch.equal(server.held.live()[0], VALUES["a"] - torch.tensor([2.0, 3.0]))
+
+
+def test_commits_are_applied_in_order_and_once():
+    server, (one, two, three) = shard(), keys(3)
+    for key, value in ((one, 1.0), (two, 10.0), (three, 100.0)):
+        stage(server, key, value)
+    assert apply(server, 3, three) == [m.Applied(0, 0, 0)]
+    assert apply(server, 1, one) == [m.Applied(0, 0, 1)]
+    assert apply(server, 1, one) == [m.Applied(0, 0, 1)]
+    assert apply(server, 2, two) == [m.Applied(0, 0, 3)]
+    assert torch.equal(server.held.live()[1], torch.tensor(3.0 - 111.0))
+    assert stage(server, two, 10.0) == []
+    assert not server.staged
+
+
+def test_a_snapshot_is_of_the_latest_version_or_the_one_before():
+    server, (one, two) = shard(), keys(2)
+    answers, start = pull(server, 0)
+    assert answers == [m.Pulled(Key(0, 0, 0), 0, 0, WHOLE)]
+    stage(server, one)
+    stage(server, two)
+    assert pull(server, 1)[0] == []
+    assert apply(server, 1, one)[1] == m.Pulled(Key(0, 0, 0), 0, 1, WHOLE)
+    assert torch.equal(pull(server, 0)[1][0], VALUES["a"])
+    apply(server, 2, two)
+    assert pull(server, 0)[0] == [m.Gone(Key(0, 0, 0), 0, 0, 2)]
+    assert torch.equal(pull(server, 1)[1][0], VALUES["a"] - 1)
+    assert torch.equal(start[0], VALUES["a"]), "what is being sent does not change"
+
+
+def test_levels_shard_and_hogwild_give_what_is_there():
+    for level in ("shard", "hogwild"):
+        server, (one, two) = shard(level), keys(2)
+        stage(server, one)
+        stage(server, two)
+        apply(server, 1, one)
+        answers, tensors = pull(server, 0)
+        assert answers[0].version == 1
+        apply(server, 2, two)
+        torn = level == "hogwild"
+        assert torch.equal(tensors[0], VALUES["a"] - (2 if torn else 1))
+
+
+def test_a_pull_of_some_pieces():
+    server = shard()
+    _, (column,) = pull(server, 0, (Piece("a", (2, 1), (3, 1)),))
+    assert column.tolist() == [[5.0], [7.0], [9.0]]
+    with pytest.raises(JobError, match="a \\[4, 0\\] \\+ \\[3, 2\\] is not on this shard"):
+        pull(server, 0, (Piece("a", (4, 0), (3, 2)),))
+
+
+def test_bytes_are_in_the_log_before_they_are_called_staged_and_come_back_from_it():
+    server, key = shard(logged=True), Key(0, 0, 0)
+    tensors = (torch.ones(6, 2), torch.tensor(1.0))
+    effects = server.handle(WORKER, m.Stage(key, 0, 1, WHOLE), tensors, 0.0)
+    assert [type(effect) for effect in effects] == [Write, Send]
+    assert effects[0].durable
+    back = shard(logged=True)
+    back.recover([(effects[0].what, effects[0].tensors)])
+    assert said(back.hello()) == [m.Hello(0, 0, 0)]
+    apply(back, 1, key)
+    assert torch.equal(back.held.live()[0], VALUES["a"] - 1)
+
+
+def test_the_first_copy_passes_on_what_is_pushed_and_a_clone_ends_up_the_same():
+    server, key = shard(others=(1,)), Key(0, 0, 0)
+    tensors = (torch.ones(6, 2), torch.tensor(1.0))
+    effects = server.handle(WORKER, m.Stage(key, 0, 1, WHOLE), tensors, 0.0)
+    assert (effects[0].to, effects[0].message.forwarded) == (Address("shard", 0, 1), True)
+    clone = server.clone(1)
+    assert said(clone.handle(server.address, effects[0].message, effects[0].tensors, 0.0))[0].copy == 1
+    for copy in (server, clone):
+        apply(copy, 1, key)
+    assert all(torch.equal(a, b) for a, b in zip(server.held.live(), clone.held.live(), strict=True))
+    assert server.held.live()[0].data_ptr() != clone.held.live()[0].data_ptr()
+
+
+def test_what_is_staged_is_said_again_until_it_is_dropped_and_halves_do_not_pile_up():
+    server, (one, two) = shard(retry=1.0), keys(2)
+    stage(server, one)
+    assert server.tick(0.5) == []
+    assert [type(message) for message in said(server.tick(1.0))] == [m.Staged]
+    server.handle(m.COORDINATOR, m.Drop((one,)), (), 1.0)
+    assert server.tick(9.0) == []
+    half = (Piece("s", (), ()),)
+    for key in (one, two):
+        server.handle(WORKER, m.Stage(key, 0, 2, half), (torch.tensor(1.0),), 0.0)
+    assert list(server.staged) == [two]
+
+
+def test_the_state_of_a_shard_is_its_weights_and_its_optimizer():
+    adamw = OptimOptions(name="adamw")
+    one, two = (Parameters(blocks(VALUES, [Block("a", 0, 6)]), Rules(), adamw, 10) for _ in range(2))
+    order = m.Apply(1, (Key(0, 0, 0),), 1.0, 0.1, 0)
+    one.apply([torch.ones(6, 2)], order, None)
+    for mine, theirs in zip(two.state().shards, one.state().shards, strict=True):
+        mine.local.copy_(theirs.local)
+    two.restored(one.state())
+    for held in (one, two):
+        held.apply([torch.full((6, 2), 0.3)], order, None)
+    assert torch.equal(one.live()[0], two.live()[0])
+    assert two.lr == 0.1

@@ -1,0 +1,238 @@
+"""Hundreds of random schedules of the simulated server, and mistakes planted in it that the audit must see."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.job.optim import OptimOptions
+from shoal.sync.server import records as r
+from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.messages import Send
+from shoal.sync.server.rules import Rules
+from shoal.sync.server.shard import ServerShard
+from shoal.sync.simulate.audit import violations
+from shoal.sync.simulate.ledger import Ledgers
+from shoal.sync.simulate.outcome import simulate
+from shoal.sync.simulate.scenario import Fault, Scenario
+from shoal.sync.simulate.world import World
+from tests.sync.schedules import schedule
+
+
+def wrong(scenario: Scenario, coordinator: type[Coordinator] = Coordinator) -> list[str]:
+    return violations(World(scenario, Ledgers(), coordinator).run())
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_random_schedules(part):
+    for seed in range(100 * part, 100 * part + 100):
+        assert wrong(schedule(seed)) == [], f"schedule {seed}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(100))
+def test_a_hundred_thousand_schedules(part):
+    for seed in range(10_000 + 1000 * part, 11_000 + 1000 * part):
+        assert wrong(schedule(seed)) == [], f"schedule {seed}"
+
+
+@settings(max_examples=60, derandomize=True)
+@given(
+    mode=st.sampled_from(["bsp", "asp", "ssp", "quorum"]),
+    workers=st.integers(1, 4),
+    staleness=st.integers(0, 2),
+    copies=st.integers(1, 2),
+    network=st.tuples(st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0, 3)),
+    faults=st.lists(
+        st.builds(
+            Fault,
+            time=st.floats(0, 6),
+            role=st.sampled_from(["worker", "shard", "coordinator"]),
+            effects=st.integers(0, 12),
+            down=st.floats(0.01, 6),
+            hang=st.booleans(),
+        ),
+        max_size=4,
+    ),
+)
+def test_schedules_that_hypothesis_looks_for(mode, workers, staleness, copies, network, faults):
+    loss, double, jitter = network
+    rules = Rules(mode, workers=workers, staleness=staleness, quorum=(workers + 1) // 2, lease=3.0, clip=0.0)
+    speeds = (0.4, 1.0, 2.0, 0.7)[:workers]
+    scenario = Scenario(rules, speeds, 2 * workers + 1, shards=2, copies=copies, delay=0.05, patience=2000.0)
+    assert wrong(replace(scenario, loss=loss, double=double, jitter=jitter, faults=tuple(faults))) == []
+
+
+def test_a_schedule_is_the_same_every_time():
+    one, two = (World(schedule(7), Ledgers()).run() for _ in range(2))
+    assert one.journal == two.journal
+    assert one.now == two.now
+
+
+# Mistakes.
+
+
+class AnswersBeforeWriting(Coordinator):
+    """Workers and shards are told of a commit before it is in the journal."""
+
+    def _done(self):
+        return sorted(super()._done(), key=lambda effect: not isinstance(effect, Send))
+
+
+class DropsWhatIsApplied(Coordinator):
+    """A shard is told to forget bytes that it has applied, but would need again after a crash."""
+
+    def _staged(self, copy, message):
+        self.at.copies._commit_of = {}
+        super()._staged(copy, message)
+
+
+class NoFence(Coordinator):
+    """A new process of a worker is taken for the old one."""
+
+    def _join(self, message):
+        self.at.incarnations.clear()
+        super()._join(message)
+
+
+class OneMore(Coordinator):
+    """Both staleness bounds are off by one."""
+
+    def __init__(self, rules, *args, **options):
+        late = None if rules.max_staleness is None else rules.max_staleness + 1
+        super().__init__(replace(rules, staleness=rules.staleness + 1, max_staleness=late), *args, **options)
+
+
+class NoTable(Coordinator):
+    """The answers to pushes are not kept."""
+
+    def _push(self, member, message):
+        member.answer = None
+        super()._push(member, message)
+
+
+def seen(sentence: str, coordinator: type[Coordinator] = Coordinator) -> bool:
+    """In one of 400 schedules the audit, or an assertion of the code, says so. sentence: a regular expression."""
+    for seed in range(400):
+        try:
+            found = wrong(schedule(seed), coordinator)
+        except AssertionError as error:
+            found = [str(error)]
+        if re.search(sentence, "; ".join(found)):
+            return True
+    return False
+
+
+@pytest.mark.parametrize(
+    ("mistake", "sentence"),
+    [
+        (AnswersBeforeWriting, "is lost|was answered in two ways"),
+        (DropsWhatIsApplied, "is lost|ends at version"),
+        (NoFence, "of different processes|was applied 2 times|was rejected .* and is applied"),
+        (OneMore, "commits late, with"),
+        (OneMore, "commits late, more than"),
+        (OneMore, "clocks ahead of the slowest"),
+        (NoTable, "still wait"),
+    ],
+)
+def test_a_mistake_is_seen(mistake, sentence):
+    assert seen(sentence, mistake)
+
+
+def test_an_order_followed_twice_is_seen(monkeypatch):
+    apply = ServerShard._apply
+
+    def twice(shard, message):
+        if message.version <= shard.version:
+            shard.held.applied.append(shard.held.applied[message.version - 1])
+        apply(shard, message)
+
+    monkeypatch.setattr(ServerShard, "_apply", twice)
+    assert seen("was applied 2 times")
+
+
+def test_bytes_that_are_only_in_memory_are_missed(monkeypatch):
+    make = World._shard
+
+    def unlogged(world, *args):
+        shard = make(world, *args)
+        shard.logged = False
+        return shard
+
+    monkeypatch.setattr(World, "_shard", unlogged)
+    assert seen("is lost")
+
+
+def test_a_pull_of_two_versions_is_seen(monkeypatch):
+    """Shards that always serve what they have, though a snapshot was asked for."""
+    make = World._shard
+
+    def torn(world, *args):
+        shard = make(world, *args)
+        shard.level = "shard"
+        return shard
+
+    monkeypatch.setattr(World, "_shard", torn)
+    assert seen("was computed on versions")
+
+
+def test_the_coordinator_asserts_its_bound(monkeypatch):
+    monkeypatch.setattr(Rules, "bound", lambda rules, others: 0)
+    assert seen("commits late, more than 0")
+
+
+# The problem with numbers.
+
+
+def outcome(mode: str, **options):
+    rules = Rules(mode, workers=4, clip=0.0, **options)
+    scenario = Scenario(rules, (1.0, 1.0, 1.0, 4.0), 200, shards=2)
+    optim = OptimOptions(name="sgd", lr=0.01, schedule="constant", warmup=0.0, weight_decay=0.0)
+    return simulate(scenario, optim, 4)
+
+
+def test_asp_does_not_wait_for_the_slow_worker_and_learns():
+    found = outcome("asp")
+    assert found.speedup > 2.5
+    assert found.outcome.updates == 200
+    assert found.bsp.updates == 50
+    assert found.bsp.staleness == {0: 200}
+    assert sum(found.outcome.staleness.values()) == 200
+    assert max(found.outcome.wait) < 0.1
+    assert min(found.bsp.wait[:3]) > 0.6
+    assert found.outcome.loss < 0.1 * found.outcome.loss_first
+
+
+def test_bounded_staleness_waits_for_the_slow_worker_and_rejection_wastes():
+    assert outcome("ssp", staleness=2).outcome.staleness_max <= 15
+    rejecting = outcome("asp", max_staleness=2).outcome
+    assert rejecting.staleness_max <= 2
+    assert rejecting.rejected > 0
+    assert outcome("quorum", quorum=3).outcome.staleness == {0: 200}
+
+
+def test_the_slow_worker_gets_a_turn():
+    """It is late every time; after three rejections the others wait for it once."""
+    rules = Rules("asp", workers=3, max_staleness=1, clip=0.0)
+    world = World(Scenario(rules, (0.5, 0.5, 4.0), 150, shares=(1, 1, 4)), Ledgers()).run()
+    assert world.finished
+    assert violations(world) == []
+    answers = [answer.accepted for answer, _ in world.seen[2].answers]
+    sizes = [
+        record.samples.stop - record.samples.start
+        for record in world.journal
+        if isinstance(record, r.Granted) and record.key.worker == 2
+    ]
+    assert answers[:4] == [False, False, False, True]
+    assert sizes[:4] == [4, 4, 2, 2]
+
+
+@pytest.mark.parametrize("compensation", ["rate", "age", "dc", "look-ahead", "delayed-nesterov"])
+def test_every_compensation_trains(compensation):
+    found = outcome("asp", compensation=compensation).outcome
+    assert found.loss < 0.2 * found.loss_first
+    assert found.mode == f"asp {compensation}"
