@@ -49,7 +49,12 @@ def ask(stream: Stream, token: str, name: str, fingerprint: bytes, deadline: flo
     JobError where the listener is another program or version, or refuses; ConnectionError, TimeoutError.
     """
     ours = _HELLO.pack(_CLIENT, VERSION, 0, secrets.token_bytes(32))
-    stream.write([memoryview(ours)], deadline)
+    try:
+        stream.write([memoryview(ours)], deadline)
+    except ConnectionError:
+        # What it said before it went may tell why: that it does not take this side's certificate.
+        _read(stream, 1, deadline)
+        raise
     theirs = _read(stream, _HELLO.size, deadline)
     magic, version, checked, _ = _HELLO.unpack(theirs)
     if magic != _SERVER or version != VERSION:

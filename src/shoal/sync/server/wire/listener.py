@@ -7,7 +7,6 @@ received at once on several cores; and whatever a peer is, slow, silent or malic
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import selectors
 import socket
@@ -16,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import cycle
 
 from shoal.errors import JobError
 from shoal.sync.server.wire import handshake
@@ -101,25 +101,39 @@ class Listener:
                     continue
                 except OSError:
                     # E.g. no descriptor is left: those that end give theirs back.
-                    with self._lock:
-                        self.ended["not accepted"] += 1
+                    self._not_accepted()
                     time.sleep(_AGAIN)
                     continue
                 self._start(sock, f"{address[0]}:{address[1]}")
 
     def _start(self, sock: socket.socket, peer: str) -> None:
-        with contextlib.suppress(OSError):
+        try:
             configure(sock, loopback=self._loopback)
-        if self._tls is not None:
-            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
-        stream = Stream(sock, peer)
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+            stream = Stream(sock, peer)
+        except OSError:
+            # It has gone already.
+            sock.close()
+            return self._not_accepted()
         thread = threading.Thread(target=self._serve, args=(stream,), name=f"serves {peer}", daemon=True)
         with self._lock:
             strangers = [end for end in self._ends.values() if isinstance(end, Stream) and not end.severed]
             self._ends[thread] = stream
         if len(strangers) >= _STRANGERS:
             strangers[0].sever()
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:
+            # The system has no thread left.
+            stream.close()
+            with self._lock:
+                del self._ends[thread]
+            self._not_accepted()
+
+    def _not_accepted(self) -> None:
+        with self._lock:
+            self.ended["not accepted"] += 1
 
     def _serve(self, stream: Stream) -> None:
         """The life of one connection."""
@@ -181,39 +195,52 @@ def connect(
     address = f"{host}:{port}"
     peer = f"{peer} ({address})" if peer else address
     sock, fingerprint = _reach(host, port, peer, deadline), b""
-    if credentials.tls:
-        context = credentials.context(ssl.Purpose.SERVER_AUTH)
-        sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-    stream = Stream(sock, peer)
     try:
+        if credentials.tls:
+            context = credentials.context(ssl.Purpose.SERVER_AUTH)
+            sock = context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        stream = Stream(sock, peer)
         stream.secure(deadline)
         if isinstance(sock, ssl.SSLSocket):
             fingerprint = hashlib.sha256(sock.getpeercert(binary_form=True) or b"").digest()
         session = handshake.ask(stream, credentials.token, name, fingerprint, deadline)
     except BaseException as error:
-        stream.close()
-        if isinstance(error.__cause__, ssl.SSLError):
-            fix = "give both sides TLS files, or none; certificates of both are signed by the given authority"
-            raise JobError(f"TLS failed: {error.__cause__}", where=peer, fix=fix) from None
-        raise
+        sock.close()
+        raise _not_let_in(error, peer) from error.__cause__
     return Connection(stream, session, limits or Limits())
+
+
+def _not_let_in(error: BaseException, peer: str) -> BaseException:
+    """What to say of a connection that ended before it had begun."""
+    cause = error if isinstance(error, ssl.SSLError) else error.__cause__
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+        fix = "give both sides TLS files, or none; each side's certificate is signed by the other's authority"
+        return JobError(f"TLS failed: {cause}", where=peer, fix=fix)
+    if isinstance(error, OSError) and not isinstance(error, TimeoutError):
+        return ConnectionError(f"{error}, before it let this side in (both use TLS, or neither?)")
+    return error
 
 
 def _reach(host: str, port: int, peer: str, deadline: float) -> socket.socket:
     loopback = is_loopback(host)
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    while True:
+    # A name may have several addresses, of which the listener has one.
+    for family, kind, protocol, _, address in cycle(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)):
         sock = socket.socket(family, kind, protocol)
         try:
             configure(sock, loopback=loopback)
             sock.settimeout(max(_AGAIN, deadline - time.monotonic()))
             sock.connect(address)
-            return sock
+            # Where nobody listens on a port of this machine, TCP may connect the socket with itself.
+            if sock.getsockname() != sock.getpeername():
+                return sock
+            why = "nobody listens"
         except OSError as error:
-            sock.close()
-            if time.monotonic() + _AGAIN > deadline:
-                raise ConnectionError(f"{peer} cannot be reached: {error}") from None
+            why = str(error)
+        sock.close()
+        if time.monotonic() + _AGAIN > deadline:
+            raise ConnectionError(f"{peer} cannot be reached: {why}")
         time.sleep(_AGAIN)
+    raise AssertionError("a host has at least one address")
 
 
 def _listening(host: str, port: int, *, loopback: bool) -> socket.socket:
