@@ -32,8 +32,10 @@ def pair(credentials: Credentials = TRUSTED, **options: Any) -> Iterator[tuple[C
         Listener(handle, credentials=credentials, **options) as listener,
         connect("127.0.0.1", listener.address[1], credentials=credentials, name="worker 1", timeout=20) as worker,
     ):
-        yield worker, ends.get(timeout=20)
-        done.set()
+        try:
+            yield worker, ends.get(timeout=20)
+        finally:
+            done.set()
 
 
 def echo(connection: Connection) -> None:

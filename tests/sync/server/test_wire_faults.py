@@ -26,13 +26,13 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_and_a_pull():
         if header == b"pull":
             return None
         pushing.set()
-        assert killed.wait(60)
+        assert killed.wait(120)
         return [place]
 
     def serve(connection: Connection) -> None:
         try:
-            connection.receive(into, timeout=60)
-            connection.send(b"weights", [place], timeout=60)
+            connection.receive(into, timeout=180)
+            connection.send(b"weights", [place], timeout=180)
         except Exception as error:
             errors.put((error, time.monotonic()))
             raise
@@ -40,7 +40,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_push_and_a_pull():
     with Listener(serve, credentials=TRUSTED) as listener:
         command = [sys.executable, "-m", "tests.sync.server.killed", str(listener.address[1])]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert pushing.wait(60)
+            assert pushing.wait(120)
             assert process.stdout.readline() == "in the middle of a pull\n"
             start = time.monotonic()
             process.kill()

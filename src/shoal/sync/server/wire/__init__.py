@@ -18,11 +18,15 @@ CRC and TCP checksum disagree") but not what somebody has altered on purpose. No
 **Loss of a peer** is a ConnectionError with the peer's name, as soon as the kernel knows of it: at once when its
 process ends; by keepalive when its machine does. Every call that may block has a timeout. Whether a peer that is
 connected also makes progress is the coordinator's business (leases).
+
+**On the server**, each connection has a thread, which is best left in `receive`, where a loss is noticed: answers that
+other threads find go through an `Outbox`. Tensors of a GPU go through pinned memory of the host.
 """
 
 from shoal.sync.server.wire.connection import Connection, Frame
 from shoal.sync.server.wire.credentials import Credentials
 from shoal.sync.server.wire.frame import FrameError, Limits
 from shoal.sync.server.wire.listener import Listener, connect
+from shoal.sync.server.wire.outbox import Outbox
 
-__all__ = ["Connection", "Credentials", "Frame", "FrameError", "Limits", "Listener", "connect"]
+__all__ = ["Connection", "Credentials", "Frame", "FrameError", "Limits", "Listener", "Outbox", "connect"]

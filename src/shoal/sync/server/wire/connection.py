@@ -32,8 +32,8 @@ class Connection:
 
     Whoever wants to know of a peer's end at once, lets a thread be in `receive`.
     Errors: ConnectionError when the peer is gone or `close` was called, FrameError (one of these) for a frame that must
-    not be believed, TimeoutError. All name the peer. After any, but a TimeoutError of `receive` before a frame has
-    begun, the connection has ended, and buffers that were being filled hold anything.
+    not be believed, TimeoutError. All name the peer. After any, but a TimeoutError before the first byte has come or
+    while another thread was at it, the connection has ended, and buffers that were being filled hold anything.
     """
 
     def __init__(self, stream: Stream, session: Session, limits: Limits):

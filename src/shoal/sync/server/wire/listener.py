@@ -63,6 +63,7 @@ class Listener:
         self._lock = threading.Lock()
         self._ends: dict[threading.Thread, Stream | Connection] = {}
         self._admitted: set[threading.Thread] = set()
+        self._closed = False
         self._wake, self._waker = socket.socketpair()
         self._accepting = threading.Thread(target=self._accept, name="accepts workers", daemon=True)
         self._accepting.start()
@@ -75,8 +76,9 @@ class Listener:
 
     def close(self) -> None:
         """Listens no more, ends all connections, and waits for their threads (10 s at most)."""
-        if not self._accepting.is_alive():
+        if self._closed:
             return
+        self._closed = True
         self._waker.send(b"x")
         self._accepting.join()
         for sock in (self._socket, self._wake, self._waker):
