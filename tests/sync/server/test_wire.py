@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 import tracemalloc
@@ -224,6 +225,15 @@ def test_who_connects_waits_for_a_listener_that_is_still_starting():
         time.sleep(0.3)
         with Listener(echo, port=port):
             assert done.get(timeout=30) is None
+
+
+def test_a_silent_machine_is_found_out_and_nothing_small_waits():
+    with pair() as ends:
+        for sock in (end._stream._socket for end in ends):
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
