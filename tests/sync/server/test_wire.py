@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from shoal.sync.server.wire import FrameError, Limits, Listener, connect
-from tests.sync.server.peers import TRUSTED, echo, eventually, in_thread, pair
+from tests.sync.server.peers import TRUSTED, echo, ended, eventually, in_thread, pair
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool]
 
@@ -214,6 +214,29 @@ def test_no_more_connections_than_agreed_on_and_their_places_come_back():
             third.send(b"in", timeout=20)
             assert third.receive(timeout=20).header == b"in"
         assert listener.ended["full"] == 1
+
+
+@pytest.mark.parametrize("refused", ["socket", "thread"])
+def test_the_listener_goes_on_when_the_system_has_no_more_to_give(refused: str, monkeypatch: pytest.MonkeyPatch):
+    def no_socket(*_: object, **__: object) -> None:
+        raise OSError("Too many open files")
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Listener(echo) as listener:
+        with monkeypatch.context() as patch:
+            if refused == "socket":
+                patch.setattr("shoal.sync.server.wire.listener.configure", no_socket)
+            else:
+                patch.setattr(threading.Thread, "start", no_thread)
+            with socket.create_connection(listener.address) as sock:
+                sock.settimeout(20)
+                assert ended(sock)
+            assert eventually(lambda: listener.ended["not accepted"] == 1)
+        with connect(*listener.address, timeout=20) as worker:
+            worker.send(b"in", timeout=20)
+            assert worker.receive(timeout=20).header == b"in"
 
 
 def test_who_connects_waits_for_a_listener_that_is_still_starting():

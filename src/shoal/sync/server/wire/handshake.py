@@ -68,7 +68,7 @@ def ask(stream: Stream, token: str, name: str, fingerprint: bytes, deadline: flo
         raise JobError("the listener has as many connections as it takes", where=stream.peer, fix="start fewer workers")
     if verdict != _WELCOME or not hmac.compare_digest(proof, _code(token, "server", said)):
         who = "the listener refuses this side's job token" if verdict else "the listener does not know the job token"
-        raise JobError(who, where=stream.peer, fix="give both sides the same token (and the same TLS files)")
+        raise JobError(who, where=stream.peer, fix="give both sides the same token")
     return Session(_code(token, "client to server", said), _code(token, "server to client", said), bool(checked), name)
 
 
