@@ -79,6 +79,11 @@ def ended(sock: socket.socket) -> bool:
     return True
 
 
+def serving() -> int:
+    """Threads of listeners in this process."""
+    return sum(thread.name.startswith(("accepts", "serves")) for thread in threading.enumerate())
+
+
 def eventually(condition: Callable[[], Any], seconds: float = 20.0) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
