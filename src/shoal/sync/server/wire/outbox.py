@@ -1,0 +1,59 @@
+"""Answers to a peer that somebody else's thread gives, who must not wait for that peer."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from shoal.sync.server.wire.connection import Connection
+
+
+class Outbox:
+    """Frames without buffers on their way to one peer, in order, sent by a thread of its own until `close`.
+
+    most: frames that may wait; a peer that reads too slowly for that loses its connection. timeout: seconds for each.
+    """
+
+    def __init__(self, connection: Connection, *, most: int = 64, timeout: float = 60.0):
+        self._connection, self._most, self._timeout = connection, most, timeout
+        self._waiting: deque[bytes] = deque()
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._send, name=f"answers {connection.peer}", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def put(self, header: bytes) -> None:
+        """Returns at once. ConnectionError where the connection has ended, or ends now because too many wait."""
+        with self._changed:
+            if len(self._waiting) >= self._most:
+                self._connection.close()
+            if self._connection.ended:
+                raise ConnectionError(f"lost the connection with {self._connection.peer}, which takes no more answers")
+            self._waiting.append(header)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Sends what waits, unless the connection has ended, and ends the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _send(self) -> None:
+        while (header := self._next()) is not None:
+            try:
+                self._connection.send(header, timeout=self._timeout)
+            except OSError:
+                # Told to whoever receives from this peer, and to whoever puts the next one in.
+                return self._connection.close()
+
+    def _next(self) -> bytes | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            return self._waiting.popleft() if self._waiting else None

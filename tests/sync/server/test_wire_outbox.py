@@ -1,0 +1,73 @@
+"""Answers that are put into an outbox arrive in order, and a slow peer holds up nobody but itself."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from shoal.sync.server.wire import Outbox
+from tests.sync.server.peers import in_thread, pair
+
+
+@pytest.fixture
+def two():
+    with pair() as ends:
+        yield ends
+
+
+def test_answers_of_several_threads_arrive_each_in_its_order(two):
+    worker, server = two
+    with Outbox(server, most=1000) as outbox:
+
+        def answer(who: int) -> None:
+            for number in range(100):
+                outbox.put(bytes([who, number]))
+
+        threads = [threading.Thread(target=answer, args=(who,)) for who in range(4)]
+        for thread in threads:
+            thread.start()
+        answers = [worker.receive(timeout=20).header for _ in range(400)]
+        for thread in threads:
+            thread.join()
+    for who in range(4):
+        assert [number for name, number in answers if name == who] == list(range(100))
+
+
+def test_what_waits_is_sent_before_the_end(two):
+    worker, server = two
+    with Outbox(server, most=1000) as outbox:
+        for number in range(200):
+            outbox.put(b"%d" % number)
+    assert not outbox._thread.is_alive()
+    assert [worker.receive(timeout=20).header for _ in range(200)] == [b"%d" % number for number in range(200)]
+
+
+def put_on(outbox: Outbox, header: bytes, pause: float = 0.0) -> None:
+    """Until it fails, or for 20 seconds."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        outbox.put(header)
+        time.sleep(pause)
+
+
+def test_a_peer_that_takes_no_answers_loses_its_connection_and_holds_nobody_up(two):
+    worker, server = two
+    with Outbox(server, most=8) as outbox:
+        start = time.monotonic()
+        with pytest.raises(ConnectionError, match=r"worker 1 .*takes no more answers"):
+            put_on(outbox, bytes(1 << 20))
+        assert time.monotonic() - start < 10
+    assert not outbox._thread.is_alive()
+    with in_thread(lambda: [worker.receive(timeout=20) for _ in range(100)]) as received:
+        assert isinstance(received.get(timeout=30), ConnectionError)
+
+
+def test_a_peer_that_is_gone(two):
+    worker, server = two
+    with Outbox(server) as outbox:
+        worker.close()
+        with pytest.raises(ConnectionError, match="worker 1"):
+            put_on(outbox, b"answer", 0.001)
+    assert not outbox._thread.is_alive()
