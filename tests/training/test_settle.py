@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+import types
 from dataclasses import replace
 from itertools import combinations, pairwise
 from math import prod
@@ -11,7 +12,7 @@ from math import prod
 import pytest
 
 from shoal.job import Layout, parse, read
-from shoal.models.spec import ParameterSpec, block_parameters
+from shoal.models.spec import ParameterSpec, block_parameters, count
 from shoal.observe import metrics
 from shoal.training import measure, settle
 from tests.equivalence.cases import DEEPSEEK, EVEN, VOCAB
@@ -204,3 +205,20 @@ def test_a_run_measures_its_stages_once(train, tiny, tmp_path):
     assert log.count("stages by measured cost") == 1
     assert f"stages by measured cost: {found.layout.stages} (embedding" in log
     assert (tmp_path / "run" / "job.toml").read_text() == written
+
+
+def test_a_codec_is_chosen_for_what_a_rank_sends_and_is_in_the_runs_job(monkeypatch, train, tiny, tmp_path):
+    numbers = []
+
+    def choosing(options, mesh, number, say):
+        numbers.append(number)
+        return "int8"
+
+    monkeypatch.setattr(settle, "choose", choosing)
+    there = types.SimpleNamespace(layout=Layout.parse("replicas=2,fsdp=2"))
+    job = tiny(tmp_path, sync={"codec": "auto"}, model={"vocab_size": 256})
+    assert settle.settle(job, there, [None], print).sync.codec == "int8"
+    assert numbers == [count(job.model) // 2]
+    train(tiny(tmp_path / "run", "replicas=2", train={"steps": 2}, sync={"codec": "auto"}))
+    assert read(tmp_path / "run/job.toml").sync.codec == "none"
+    assert "codec none: all replicas are on this machine" in (tmp_path / "run/log.txt").read_text()

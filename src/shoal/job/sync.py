@@ -18,7 +18,8 @@ class SyncOptions:
     SGD, DiLoCo; docs/local-steps.md). `gossip`: the same, but every replica averages with one other, another one each
     time (docs/gossip.md)."""
     codec: str = "none"
-    """How gradients are written on their way between replicas: `none` = as they are; `bf16` or `fp16` = in half the
+    """How gradients are written on their way between replicas: `none` = as they are; `auto` = `none`, `bf16` or `int8`,
+    by what an exchange takes at the start of the run; `bf16` or `fp16` = in half the
     bytes, `int8`, `int4`, `int2`, `sign` = in 8, 4, 2, 1 bits and a scale for every 64 numbers; `topk:SHARE` = the
     largest, `randomk:SHARE` = some, `dct:SHARE` = the largest of their cosine transform, each also rounded, as in
     `topk:0.05+int2`. With `:unbiased`, `int8`, `int4` and `randomk:SHARE` are right on average (docs/codecs.md).
@@ -68,7 +69,7 @@ class SyncOptions:
 
     def validate(self) -> None:
         one_of("sync.name", self.name, ("allreduce", "local", "gossip"))
-        if self.codec != "none":
+        if self.codec not in ("none", "auto"):
             self._validate_codec()
         positive("sync.bucket_mib", self.bucket_mib)
         positive("sync.timeout", self.timeout)

@@ -115,7 +115,7 @@ def check(
     processes = _processes(processes, named)
     job = architecture(absolute_paths(job))
     prepared = prepare(job.data, say=say)
-    if job.sync.codec != "none":
+    if job.sync.codec not in ("none", "auto"):
         say(f"sync.codec={job.sync.codec} rounds each replica's gradient, so no two layouts agree: checked without")
     if job.sync.name != "allreduce":
         say(f"sync.name={job.sync.name} lets replicas differ, so no two layouts agree: checked with allreduce")

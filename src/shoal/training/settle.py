@@ -16,7 +16,9 @@ from shoal.job import Job
 from shoal.job.fits import excluded
 from shoal.job.layout import MEASURED
 from shoal.mesh import Mesh
+from shoal.models.spec import count
 from shoal.parallel.stages import balance, measured_costs
+from shoal.sync.choose import choose
 from shoal.training import measure
 
 # Compiling is tried only where the run is long enough for it to matter, in seconds of uncompiled computing.
@@ -24,7 +26,7 @@ _TRY_COMPILE = 90.0
 
 
 def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None]) -> Job:
-    """The job with precision, compile and stages decided, by measuring a few of its blocks on real batches.
+    """The job with precision, compile, stages and codec decided, by measuring a few of its blocks on real batches.
 
     batches: the micro-batches of this rank's first step. Raises nothing that is not raised on all ranks, whatever they
     measured: the job is the same everywhere.
@@ -39,6 +41,9 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
     assert job.layout is not None
     if job.layout.stages == MEASURED:
         job = replace(job, layout=replace(job.layout, stages=_stages(job, mesh, batches[0], say)))
+    if job.sync.codec == "auto":
+        numbers = count(job.model) // mesh.layout.ranks_per_replica
+        job = replace(job, sync=replace(job.sync, codec=choose(job.sync, mesh, numbers, say)))
     return job
 
 

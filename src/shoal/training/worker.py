@@ -121,7 +121,7 @@ def _parts(
     job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None], fresh: bool
 ) -> Parts:
     """Model, optimizer and sync, with every `auto` of the job resolved on the way. fresh: as for `assemble`."""
-    if job.sync.codec != "none" and ranks.layout.replicas == 1:
+    if job.sync.codec not in ("none", "auto") and ranks.layout.replicas == 1:
         say(f"sync.codec={job.sync.codec} does nothing here: one replica has no other to send gradients to")
     batch = on_device(training.batch(0, ranks.reader, ranks.layout.readers), ranks.device)
     batches = micro_batches(batch, ranks.layout.micro_batch)

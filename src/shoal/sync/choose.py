@@ -1,0 +1,74 @@
+"""`codec = auto`: which codec pays on this network, by trying them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal import device
+from shoal.job.sync import SyncOptions
+from shoal.mesh import Mesh
+from shoal.sync.codec import codec_of
+from shoal.sync.encoded import EncodedSum
+
+# What it may be: little enough is lost, and fed back, that nobody need look after it. Fewer bits are the user's choice.
+_CODECS = ("bf16", "int8")
+# A codec that saves less of an exchange than this share is not worth what it loses.
+_LEAST = 0.3
+# Numbers of the first trial; more, four times as many each time, until one takes so many seconds: a short one is over
+# before a link's buffers are full, and fast links need long ones to be more than latency.
+_FIRST, _LONG_ENOUGH = 1 << 14, 0.2
+
+
+def choose(options: SyncOptions, mesh: Mesh, numbers: int, say: Callable[[str], None]) -> str:
+    """`none`, `bf16` or `int8`. All ranks call it and get the same. numbers: that a rank sums with other replicas."""
+    if mesh.layout.replicas == 1:
+        say("codec none: there is one replica")
+        return "none"
+    if mesh.seat.neighbours == mesh.seat.world:
+        say("codec none: all replicas are on this machine")
+        return "none"
+    seconds, size = 0.0, _FIRST
+    while True:
+        seconds = _agreed(mesh, partial(_sum, mesh), size)
+        if seconds >= _LONG_ENOUGH or size >= numbers:
+            break
+        size *= 4
+    found = {"none": seconds * numbers / size}
+    for name in _CODECS if options.feedback else _CODECS[:1]:
+        found[name] = _agreed(mesh, partial(_encoded, mesh, EncodedSum(codec_of(name))), size) * numbers / size
+    best = min(found, key=lambda name: found[name])
+    if found[best] > (1 - _LEAST) * found["none"]:
+        best = "none"
+    told = ", ".join(f"{name} {_short(value)}" for name, value in found.items())
+    say(f"codec {best}: an exchange between replicas would take {told}")
+    return best
+
+
+def _agreed(mesh: Mesh, operation: Callable[[Tensor], None], size: int) -> float:
+    """Seconds that it takes the slowest rank with so many numbers, once it has been done with a few."""
+    operation(torch.ones(64 * mesh.layout.replicas, device=mesh.device))
+    flat_N = torch.ones(size, device=mesh.device)
+    mesh.largest(0.0)  # all begin together
+    start = time.perf_counter()
+    operation(flat_N)
+    device.synchronize(mesh.device)
+    return mesh.largest(time.perf_counter() - start)
+
+
+def _sum(mesh: Mesh, flat_N: Tensor) -> None:
+    mesh.wait(dist.all_reduce(flat_N, group=mesh.across_replicas, async_op=True))
+
+
+def _encoded(mesh: Mesh, summing: EncodedSum, flat_N: Tensor) -> None:
+    summing.start(flat_N, mesh.across_replicas)
+    summing.finish(mesh.across_replicas, mesh.wait)
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
