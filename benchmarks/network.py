@@ -59,7 +59,8 @@ BASELINE = "ddp/none"
 METHODS = [
     BASELINE,
     *(f"ddp/powersgd:{rank}" for rank in (1, 2, 4, 8)),
-    *(f"allreduce/{c}" for c in ("none", "bf16", "fp16")),
+    *(f"allreduce/{c}" for c in ("none", "bf16", "fp16", "int8", "int4", "topk:0.05+int2", "topk:0.01+int2")),
+    *(f"local:every=50/{c}" for c in ("none", "int8")),
 ]
 TIMED = 20
 _DAY = 86400.0

@@ -139,7 +139,8 @@ class Shoal:
         assert applied.applied, "the loss or the gradient is not finite"
 
     def loss(self, rows: int) -> float:
-        return validate(self.parts, self.held_out, rows).nats
+        with self.parts.sync.agreed():
+            return validate(self.parts, self.held_out, rows).nats
 
 
 class ByHand:

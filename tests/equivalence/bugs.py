@@ -233,7 +233,7 @@ def plant_in_experts(parts: Parts, bug: str) -> None:
         for layer in layers:
             layer._watch = _without_scale(layer)
     elif bug == "counts of one rank":
-        replica._balance.move = lambda mesh: [layer.rebalance_(layer.take_usage().counts_E) for layer in layers]
+        replica._balance.move = lambda *_: [layer.rebalance_(layer.take_usage().counts_E) for layer in layers]
     elif bug == "statistics of a rank's part of the row":
         for layer in layers:
             layer.row = None

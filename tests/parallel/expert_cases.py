@@ -184,7 +184,7 @@ def used(seat: meshes.Seat, layout: str, model: str, steps: int, alone: bool = F
         parts = assemble(what, mesh)
         if alone:
             move = parts.replica._balance.move
-            parts.replica._balance.move = lambda mesh: move(SimpleNamespace(world=1, device=mesh.device))
+            parts.replica._balance.move = lambda mesh, counting: move(mesh, None)
         found = []
         for step in range(steps):
             parts.sync.begin(step)

@@ -16,13 +16,13 @@ from shoal.mesh import Mesh
 from shoal.sync.codec import codec_of
 from shoal.sync.encoded import EncodedSum
 
-# What it may be: little enough is lost, and fed back, that nobody need look after it. Fewer bits are the user's choice.
-_CODECS = ("bf16", "int8")
+# What it may be, the first that saves enough: little is lost, and fed back. Fewer bits are the user's choice.
+_CODECS = ("int8", "bf16")
 # A codec that saves less of an exchange than this share is not worth what it loses.
 _LEAST = 0.3
-# Numbers of the first trial; more, four times as many each time, until one takes so many seconds: a short one is over
-# before a link's buffers are full, and fast links need long ones to be more than latency.
-_FIRST, _LONG_ENOUGH = 1 << 14, 0.2
+# Numbers of the first trial; four times as many each time, until one takes so many seconds: a short one is over before
+# a link's buffers are full and connections have found their pace, and on a fast link it is latency.
+_FIRST, _LONG_ENOUGH = 1 << 14, 0.3
 
 
 def choose(options: SyncOptions, mesh: Mesh, numbers: int, say: Callable[[str], None]) -> str:
@@ -33,15 +33,11 @@ def choose(options: SyncOptions, mesh: Mesh, numbers: int, say: Callable[[str], 
     if mesh.seat.neighbours == mesh.seat.world:
         say("codec none: all replicas are on this machine")
         return "none"
-    seconds, size = 0.0, _FIRST
-    while True:
-        seconds = _agreed(mesh, partial(_sum, mesh), size)
-        if seconds >= _LONG_ENOUGH or size >= numbers:
+    found = {"none": _seconds(mesh, partial(_sum, mesh), numbers)}
+    for name in _CODECS if options.feedback else _CODECS[-1:]:
+        found[name] = _seconds(mesh, partial(_encoded, mesh, EncodedSum(codec_of(name))), numbers)
+        if found[name] <= (1 - _LEAST) * found["none"]:
             break
-        size *= 4
-    found = {"none": seconds * numbers / size}
-    for name in _CODECS if options.feedback else _CODECS[:1]:
-        found[name] = _agreed(mesh, partial(_encoded, mesh, EncodedSum(codec_of(name))), size) * numbers / size
     best = min(found, key=lambda name: found[name])
     if found[best] > (1 - _LEAST) * found["none"]:
         best = "none"
@@ -50,9 +46,17 @@ def choose(options: SyncOptions, mesh: Mesh, numbers: int, say: Callable[[str], 
     return best
 
 
-def _agreed(mesh: Mesh, operation: Callable[[Tensor], None], size: int) -> float:
-    """Seconds that it takes the slowest rank with so many numbers, once it has been done with a few."""
-    operation(torch.ones(64 * mesh.layout.replicas, device=mesh.device))
+def _seconds(mesh: Mesh, operation: Callable[[Tensor], None], numbers: int) -> float:
+    """That an exchange of so many numbers takes, by that of fewer."""
+    size = _FIRST
+    _trial(mesh, operation, size)  # opens connections
+    while (seconds := _trial(mesh, operation, size)) < _LONG_ENOUGH and size < numbers:
+        size *= 4
+    return seconds * numbers / size
+
+
+def _trial(mesh: Mesh, operation: Callable[[Tensor], None], size: int) -> float:
+    """Seconds that it takes the slowest rank."""
     flat_N = torch.ones(size, device=mesh.device)
     mesh.largest(0.0)  # all begin together
     start = time.perf_counter()
