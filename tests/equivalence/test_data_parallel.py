@@ -1,4 +1,4 @@
-"""One answer: every data-parallel layout computes what one process computes (DESIGN §1.2)."""
+"""One answer: every data-parallel layout computes what one process computes."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ from shoal.job.every import layouts
 from shoal.job.fits import EXCLUDED, _divisors, enough, fewest
 from shoal.job.layout import AXES, SCHEDULES
 from shoal.job.model import ModelOptions
+from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
 
 
@@ -24,11 +25,13 @@ def job(layout: str, heads: int = 4, keys: int = 2, blocks: int = 4, length: int
     model = ModelOptions(
         num_attention_heads=heads, num_key_value_heads=keys, num_hidden_layers=blocks, vocab_size=64, head_dim=8
     )
+    sync = SyncOptions(**train.pop("sync", {}))
     return Job(
         layout=Layout.parse(layout),
         model=model,
         data=DataOptions(sequence_length=length),
         train=TrainOptions(steps=1, global_batch=batch, **train),
+        sync=sync,
     )
 
 
@@ -168,6 +171,10 @@ REFUSED = {
     "train.compile=on": ("pipeline=2,schedule=zbv", {"compile": "on"}),
     "recompute=block": ("pipeline=2,schedule=zbv,recompute=block", {}),
     "train.attention_dropout": ("context=2", {"attention_dropout": 0.1}),
+    "tensor, pipeline or experts on several ranks": (
+        "replicas=2,tensor=2",
+        {"sync": {"name": "local", "codec": "int8"}},
+    ),
 }
 
 

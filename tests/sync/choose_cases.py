@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from shoal import mesh as meshes
 from shoal.job import Layout
-from shoal.job.sync import SyncOptions
-from shoal.sync.choose import choose
+from shoal.sync.choose import CODECS, choose
 
 
 def chosen(seat: meshes.Seat, numbers: int) -> tuple[str, list[str]]:
@@ -16,6 +15,6 @@ def chosen(seat: meshes.Seat, numbers: int) -> tuple[str, list[str]]:
     try:
         mesh.seat = replace(seat, neighbours=1)
         said: list[str] = []
-        return choose(SyncOptions(), mesh, numbers, said.append), said
+        return choose(mesh, CODECS, numbers, said.append), said
     finally:
         mesh.close()

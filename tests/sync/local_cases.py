@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -245,5 +246,23 @@ def bytes_of_steps(seat: meshes.Seat, sync: dict[str, Any], codec: str, steps: i
             told.append((after.sent - before.sent, after.received - before.received))
         numbers = sum(shard.local.numel() for shard in parts.replica.held())
         return [*told, (numbers, numbers)]
+    finally:
+        mesh.close()
+
+
+def saved_by(seat: meshes.Seat, layout: str, sync: dict[str, Any], model: str) -> dict[str, tuple[int, int]]:
+    """Of each tensor of the state after a step: how many numbers it has, and how many this rank would save."""
+    torch.set_num_threads(1)
+    what = job(layout, 5, sync, model=model, tied=False)
+    assert what.layout is not None
+    mesh = meshes.build(what.layout, seat, timeout=60)
+    try:
+        parts = assemble(what, mesh)
+        take_steps(parts, 1)
+        found: dict[str, tuple[int, int]] = {}
+        for shard in parts.sync.state().shards:
+            before = found.get(shard.name, (0, 0))[1]
+            found[shard.name] = math.prod(shard.global_shape), before + shard.local.numel() * shard.owner
+        return found
     finally:
         mesh.close()

@@ -7,7 +7,6 @@ import types
 import pytest
 
 from shoal.job import Layout
-from shoal.job.sync import SyncOptions
 from shoal.sync import choose
 
 
@@ -37,7 +36,7 @@ def network(monkeypatch, seconds: dict[str, float]) -> list[tuple[str, int]]:
 def test_the_first_that_saves_enough(monkeypatch, int8, bf16, chosen):
     tried = network(monkeypatch, {"none": 1e-6, "Bf16": bf16 * 1e-6, "Integers": int8 * 1e-6})
     said: list[str] = []
-    assert choose.choose(SyncOptions(), mesh(), 10_000_000, said.append) == chosen
+    assert choose.choose(mesh(), choose.CODECS, 10_000_000, said.append) == chosen
     # 1.05 s at 2²⁰ numbers: long enough.
     assert [size for name, size in tried if name == "none"] == [1 << 14, 1 << 14, 1 << 16, 1 << 18, 1 << 20]
     assert all(size <= 1 << 22 for _, size in tried)
@@ -48,13 +47,8 @@ def test_the_first_that_saves_enough(monkeypatch, int8, bf16, chosen):
 
 def test_no_more_than_there_is_to_send(monkeypatch):
     tried = network(monkeypatch, {"none": 1e-9, "Bf16": 1e-9, "Integers": 1e-9})
-    assert choose.choose(SyncOptions(), mesh(), 100_000, lambda line: None) == "none"
+    assert choose.choose(mesh(), choose.CODECS, 100_000, lambda line: None) == "none"
     assert max(size for _, size in tried) == 1 << 18
-
-
-def test_without_feedback_nothing_below_16_bits(monkeypatch):
-    network(monkeypatch, {"none": 1e-6, "Bf16": 0.5e-6})
-    assert choose.choose(SyncOptions(feedback=False), mesh(), 1000, lambda line: None) == "bf16"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +57,7 @@ def test_without_feedback_nothing_below_16_bits(monkeypatch):
 def test_where_there_is_nothing_to_gain_nothing_is_tried(monkeypatch, given, reason):
     monkeypatch.delattr(choose, "_trial")
     said: list[str] = []
-    assert choose.choose(SyncOptions(), mesh(**given), 1000, said.append) == "none"
+    assert choose.choose(mesh(**given), choose.CODECS, 1000, said.append) == "none"
     assert reason in said[0]
 
 

@@ -31,6 +31,8 @@ CASES = [
 
 
 def near(told: list[tuple[str, list[int], Any]], expected: dict[str, Any], what: str) -> None:
+    assert {name for name, _, _ in told} <= expected.keys()
+    assert told
     for name, offsets, values in told:
         piece, like = torch.tensor(values, dtype=torch.float64), expected[name]
         if piece.numel():
@@ -109,3 +111,19 @@ def test_nothing_is_sent_between_outer_steps(ranks):
                 least = 2 * 2 / 3 * size * numbers if step % 3 == 0 else 0
                 assert least <= sent <= 1.05 * least + 3000, (codec, step)
                 assert least <= received <= 1.05 * least + 3000, (codec, step)
+
+
+@pytest.mark.parametrize("name", ["local", "gossip"])
+@pytest.mark.parametrize(
+    "layout", ["replicas=2,fsdp=2,micro_batch=1", "replicas=2,tensor=2,micro_batch=2", "replicas=3"]
+)
+def test_every_number_of_the_state_is_saved_once(ranks, name, layout):
+    """Also biases that no gradient reaches, of which every rank has all."""
+    world = cases.Layout.parse(layout).world
+    told = ranks.run(
+        "tests.sync.local_cases:saved_by", world, layout=layout, sync={"name": name, "every": 2}, model="deepseek"
+    )
+    names = set().union(*told)
+    assert any("weight@1." in n and n.endswith("e_score_correction_bias") for n in names)
+    for n in names:
+        assert sum(of_rank[n][1] for of_rank in told if n in of_rank) == next(r[n][0] for r in told if n in r), n

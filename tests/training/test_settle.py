@@ -210,15 +210,21 @@ def test_a_run_measures_its_stages_once(train, tiny, tmp_path):
 def test_a_codec_is_chosen_for_what_a_rank_sends_and_is_in_the_runs_job(monkeypatch, train, tiny, tmp_path):
     numbers = []
 
-    def choosing(options, mesh, number, say):
-        numbers.append(number)
-        return "int8"
+    def choosing(mesh, codecs, number, say):
+        numbers.append((number, codecs))
+        return codecs[0]
 
     monkeypatch.setattr(settle, "choose", choosing)
     there = types.SimpleNamespace(layout=Layout.parse("replicas=2,fsdp=2"))
     job = tiny(tmp_path, sync={"codec": "auto"}, model={"vocab_size": 256})
     assert settle.settle(job, there, [None], print).sync.codec == "int8"
-    assert numbers == [count(job.model) // 2]
+    assert numbers.pop() == (count(job.model) // 2, ["int8", "bf16"])
+    # Where fewer bits are refused, or are not fed back.
+    shared = replace(job, layout=Layout.parse("replicas=2,tensor=2"), sync=replace(job.sync, name="local"))
+    coarse = replace(job, sync=replace(job.sync, feedback=False))
+    for other in (shared, coarse):
+        assert settle.settle(other, there, [None], print).sync.codec == "bf16"
+    monkeypatch.undo()
     train(tiny(tmp_path / "run", "replicas=2", train={"steps": 2}, sync={"codec": "auto"}))
     assert read(tmp_path / "run/job.toml").sync.codec == "none"
     assert "codec none: all replicas are on this machine" in (tmp_path / "run/log.txt").read_text()

@@ -55,6 +55,17 @@ EXCLUDED = (
         "tensor or fsdp instead of context, or train.attention_dropout=0",
         lambda job, layout: layout.context > 1 and job.train.attention_dropout > 0,
     ),
+    Excluded(
+        "sync.name=local with a sync.codec other than bf16",
+        "tensor, pipeline or experts on several ranks",
+        "ranks of a replica that have the same weights would each decode others, with what lies beside them",
+        "sync.codec=bf16, or fsdp or context instead",
+        lambda job, layout: (
+            job.sync.name == "local"
+            and job.sync.codec not in ("none", "bf16", "auto")
+            and max(layout.tensor, layout.pipeline, layout.ranks_per_replica if job.model.num_experts else 1) > 1
+        ),
+    ),
 )
 """All pairs that are refused; docs/layouts.md lists them, and a test counts them there."""
 

@@ -30,7 +30,7 @@ class SyncOptions:
     gradients once more, and of sums one part in as many as there are replicas; of both twice as much during a step.
     Checkpoints hold it."""
     every: int = 50
-    """local, gossip: steps of its own between two outer steps."""
+    """local, gossip: steps between two exchanges of the same numbers."""
     outer_lr: float = 0.7
     """local, gossip: learning rate of the outer optimizer; 1, with `outer_momentum` 0, averages weights."""
     outer_momentum: float = -1.0

@@ -61,7 +61,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
 
         def stopping(name: str) -> None:
             stopped.append(name)
-            say(f"{name}: ends after this step, saved (before the first one: at once); once more to kill")
+            say(f"{name}: ends after this {_unit(job)}, saved (before the first one: at once); once more to kill")
 
         with attend(folder), _broken_off(folder):
             figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
@@ -70,6 +70,11 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
             return Result(**local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks))
     finally:
         ranks.close()
+
+
+def _unit(job: Job) -> str:
+    """After which all ranks know that one was asked to stop."""
+    return {"local": "round", "gossip": "round, or some more"}.get(job.sync.name, "step")
 
 
 @contextlib.contextmanager

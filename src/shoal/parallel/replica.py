@@ -120,9 +120,9 @@ class Replica(Generic[B]):
         """Equal pieces lie in every replica; they take turns in saving them."""
         for index, shard in enumerate(self._shards):
             shard.owner = shard.counted and index % self.mesh.layout.replicas == self.mesh.replica
-        first = (self.mesh.replica, self.mesh.fsdp, self.mesh.context, self.mesh.tensor) == (0, 0, 0, 0)
+        first = (self.mesh.fsdp, self.mesh.context, self.mesh.tensor) == (0, 0, 0)
         for state in self._states:
-            state.owner = first
+            state.counted, state.owner = first, first and self.mesh.replica == 0
 
     def move(self, mesh: Mesh) -> None:
         """The same pieces in another mesh, after a change in the number of replicas."""

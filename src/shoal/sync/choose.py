@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,13 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from shoal import device
-from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
 from shoal.sync.codec import codec_of
 from shoal.sync.encoded import EncodedSum
 
-# What it may be, the first that saves enough: little is lost, and fed back. Fewer bits are the user's choice.
-_CODECS = ("int8", "bf16")
+CODECS = ("int8", "bf16")
+"""What it may be: little is lost, and fed back. Fewer bits are the user's choice."""
 # A codec that saves less of an exchange than this share is not worth what it loses.
 _LEAST = 0.3
 # Numbers of the first trial; four times as many each time, until one takes so many seconds: a short one is over before
@@ -25,8 +24,11 @@ _LEAST = 0.3
 _FIRST, _LONG_ENOUGH = 1 << 14, 0.3
 
 
-def choose(options: SyncOptions, mesh: Mesh, numbers: int, say: Callable[[str], None]) -> str:
-    """`none`, `bf16` or `int8`. All ranks call it and get the same. numbers: that a rank sums with other replicas."""
+def choose(mesh: Mesh, codecs: Sequence[str], numbers: int, say: Callable[[str], None]) -> str:
+    """The first of these that saves enough, or `none`. All ranks call it and get the same.
+
+    numbers: that a rank sums with other replicas.
+    """
     if mesh.layout.replicas == 1:
         say("codec none: there is one replica")
         return "none"
@@ -34,7 +36,7 @@ def choose(options: SyncOptions, mesh: Mesh, numbers: int, say: Callable[[str], 
         say("codec none: all replicas are on this machine")
         return "none"
     found = {"none": _seconds(mesh, partial(_sum, mesh), numbers)}
-    for name in _CODECS if options.feedback else _CODECS[-1:]:
+    for name in codecs:
         found[name] = _seconds(mesh, partial(_encoded, mesh, EncodedSum(codec_of(name))), numbers)
         if found[name] <= (1 - _LEAST) * found["none"]:
             break

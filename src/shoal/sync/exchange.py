@@ -53,10 +53,11 @@ class Exchange:
         def of(index: int, shards: list[Shard]) -> list[Shard]:
             return [shard for shard in shards if fragment_of(shard.name, options.fragments) == index]
 
-        self.fragments = [Fragment(of(i, learned), of(i, fixed)) for i in range(options.fragments)]
+        self.fragments = [Fragment(of(i, learned), of(i, fixed), mesh.device) for i in range(options.fragments)]
         self.travelling: dict[int, _Travelling] = {}
         alone = mesh.layout.replicas == 1
-        self._sums = [EncodedSum(codec or Plain(), codec is not None and options.feedback) for _ in self.fragments]
+        feedback = codec is not None and options.feedback and not alone
+        self._sums = [EncodedSum(codec or Plain(), feedback) for _ in self.fragments]
         # What travels together of each fragment.
         self._places = [[] if alone else self._split(fragment.common_N) for fragment in self.fragments]
         # Loss and weight of this rank's batches since the last outer step.
@@ -184,9 +185,12 @@ class Exchange:
         fragment, feedback, first = self.fragments[index], self._sums[index].feedback, 0
         assert feedback is not None
         own_N, sums_N = torch.zeros_like(fragment.common_N), torch.zeros_like(fragment.common_N)
+        sent = self.travelling.get(index)
+        # What is on its way will count where it is finite, as all ranks see in the same numbers.
+        counts = sent is not None and bool(sent.moved_N.isfinite().all())
         for place in self._places[index]:
             for residuals, flat_N in ((feedback.own, own_N), (feedback.sums, sums_N)):
-                if (kept := residuals.newest(place)) is not None:
+                if (kept := residuals.newest(place) if counts else residuals.kept.get(place)) is not None:
                     start = first + kept.first
                     flat_N[start : start + len(kept.numbers_N)] = kept.numbers_N
             first += place.size
@@ -194,9 +198,11 @@ class Exchange:
             self.mesh.wait(dist.all_reduce(sums_N, group=self.mesh.across_replicas, async_op=True))
         return Lost(fragment.shards, own_N, sums_N)
 
-    def lose(self, losses: list[Lost]) -> None:
-        """As `unsent` told it, once, of all fragments."""
+    def lose(self, losses: list[Lost], replicas: int) -> None:
+        """As `unsent` told it of all fragments, when there were so many replicas: among which the sum was divided."""
         for index, lost in enumerate(losses):
+            for flat_N in lost[1:]:
+                flat_N.mul_(self.mesh.layout.replicas / replicas)
             feedback, first = self._sums[index].feedback, 0
             assert feedback is not None
             for place in self._places[index]:

@@ -16,10 +16,10 @@ class Fragment:
     learned: those that gradients reach. fixed: those that move otherwise; of them replicas take the mean.
     """
 
-    def __init__(self, learned: list[Shard], fixed: list[Shard]):
+    def __init__(self, learned: list[Shard], fixed: list[Shard], device: torch.device):
         self.learned = [s for s in learned if s.local.numel()]
         self.shards = [*self.learned, *(s for s in fixed if s.local.numel())]
-        like = self.shards[0].local if self.shards else torch.empty(0)
+        like = self.shards[0].local if self.shards else torch.empty(0, device=device)
         self.common_N = like.new_zeros(sum(s.local.numel() for s in self.shards))
         self.velocity_n = like.new_zeros(sum(s.local.numel() for s in self.learned))
 

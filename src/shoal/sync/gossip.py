@@ -50,7 +50,7 @@ class Gossip:
         self.replica, self.update = replica, update
         replica.on_bucket(lambda *_: None)
         learned = replica.shards()
-        self.slow = Fragment(learned, replica.held()[len(learned) :])
+        self.slow = Fragment(learned, replica.held()[len(learned) :], self.mesh.device)
 
     def begin(self, step: int) -> Version:
         """Nothing to wait for: a replica goes on from its own weights."""
@@ -239,13 +239,14 @@ class Gossip:
     def wanted(self, what: Manifest) -> list[Shard]:
         """What to fill from a checkpoint, before `restore`.
 
-        A replica that is new begins with the mean of all, and with the optimizer's state of one that was there.
+        A replica that is new begins with the mean of all, and with the optimizer's state of one that was there. So do
+        all where there are fewer, or what others had learned would be lost.
         """
         values = what.values
         replicas, mine = saved.replicas_apart(values), self.mesh.replica
         if not replicas or values["sync"]["kind"] != "gossip":
             return saved.equal(self.replica, self.update, values)
-        if mine < replicas:
+        if mine < replicas <= self.mesh.layout.replicas:
             return self._own(mine)
         moments = saved.own(mine % replicas, self.update.state())
         return [*self.replica.held(), *self.slow.common(), *moments]

@@ -71,6 +71,8 @@ class Local:
     def _part(self) -> None:
         """From here on gradients stay in the replica."""
         self._apart = True
+        # With all that it kept for gradients.
+        self._together = AllReduce(self.mesh, self.clip)
         self.replica.on_bucket(lambda *_: None)
 
     def end(self, tally: Tally) -> Applied:
@@ -200,8 +202,8 @@ class Local:
         yield from self._losses(what)
 
     def _losses(self, what: Manifest) -> Iterator[Shard]:
-        """What a codec had lost. With however many replicas, its sum stays what it was: that of replica r goes to r
-        modulo their number."""
+        """What a codec had lost. With however many replicas, it still does the same to the common weights: that of
+        replica r goes to r modulo their number."""
         losses, layout = self.exchange.unsent(), self.mesh.layout
         old = range(self.mesh.replica, int(what.values["sync"]["apart"]), layout.replicas)
         if not losses or not any(name.startswith("unsent.") for name in what.tensors):
@@ -210,7 +212,7 @@ class Local:
             for own, sums in zip(*_unsent_pairs(lost), strict=True):
                 yield sums
                 yield from added_up(own, [f"unsent@{r}.{sums.name.removeprefix('unsent.')}" for r in old])
-        self.exchange.lose(losses)
+        self.exchange.lose(losses, int(what.values["sync"]["apart"]))
 
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled."""

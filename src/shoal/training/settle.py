@@ -18,7 +18,7 @@ from shoal.job.layout import MEASURED
 from shoal.mesh import Mesh
 from shoal.models.spec import count
 from shoal.parallel.stages import balance, measured_costs
-from shoal.sync.choose import choose
+from shoal.sync.choose import CODECS, choose
 from shoal.training import measure
 
 # Compiling is tried only where the run is long enough for it to matter, in seconds of uncompiled computing.
@@ -43,8 +43,18 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
         job = replace(job, layout=replace(job.layout, stages=_stages(job, mesh, batches[0], say)))
     if job.sync.codec == "auto":
         numbers = count(job.model) // mesh.layout.ranks_per_replica
-        job = replace(job, sync=replace(job.sync, codec=choose(job.sync, mesh, numbers, say)))
+        job = _with_codec(job, choose(mesh, _codecs(job), numbers, say))
     return job
+
+
+def _codecs(job: Job) -> list[str]:
+    """Those that `auto` may become: without feedback, none of less than 16 bits."""
+    known = CODECS if job.sync.feedback else CODECS[-1:]
+    return [name for name in known if excluded(_with_codec(job, name)) is None]
+
+
+def _with_codec(job: Job, codec: str) -> Job:
+    return replace(job, sync=replace(job.sync, codec=codec))
 
 
 def cadences(job: Job) -> Job:

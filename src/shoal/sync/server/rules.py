@@ -68,6 +68,11 @@ class Rules:
                 f"compensation=dc with level={self.level}: it measures from the weights that a worker pulled",
                 fix="level snapshot",
             )
+        if self.compensation == "look-ahead" and self.level == "hogwild":
+            raise JobError(
+                "compensation=look-ahead with level=hogwild: it serves the weights themselves, which do not look ahead",
+                fix="level snapshot or shard",
+            )
         return self
 
     @property

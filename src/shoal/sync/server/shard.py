@@ -41,7 +41,8 @@ class ServerShard:
     Pulls (`level`): `snapshot` is served from the latest version or the one before it, in tensors that stay as they
     are; `shard` from the latest; `hogwild` from the weights themselves, which may change while they are being sent
     (Recht et al. 2011, "Hogwild!": lock-free, updates lost or torn in single elements only).
-    Memory: weights, optimizer state, one staged gradient a worker; `snapshot` at most two more copies of the weights.
+    Memory: weights, optimizer state, one staged gradient a worker; `snapshot` at most two more copies of the weights,
+    with `dc` one for each version that some worker computes on besides.
     """
 
     def __init__(
