@@ -77,8 +77,12 @@ def test_nothing_is_left_of_a_program_that_was_stopped(number):
     maker = subprocess.Popen([sys.executable, "-c", MAKES_HOSTS], stdout=subprocess.PIPE, text=True)
     assert maker.stdout is not None
     name = maker.stdout.readline().strip()
-    inside = subprocess.Popen(["ip", "netns", "exec", name, "sleep", "600"])
+    # It says so once it is there: before, nobody could find it.
+    words = ["sh", "-c", "echo there; exec sleep 600"]
+    inside = subprocess.Popen(["ip", "netns", "exec", name, *words], stdout=subprocess.PIPE, text=True)
+    assert inside.stdout is not None
     try:
+        assert inside.stdout.readline() == "there\n"
         namespaces.remove_leftovers()
         assert (NETNS / name).exists(), "its program lives"
         maker.send_signal(number)
@@ -90,6 +94,7 @@ def test_nothing_is_left_of_a_program_that_was_stopped(number):
         assert inside.wait(30) == -signal.SIGKILL
     finally:
         maker.stdout.close()
+        inside.stdout.close()
         for process in (maker, inside):
             process.kill()
             process.wait()
