@@ -278,7 +278,9 @@ def test_a_push_of_other_samples_than_granted_is_rejected_and_of_fewer_is_not():
     bench.join(0)
     grant = bench.granted(Key(0, 0, 0))
     bench.tell(m.Push(grant.key, 0, 1.0, 0.0, Range(2, 6)))
-    assert bench.journal[-1].reason == "not as granted"  # type: ignore[union-attr]
+    last = bench.journal[-1]
+    assert isinstance(last, r.Rejected)
+    assert last.reason == "not as granted"
     grant = bench.granted(Key(0, 0, 1))
     bench.tell(m.Push(grant.key, 0, 1.0, 0.0, Range(0, 2)))
     bench.tell(m.Staged(grant.key, 0, 0, (Square("w", 0, 1.0),)))

@@ -69,7 +69,10 @@ class LeastSquares:
 
     def loss(self, shards: Sequence[ServerShard]) -> float:
         """Of the weights that the shards hold, over all samples."""
-        values = {s.name: s.local for shard in shards for s in shard.held.shards}  # type: ignore[attr-defined]
+        values: dict[str, Tensor] = {}
+        for shard in shards:
+            assert isinstance(shard.held, Parameters), "what this problem's shards hold"
+            values |= {s.name: s.local for s in shard.held.shards}
         return self.loss_of(values)
 
     def loss_of(self, values: Mapping[str, Tensor]) -> float:
