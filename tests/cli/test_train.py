@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from shoal.cli.flags import docstrings, parse
 from shoal.cli.main import main
 from shoal.cli.train import SHORT, Train
-from shoal.job import Job, Layout, write
+from shoal.job import Job, Layout, read, write
 from shoal.job.check import kinds
 from shoal.job.optim import OptimOptions
+from shoal.job.server import ServerOptions
 
 
 class Recorder(SimpleNamespace):
@@ -87,6 +88,34 @@ def test_the_layout(trained: Recorder, tmp_path: Path):
     assert trained.job.layout == Layout(replicas=2, fsdp=2, micro_batch=4)
     assert main(["train", recipe(tmp_path, 'layout = "replicas=4"'), "--layout", "auto"]) == 0
     assert trained.job.layout is None
+
+
+def test_a_parameter_server_by_its_short_names(trained: Recorder):
+    server = ["--sync", "server", "--servers", "2", "--workers", "3", "--mode", "ssp", "--staleness", "4"]
+    quickstart = str(Path(__file__).parents[2] / "recipes" / "quickstart.toml")
+    assert main(["train", quickstart, *server, "--codec", "int8"]) == 0
+    job = read(quickstart)
+    sync, options = replace(job.sync, name="server", codec="int8"), ServerOptions(shards=2, mode="ssp", staleness=4)
+    assert trained.job == replace(job, layout=Layout(replicas=3), sync=sync, server=options).validate()
+    others = ["--mode", "quorum", "--quorum", "2", "--grace", "0.5", "--copies", "2"]
+    assert main(["train", "--sync", "server", *others]) == 0
+    assert trained.job.server == ServerOptions(mode="quorum", quorum=2, grace=0.5, copies=2)
+    assert main(["train", "--sync", "server", "--mode", "asp", "--max-staleness=6", "--compensation", "rate"]) == 0
+    assert trained.job.server == ServerOptions(mode="asp", max_staleness=6, compensation="rate")
+
+
+def test_workers_are_the_replicas_of_the_layout(trained: Recorder, tmp_path: Path):
+    file = recipe(tmp_path, 'layout = "replicas=2,fsdp=2"')
+    for args, layout in (
+        (["--workers", "4"], Layout(replicas=4)),
+        (["--layout", "auto", "--workers=4"], Layout(replicas=4)),
+        (["--layout", "fsdp=2", "--workers", "4"], Layout(replicas=4, fsdp=2)),
+        (["--layout", "replicas=4,fsdp=2", "--workers", "4"], Layout(replicas=4, fsdp=2)),
+        ([file, "--workers", "4"], Layout(replicas=4, fsdp=2)),
+        ([file, "--layout=tensor=2", "--workers", "4"], Layout(replicas=4, tensor=2)),
+    ):
+        assert main(["train", *args]) == 0
+        assert trained.job.layout == layout
 
 
 def test_resuming_starts_from_the_job_of_the_run(trained: Recorder, tmp_path: Path):
@@ -176,6 +205,17 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(trained: Recorder):
         (["--resume", "none"], "none: no run to resume", "shoal runs"),
         (["a.toml", "--resume", "none"], "a recipe and --resume are both given", ""),
         (["--data", "\udcff.txt"], "is not UTF-8", ""),
+        (
+            ["--layout", "replicas=2", "--workers", "3"],
+            "--workers 3 and --layout replicas=2 are both",
+            "--layout replicas=3",
+        ),
+        (
+            ["--layout=replicas=2,fsdp=2", "--workers", "1"],
+            "--workers 1 and --layout replicas=2,fsdp=2",
+            "--layout fsdp=2",
+        ),
+        (["--workers", "-1"], "--workers=-1 is less than 1", "1 or more"),
         (["--resume", "none", "--run-dir", "other"], "--run-dir and --resume are both given", "leave out --run-dir"),
         (["--data", "a.txt", "b.toml"], "b.toml stands after --data", "shoal train b.toml --data a.txt"),
         (["--data", "b.toml", "my notes", "c.toml"], "b.toml stands", "shoal train b.toml --data 'my notes'\n"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.server import ServerOptions
 
 if TYPE_CHECKING:
     from shoal.sync.simulate.scenario import Fault
@@ -42,8 +43,8 @@ class SimulateOptions:
     """ssp: pushes that a worker may be ahead of the slowest."""
     max_staleness: int = -1
     """asp, ssp: commits between pull and commit after which a gradient is rejected; -1 = never."""
-    quorum: int = 1
-    """quorum: gradients that close a round."""
+    quorum: int = 0
+    """quorum: gradients that close a round; 0 = those of all workers but one, and at least one."""
     grace: float = 0.0
     """quorum: seconds that a round stays open after them."""
     level: str = "snapshot"
@@ -96,7 +97,7 @@ class SimulateOptions:
         one_of("--sync", self.sync, ("server",))
         one_of("--optimizer", self.optimizer, ("sgd", "adamw"))
         for name, least in (("workers", 1), ("servers", 1), ("copies", 1), ("updates", 1),
-                            ("micro_batch", 1), ("delay", 0), ("jitter", 0), ("max_staleness", -1)):  # fmt: skip
+                            ("micro_batch", 1), ("delay", 0), ("jitter", 0)):  # fmt: skip
             at_least(f"--{name.replace('_', '-')}", getattr(self, name), least)
         positive("--lr", self.lr)
         for name in ("drop", "double"):
@@ -116,21 +117,10 @@ def run(args: list[str]) -> Answer:
     from shoal.sync.simulate.outcome import simulate
     from shoal.sync.simulate.scenario import Scenario
 
-    rules = Rules(
-        mode=options.mode,
-        workers=options.workers,
-        staleness=options.staleness,
-        max_staleness=None if options.max_staleness < 0 else options.max_staleness,
-        quorum=options.quorum,
-        grace=options.grace,
-        level=options.level,
-        lease=options.lease,
+    rules = Rules.of(
+        _server(options), workers=options.workers, micro_batch=options.micro_batch, clip=options.clip,
         retry=options.retry,
-        clip=options.clip,
-        micro_batch=options.micro_batch,
-        compensation=options.compensation,
-        strength=None if options.strength == -1 else options.strength,
-    ).validate()
+    )  # fmt: skip
     batch = sum(shares) * options.micro_batch
     scenario = Scenario(
         rules, speeds, batch * options.updates, options.seed, options.servers, options.copies, shares,
@@ -144,6 +134,23 @@ def run(args: list[str]) -> Answer:
     simulation = simulate(scenario, optim, batch)
     print(simulation)
     return Answer(simulation)
+
+
+def _server(options: SimulateOptions) -> ServerOptions:
+    """Of the simulated server what `shoal train` has in its table [server] too, checked."""
+    given = ServerOptions(
+        mode=options.mode,
+        staleness=options.staleness,
+        max_staleness=options.max_staleness,
+        quorum=options.quorum,
+        grace=options.grace,
+        level=options.level,
+        compensation=options.compensation,
+        strength=options.strength,
+        lease=options.lease,
+    )
+    given.check("")
+    return replace(given, quorum=given.closing(options.workers, ""))
 
 
 def _numbers(flag: str, text: str, workers: int) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from signal import Signals
 from typing import Annotated
 
@@ -13,7 +13,8 @@ import tyro
 from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
-from shoal.job import Job, blame, read, read_run
+from shoal.job import Job, Layout, blame, read, read_run
+from shoal.job.check import at_least
 from shoal.job.train import TrainOptions
 
 SHORT = {
@@ -24,6 +25,14 @@ SHORT = {
     "--trace": "--run.trace",
     "--sync": "--sync.name",
     "--codec": "--sync.codec",
+    "--servers": "--server.shards",
+    "--copies": "--server.copies",
+    "--mode": "--server.mode",
+    "--staleness": "--server.staleness",
+    "--max-staleness": "--server.max-staleness",
+    "--quorum": "--server.quorum",
+    "--grace": "--server.grace",
+    "--compensation": "--server.compensation",
 }
 
 
@@ -38,7 +47,8 @@ class Train(Job):
 
     What is not given on the command line comes from the recipe, and what is not in the recipe is the default.
     --data, --steps, --minutes, --run-dir, --trace, --sync, --codec: short for --data.source, --train.steps,
-    --train.minutes, --run.dir, --run.trace, --sync.name, --sync.codec.
+    --train.minutes, --run.dir, --run.trace, --sync.name, --sync.codec. --servers: short for --server.shards.
+    --mode, --staleness, --max-staleness, --quorum, --grace, --copies, --compensation: options of --server likewise.
     """
 
     recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[RECIPE.toml]")] = ""
@@ -46,6 +56,8 @@ class Train(Job):
     resume: str = ""
     """Folder of a run to go on with: its job, with what the command line changes (a longer run, another
     layout), from its newest undamaged checkpoint."""
+    workers: int = 0
+    """Replicas of the layout, in place of those that a recipe names; 0 = as the layout says."""
     format: str = "text"
     """`json` prints one JSON object as the last line on standard output, all else on standard error."""
 
@@ -53,19 +65,20 @@ class Train(Job):
 def run(args: list[str]) -> Answer:
     """Trains. Where a signal stopped the run, the exit code is 128 + its number."""
     options = flags.parse(Train, args, "shoal train", short=SHORT)
+    layout_given = any(word.partition("=")[0] == "--layout" for word in args)
     if options.recipe and options.resume:
         raise JobError("a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them")
     if options.resume and options.run.dir:
         raise JobError("--run-dir and --resume are both given", fix="a run stays in its folder: leave out --run-dir")
     if not options.resume and not options.recipe:
         flags.refuse_recipe_as_text(options.data.source, "shoal train")
-        job = _job(options)
+        job = _job(options, layout_given)
     else:
         file = f"{options.resume}/job.toml" if options.resume else options.recipe
         base = read_run(options.resume) if options.resume else read(file)
         options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(base)))
         _refuse_idle_minutes(base.train, options.train)
-        job = _job(options)
+        job = _job(options, layout_given)
         try:
             job = job.validate()
         except JobError as error:
@@ -80,8 +93,19 @@ def run(args: list[str]) -> Answer:
     return Answer(None if silent else msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)
 
 
-def _job(options: Train) -> Job:
-    return Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
+def _job(options: Train, layout_given: bool) -> Job:
+    """layout_given: on the command line, where --workers may add to it and must not contradict it."""
+    job = Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
+    if not options.workers:
+        return job
+    at_least("--workers", options.workers, 1)
+    layout = job.layout or Layout()
+    if layout_given and layout.replicas not in (1, options.workers):
+        raise JobError(
+            f"--workers {options.workers} and --layout {layout} are both given: workers are the replicas of the layout",
+            fix=f"leave out --workers, or take --layout {replace(layout, replicas=options.workers)}",
+        )
+    return replace(job, layout=replace(layout, replicas=options.workers))
 
 
 def _refuse_idle_minutes(file: TrainOptions, given: TrainOptions) -> None:

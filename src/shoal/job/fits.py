@@ -14,6 +14,7 @@ from shoal.errors import JobError, LayoutError
 from shoal.job.check import count
 from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
+from shoal.job.server import pushed_batch
 
 if TYPE_CHECKING:
     from shoal.job.job import Job
@@ -80,9 +81,10 @@ def check_layout(job: Job) -> Layout:
     if pair := excluded(job):
         one = f"schedule={layout.schedule}" if pair.one.startswith("schedule=") else pair.one
         raise LayoutError(f"{one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
-    check_batch(job.train.global_batch, layout)
+    batch = pushed_batch(job)
+    check_batch(batch, layout)
     if layout.pipeline > 1:
-        layout = _with_micro_batch(job.train.global_batch, layout)
+        layout = _with_micro_batch(batch, layout)
     return layout
 
 

@@ -16,6 +16,7 @@ from shoal.job.model import ModelOptions
 from shoal.job.nearby import or_nearest
 from shoal.job.optim import OptimOptions
 from shoal.job.run import RunOptions
+from shoal.job.server import ServerOptions, check_server
 from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
 
@@ -34,6 +35,7 @@ class Job:
     optim: OptimOptions = field(default_factory=OptimOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     sync: SyncOptions = field(default_factory=SyncOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -48,6 +50,7 @@ class Job:
             part.validate()
         if job.layout is not None:
             job.layout.validate()
+        check_server(job)
         if not job.model.weights:  # with weights, once their folder has been read: models.config.architecture
             check_context(job)
         if job.layout is not None:

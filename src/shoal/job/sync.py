@@ -10,13 +10,15 @@ from shoal.job.codec import parse
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """Replicas agree by all-reducing gradients every step, or train apart and come together every so many steps."""
+    """Replicas agree by all-reducing gradients every step, or train apart and come together every so many steps, or
+    push gradients to a server."""
 
     name: str = "allreduce"
     """`allreduce`: every step, sums of gradients over all replicas. `local`: each replica takes steps of its own, and
     after `every` of them an outer optimizer moves the common weights by the mean of what replicas have learned (local
     SGD, DiLoCo; docs/local-steps.md). `gossip`: the same, but every replica averages with one other, another one each
-    time (docs/gossip.md)."""
+    time (docs/gossip.md). `server`: replicas are workers of a parameter server, whose options are in [server]
+    (docs/parameter-server.md)."""
     codec: str = "none"
     """How gradients are written on their way between replicas: `none` = as they are; `auto` = `none`, `bf16` or `int8`,
     by what an exchange takes at the start of the run; `bf16` or `fp16` = in half the
@@ -24,7 +26,7 @@ class SyncOptions:
     largest, `randomk:SHARE` = some, `dct:SHARE` = the largest of their cosine transform, each also rounded, as in
     `topk:0.05+int2`. With `:unbiased`, `int8`, `int4` and `randomk:SHARE` are right on average (docs/codecs.md).
     Numbers are encoded once on the way there and once on the way back. Sums are made in full precision. With
-    `local`, what replicas have learned."""
+    `local`, what replicas have learned; with `server`, what workers push and pull."""
     feedback: bool = True
     """Whether what a codec has lost of a gradient is kept and added to the next one. That takes the bytes of a rank's
     gradients once more, and of sums one part in as many as there are replicas; of both twice as much during a step.
@@ -68,7 +70,7 @@ class SyncOptions:
         return self.pull or 1 - self.momentum**2
 
     def validate(self) -> None:
-        one_of("sync.name", self.name, ("allreduce", "local", "gossip"))
+        one_of("sync.name", self.name, ("allreduce", "local", "gossip", "server"))
         if self.codec not in ("none", "auto"):
             self._validate_codec()
         positive("sync.bucket_mib", self.bucket_mib)
@@ -94,6 +96,8 @@ class SyncOptions:
         require(0 <= self.outer_momentum < 1 or self.outer_momentum == -1, what, "e.g. 0.9, or -1 for the usual one")
         if self.name == "gossip":
             self._validate_gossip()
+        if self.name == "server":
+            self._validate_server()
         require(
             self.fragments <= self.every,
             f"sync.fragments={self.fragments} take turns in sync.every={self.every} steps: more than one a step",
@@ -115,3 +119,9 @@ class SyncOptions:
         for name, none in others.items():
             what = f"sync.name=gossip excludes sync.{name}: pairs exchange whole models, in full precision"
             require(getattr(self, name) == none, what, f"leave out sync.{name}, or take sync.name=local")
+
+    def _validate_server(self) -> None:
+        for name in ("every", "outer_lr", "outer_momentum", "pull", "fragments", "delay", "mix", "together"):
+            what = f"sync.name=server excludes sync.{name}: workers push every gradient, and take no steps of their own"
+            usual = getattr(self, name) == getattr(SyncOptions, name)
+            require(usual, what, f"leave out sync.{name}, or take sync.name=local")

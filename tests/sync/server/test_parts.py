@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import get_args
 
 import msgspec
 import pytest
 
 from shoal.errors import CheckpointError, JobError
+from shoal.job import Job
+from shoal.job.model import ModelOptions
+from shoal.job.optim import OptimOptions
+from shoal.job.server import ServerOptions
+from shoal.models.spec import parameters
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.journal import MAGIC, decode, encode
 from shoal.sync.server.messages import Key, Range
-from shoal.sync.server.placement import Block, place
+from shoal.sync.server.placement import Block, of_job, place
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.samples import Samples
 
@@ -45,6 +51,26 @@ def test_more_shards_than_parameters_are_refused_with_a_sentence():
     with pytest.raises(JobError, match="7 server shards for 6 parameters"):
         place(SHAPES, 7)
     assert len(place(SHAPES, 7, split_rows=True)) == 7
+
+
+def test_of_a_job_every_learned_row_has_its_shard():
+    """Rows of the embedding, most of this model, are on both shards where the optimizer goes number by number."""
+    experts = {
+        "num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "kv_lora_rank": 8,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
+    }  # fmt: skip
+    model = ModelOptions("deepseek_v3", vocab_size=5000, hidden_size=32, num_hidden_layers=2, **experts)
+    job = Job(model=model, server=ServerOptions(shards=2))
+    shapes = {name: spec.shape for name, spec in parameters(model).items() if spec.learned}
+    assert len(shapes) < len(parameters(model)), "a router's bias is not learned"
+    for optimizer, on_shards in (("adamw", 2), ("sgd", 2), ("of whole matrices", 1)):
+        placed = of_job(replace(job, optim=OptimOptions(name=optimizer)))
+        rows = sorted((b.name, row) for blocks in placed for b in blocks for row in range(b.start, b.stop))
+        assert rows == sorted((name, row) for name, shape in shapes.items() for row in range(shape[0]))
+        assert sum(any(b.name == "model.embed_tokens.weight" for b in blocks) for blocks in placed) == on_shards
+    assert len(of_job(replace(job, server=ServerOptions(shards=len(shapes))))) == len(shapes)
+    with pytest.raises(JobError, match=f"{len(shapes) + 1} server shards for {len(shapes)} parameters"):
+        of_job(replace(job, server=ServerOptions(shards=len(shapes) + 1)))
 
 
 def test_samples_are_used_once_whatever_is_given_back():
@@ -149,19 +175,30 @@ def test_every_message_can_be_decoded():
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"staleness": -1}, "staleness=-1 is less than 0"),
-        ({"mode": "spp"}, "mode"),
-        ({"mode": "quorum", "quorum": 3, "workers": 2}, "quorum=3 of 2 workers"),
-        ({"mode": "bsp", "max_staleness": 2}, "max_staleness with mode=bsp"),
-        ({"mode": "asp", "max_staleness": -1}, "max_staleness=-1"),
-        ({"mode": "bsp", "compensation": "dc"}, "compensation=dc with mode=bsp"),
-        ({"mode": "asp", "compensation": "dc", "level": "hogwild"}, "compensation=dc with level=hogwild"),
-        ({"lease": 0.0}, "lease"),
+        ({"workers": 0}, "workers=0 is less than 1"),
+        ({"quorum": 0}, "quorum=0 is less than 1"),
+        ({"micro_batch": 0}, "micro_batch=0"),
+        ({"clip": -1.0}, "clip=-1.0"),
+        ({"retry": 0.0}, "retry=0.0"),
     ],
 )
 def test_rules_that_make_no_sense_are_refused(options, what):
+    """What is an option of a job besides: tests/job/test_server.py."""
     with pytest.raises(JobError, match=what):
         Rules(**options).validate()
+
+
+def test_rules_are_what_the_options_of_a_job_say():
+    options = ServerOptions(
+        mode="ssp", staleness=3, max_staleness=9, quorum=2, grace=0.2, level="shard", compensation="rate",
+        strength=0.3, lease=7.0, reconnect=0.1,
+    )  # fmt: skip
+    rules = Rules.of(options, workers=4, micro_batch=8, clip=0.5, retry=2.0)
+    assert rules == Rules("ssp", 4, 3, 9, 2, 0.2, "shard", 7.0, 0.1, 2.0, 0.5, 8, "rate", 0.3)
+    usual = Rules.of(ServerOptions(mode="asp", compensation="age"), workers=4, micro_batch=1, clip=0.0)
+    assert (usual.max_staleness, usual.quorum, usual.power) == (None, 3, 0.5)
+    with pytest.raises(JobError, match=r"server.quorum=3 of 2 workers"):
+        Rules.of(ServerOptions(quorum=3), workers=2, micro_batch=1, clip=0.0)
 
 
 def test_bounds_of_the_modes():

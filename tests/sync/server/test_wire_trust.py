@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from shoal.errors import JobError
+from shoal.job.server import ServerOptions
 from shoal.sync.server.wire import Credentials, FrameError, Listener, connect
 from shoal.sync.server.wire.handshake import answer, ask
 from shoal.sync.server.wire.stream import Stream
@@ -50,6 +51,35 @@ def test_beyond_loopback_a_token_is_needed(host: str):
     assert "secrets.token_hex" in caught.value.fix
     with pytest.raises(JobError, match="fewer than 16 bytes"):
         Listener(echo, host=host, credentials=Credentials("short"))
+
+
+def test_the_credentials_of_a_job_are_in_files(tmp_path: Path):
+    file = tmp_path / "job.token"
+    file.write_text(f"{TOKEN}\n")
+    files = {"certificate": "one.pem", "key": "one.key", "authority": "all.pem"}
+    found = Credentials.of(ServerOptions(token=str(file), **files))
+    assert found == Credentials(TOKEN, Path("one.pem"), Path("one.key"), Path("all.pem"))
+    assert Credentials.of(ServerOptions()) == Credentials()
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (None, "cannot read the job token: No such file"),
+        (b" " * 20 + b"fifteen letters", "has fewer than 16 bytes"),
+        (b"", "has fewer than 16 bytes"),
+        (b"\xff" * 32, "cannot read the job token: it is not UTF-8 text"),
+    ],
+)
+def test_a_file_without_a_token_is_refused_by_name(content: bytes | None, what: str, tmp_path: Path):
+    file = tmp_path / "job.token"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(JobError) as caught:
+        Credentials.of(ServerOptions(token=str(file)))
+    assert caught.value.what.startswith(f"server.token={file}: ")
+    assert what in caught.value.what
+    assert "secrets.token_hex" in caught.value.fix
 
 
 def test_an_address_of_another_machine_or_a_port_that_is_taken():

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from shoal.errors import JobError
+from shoal.job import Job
+from shoal.models.spec import parameters
+
+ELEMENTWISE = ("adamw", "sgd")
+"""Optimizers that update each number by itself, so that rows of a parameter may lie on several shards."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,10 +42,7 @@ def place(
         for block in _cut(name, shape, math.ceil(sizes[name] / part) if split_rows and part else 1)
     ]  # fmt: skip
     if len(blocks) < shards:
-        raise JobError(
-            f"{shards} server shards for {len(blocks)} parameters: some would hold nothing",
-            where="--servers", fix=f"at most {len(blocks)}",
-        )  # fmt: skip
+        raise _too_many(shards, len(blocks))
 
     def size(block: Block) -> int:
         rows = shapes[block.name][0] if shapes[block.name] else 1
@@ -54,6 +56,22 @@ def place(
         held[least].append(block)
         loads[least] += size(block)
     return [sorted(blocks) for blocks in held]
+
+
+def of_job(job: Job) -> list[list[Block]]:
+    """For each server shard of the job, the blocks that it holds of what is learned.
+
+    The job's vocabulary is known. Raises JobError for more shards than parameters, also where these have rows enough.
+    """
+    shapes = {name: spec.shape for name, spec in parameters(job.model).items() if spec.learned}
+    if job.server.shards > len(shapes):
+        raise _too_many(job.server.shards, len(shapes))
+    return place(shapes, job.server.shards, split_rows=job.optim.name in ELEMENTWISE)
+
+
+def _too_many(shards: int, parameters: int) -> JobError:
+    what = f"{shards} server shards for {parameters} parameters: some would hold nothing"
+    return JobError(what, where="--servers", fix=f"at most {parameters}")
 
 
 def _cut(name: str, shape: tuple[int, ...], count: int) -> list[Block]:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shoal.errors import JobError
-from shoal.job.check import at_least, one_of, positive, require
-
-MODES = ("bsp", "asp", "ssp", "quorum")
-LEVELS = ("snapshot", "shard", "hogwild")
-COMPENSATIONS = ("none", "rate", "age", "dc", "delayed-nesterov", "look-ahead")
-_STRENGTH = {"rate": 1.0, "age": 0.5, "dc": 0.04}
+from shoal.job.check import at_least, positive
+from shoal.job.server import ROUNDS, STRENGTHS, ServerOptions
 
 
 @dataclass(frozen=True)
@@ -45,44 +40,44 @@ class Rules:
     strength: float | None = None
     """Of the compensation: the power p of `rate` (None = 1) and `age` (½), λ of `dc` (0.04)."""
 
+    @classmethod
+    def of(cls, options: ServerOptions, *, workers: int, micro_batch: int, clip: float, retry: float = 1.0) -> Rules:
+        """What options that have been checked mean for so many workers. Raises JobError for a quorum that they are not.
+
+        micro_batch: samples. clip: `optim.clip`. retry: seconds.
+        """
+        return cls(
+            mode=options.mode,
+            workers=workers,
+            staleness=options.staleness,
+            max_staleness=None if options.max_staleness < 0 else options.max_staleness,
+            quorum=options.closing(workers),
+            grace=options.grace,
+            level=options.level,
+            lease=options.lease,
+            reconnect=options.reconnect,
+            retry=retry,
+            clip=clip,
+            micro_batch=micro_batch,
+            compensation=options.compensation,
+            strength=None if options.strength < 0 else options.strength,
+        ).validate()
+
     def validate(self) -> Rules:
-        one_of("mode", self.mode, MODES)
-        one_of("level", self.level, LEVELS)
-        one_of("compensation", self.compensation, COMPENSATIONS)
-        for name, least in (("workers", 1), ("staleness", 0), ("quorum", 1), ("grace", 0), ("clip", 0),
-                            ("power", 0), ("micro_batch", 1), ("reconnect", 0)):  # fmt: skip
+        """What is not among the options of a job, or depends on the number of workers."""
+        for name, least in (("workers", 1), ("quorum", 1), ("micro_batch", 1), ("clip", 0)):
             at_least(name, getattr(self, name), least)
-        positive("lease", self.lease)
         positive("retry", self.retry)
-        if self.max_staleness is not None:
-            at_least("max_staleness", self.max_staleness, 0)
-            require(self.mode in ("asp", "ssp"), f"max_staleness with mode={self.mode}", "rounds have no stale commits")
-        require(self.quorum <= self.workers, f"quorum={self.quorum} of {self.workers} workers", "at most all of them")
-        if self.compensation != "none" and self.rounds:
-            raise JobError(
-                f"compensation={self.compensation} with mode={self.mode}, where no gradient is stale",
-                fix="mode asp or ssp, or compensation none",
-            )
-        if self.compensation == "dc" and self.level != "snapshot":
-            raise JobError(
-                f"compensation=dc with level={self.level}: it measures from the weights that a worker pulled",
-                fix="level snapshot",
-            )
-        if self.compensation == "look-ahead" and self.level == "hogwild":
-            raise JobError(
-                "compensation=look-ahead with level=hogwild: it serves the weights themselves, which do not look ahead",
-                fix="level snapshot or shard",
-            )
         return self
 
     @property
     def power(self) -> float:
         """Strength of the compensation, with its default."""
-        return _STRENGTH.get(self.compensation, 0.0) if self.strength is None else self.strength
+        return STRENGTHS.get(self.compensation, 0.0) if self.strength is None else self.strength
 
     @property
     def rounds(self) -> bool:
-        return self.mode in ("bsp", "quorum")
+        return self.mode in ROUNDS
 
     def bound(self, others: int) -> int | None:
         """Largest number of commits between a worker's pull and its own, or None.

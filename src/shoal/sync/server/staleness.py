@@ -1,4 +1,4 @@
-"""What is done about gradients that are τ commits old when they are applied: one of `rules.COMPENSATIONS`.
+"""What is done about gradients that are τ commits old when they are applied: one of `job.server.COMPENSATIONS`.
 
 rate, age: the coordinator, by numbers alone. dc, look-ahead, delayed-nesterov: the shards.
 """
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
+from shoal.job.server import check_optimizer
 from shoal.optim.schedule import learning_rate
 from shoal.optim.update import Update
 from shoal.shard import Shard
@@ -139,12 +140,8 @@ class DelayedNesterov:
 
 
 def optimizer(rules: Rules, shards: Sequence[Shard], options: OptimOptions, steps: int) -> Update | DelayedNesterov:
-    """What a server shard updates its parameters with."""
+    """What a server shard updates its parameters with. Raises JobError where the compensation does not know it."""
+    check_optimizer(rules.compensation, options.name)
     if rules.compensation != "delayed-nesterov":
         return Update(list(shards), options, steps)
-    if options.name != "sgd":
-        raise JobError(
-            f"delayed-nesterov is an optimizer of its own, optim.name={options.name} another one",
-            fix="optim.name = sgd, or another compensation",
-        )
     return DelayedNesterov(list(shards), options, rules.workers)

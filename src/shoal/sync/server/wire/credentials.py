@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shoal.errors import JobError
+from shoal.job.server import ServerOptions
 
 # Bytes of a token that nobody finds by trying, who has listened to a handshake.
 _LEAST = 16
+_FILES = ("certificate", "key", "authority")
 _NEW_TOKEN = 'python -c "import secrets; print(secrets.token_hex(16))"'
 
 
@@ -32,13 +34,33 @@ class Credentials:
     """PEM file with the certificates that the other side's must be signed by. Host names are not compared: the proof
     of the token covers the listener's certificate, so that no other one of that authority can stand between."""
 
+    @classmethod
+    def of(cls, options: ServerOptions) -> Credentials:
+        """Those of a job whose options have been checked; without a token where none is named.
+
+        Raises JobError for a file of the token that cannot be read or that holds too little.
+        """
+        files = [Path(file) if (file := getattr(options, name)) else None for name in _FILES]
+        if not options.token:
+            return cls("", *files)
+        try:
+            token = Path(options.token).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            what = f"server.token={options.token}: cannot read the job token: {reason}"
+            raise JobError(what, fix=f"a file with the text that {_NEW_TOKEN} prints") from None
+        if len(token.encode()) < _LEAST:
+            what = f"server.token={options.token}: the job token in it has fewer than {_LEAST} bytes"
+            raise JobError(what, fix=f"make one by {_NEW_TOKEN}")
+        return cls(token, *files)
+
     @property
     def tls(self) -> bool:
         return any((self.certificate, self.key, self.authority))
 
     def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
         """For a listener (`CLIENT_AUTH`) or one that connects (`SERVER_AUTH`). JobError names a file that is wrong."""
-        files = {name: getattr(self, name) for name in ("certificate", "key", "authority")}
+        files = {name: getattr(self, name) for name in _FILES}
         if missing := [name for name, file in files.items() if file is None]:
             raise JobError(
                 "TLS needs three files", where=missing[0], fix="give certificate, key and authority, or none"
