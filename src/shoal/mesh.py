@@ -38,7 +38,8 @@ _TALKING = (
 class Seat:
     """Where this process sits, as its launcher tells it. `member` never changes, also when others leave.
 
-    member: 0 … world - 1 at the start. local: index on this node. neighbours: ranks on this node.
+    member: 0 … world - 1 at the start. local: index on this node. neighbours: ranks on this node, also those of other
+    groups, such as other workers of a parameter server.
     store: key-value store shared by all members; it outlives any single rank. built: how many meshes of each view's
     number this member has begun here; every mesh has keys of its own in the store.
     """
@@ -119,7 +120,7 @@ class Mesh:
 
     def _make_hosts(self, prefix: str) -> dict[str, list[int]]:
         """Where ranks are on several hosts: the members behind each address. All ranks call it."""
-        if self.seat.neighbours == self.seat.world or not device.waits_on_host(self.device):
+        if self.seat.neighbours >= self.seat.world or not device.waits_on_host(self.device):
             return {}
         store, hosts = dist.PrefixStore(f"{prefix}-hosts", self.seat.store), dict[str, list[int]]()
         keys = [str(member) for member in self.view.members]

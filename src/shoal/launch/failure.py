@@ -13,6 +13,7 @@ from shoal.operations import Doing
 
 # What a user can do about it.
 LESS_MEMORY = "a smaller micro_batch, recompute=block or fsdp in the layout, or a smaller model"
+NO_MEMORY = "the kernel ran out of memory"
 
 _OUTSIDE, _NATIVE = "someone else sent it: a user, or a batch system at its limit", "its stack is printed above"
 _FIXES = {
@@ -50,9 +51,9 @@ class Failure:
         return self.doing is None and not self.said
 
 
-def raised(rank: int, failed: Failed) -> Failure:
-    """The rank's entry raised: a ShoalError is raised again as it was, with the rank named."""
-    where = f"rank {rank}"
+def raised(rank: int, failed: Failed, where: str = "") -> Failure:
+    """The rank's entry raised: a ShoalError is raised again as it was, with the rank named (where: by another name)."""
+    where = where or f"rank {rank}"
     error: ShoalError
     if failed.kind:
         kind = getattr(errors, failed.kind)
@@ -62,9 +63,9 @@ def raised(rank: int, failed: Failed) -> Failure:
     return Failure(rank, error, failed.at, failed.follows, failed.doing, said=bool(failed.kind))
 
 
-def ended(rank: int, code: int, at: float, out_of_memory: bool) -> Failure:
+def ended(rank: int, code: int, at: float, out_of_memory: bool, where: str = "") -> Failure:
     """The rank's process ended without an answer. out_of_memory: the kernel killed some process meanwhile."""
-    where = f"rank {rank}"
+    where = where or f"rank {rank}"
     if code >= 0:
         error = RankError(f"ended with exit code {code} before it was done", where=where)
         return Failure(rank, error, at, False)
@@ -72,7 +73,7 @@ def ended(rank: int, code: int, at: float, out_of_memory: bool) -> Failure:
         return Failure(rank, Terminated("ended by SIGTERM", where=where), at, False, said=True)
     fix = _FIXES.get(signal.Signals(-code), "")
     if out_of_memory and code == -signal.SIGKILL:
-        fix = f"the kernel ran out of memory: {LESS_MEMORY}"
+        fix = f"{NO_MEMORY}: {LESS_MEMORY}"
     error = RankError(f"killed by {signal.Signals(-code).name}", where=where, fix=fix)
     # Backends abort their process when a peer is gone.
     return Failure(rank, error, at, code == -signal.SIGABRT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -39,7 +39,7 @@ def run(
     own = ranks is None
     ranks = ranks or Ranks([entry.partition(":")[0]])
     try:
-        with _Interrupts(ranks, on_signal) as interrupts:
+        with Interrupts(ranks, on_signal) as interrupts:
             try:
                 value = call(ranks, entry, args, world, threads=threads)[0]
             except Terminated:
@@ -54,16 +54,21 @@ def run(
             ranks.close()
 
 
-class _Interrupts:
-    """Signals that come while ranks work, handled between their messages."""
+class Interrupts:
+    """Signals that come while ranks work, handled between their messages.
 
-    def __init__(self, ranks: Ranks, on_signal: Callable[[str], None] | None):
-        self.ranks, self.on_signal = ranks, on_signal
+    The first is passed on as SIGTERM to those who are `told` (default: all). first: its name, empty before it.
+    """
+
+    def __init__(
+        self, ranks: Ranks, on_signal: Callable[[str], None] | None = None, told: Collection[int] | None = None
+    ):
+        self.ranks, self.on_signal, self.told = ranks, on_signal, told
         self.first = ""
         self.wake, self._waker = socket.socketpair()
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> _Interrupts:
+    def __enter__(self) -> Interrupts:
         self.ranks.watch(self.wake, self._pass_on)
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -86,6 +91,6 @@ class _Interrupts:
             if self.first:
                 raise Interrupted(name)
             self.first = name
-            self.ranks.signal(signal.SIGTERM)
+            self.ranks.signal(signal.SIGTERM, self.told)
             if self.on_signal is not None:
                 self.on_signal(name)

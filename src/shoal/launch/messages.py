@@ -43,12 +43,18 @@ class Ended(Struct, tag=True):
 
 
 class Call(Struct, tag=True):
-    """Launcher to rank: call `entry(seat, **args)`. number: of the call."""
+    """Launcher to rank: call `entry(seat, **args)`. number: of the call, which has keys of its own in the store.
+
+    rank, world, local and neighbours: where the process sits in it.
+    """
 
     number: int
     entry: str
     args: dict[str, Any]
+    rank: int
     world: int
+    local: int
+    neighbours: int
     threads: int
 
 

@@ -27,9 +27,9 @@ from shoal.launch.store import HOST
 from shoal.mesh import Seat
 
 
-def main(sock: socket.socket, member: int, port: int) -> int:
-    """Serves calls over `sock`. port: of the group's store."""
-    set_name(f"shoal-rank-{member}")
+def main(sock: socket.socket, name: str, port: int) -> int:
+    """Serves calls over `sock`. name: as `ps -o comm` shows the process. port: of the store."""
+    set_name(name)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     channel = Channel(sock, Call)
@@ -40,7 +40,7 @@ def main(sock: socket.socket, member: int, port: int) -> int:
             call = channel.wait()
         except EOFError:
             return 0
-        channel.send(_answer(call, member, store))
+        channel.send(_answer(call, store))
         # A call may have asked for signals (SIGTERM = save and stop); the next one starts without.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -53,10 +53,11 @@ def _tell(channel: Channel) -> None:
             channel.send(operations.doing())
 
 
-def _answer(call: Call, member: int, store: dist.Store) -> Returned | Failed:
+def _answer(call: Call, store: dist.Store) -> Returned | Failed:
     torch.set_num_threads(call.threads)
     os.environ["OMP_NUM_THREADS"] = str(call.threads)
-    seat = Seat(member, call.world, member, call.world, dist.PrefixStore(f"call-{call.number}", store))
+    keys = dist.PrefixStore(f"call-{call.number}", store)
+    seat = Seat(call.rank, call.world, call.local, call.neighbours, keys)
     try:
         value = resolve(call.entry)(seat, **call.args)
         if dist.is_initialized():

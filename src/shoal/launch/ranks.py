@@ -1,4 +1,4 @@
-"""The launcher's side of a group of ranks and its store: start them, call, listen, signal, stop."""
+"""The launcher's side of ranks and their store: start them, call, listen, signal, stop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ class _Rank:
 
 
 class Ranks:
-    """Ranks 0, 1, …: forked when a call first needs them, and again after a call in which one failed."""
+    """Ranks 0, 1, …: forked when a call first needs them, and again after a call in which one failed.
+
+    `start` and `send` are for a single group that has all of them. Who wants several beside each other forks processes
+    under numbers of its own and makes a group of some with `ask`.
+    """
 
     def __init__(self, preload: Sequence[str] = ()):
         """preload: modules that the ranks will need; imported once, before the first fork."""
@@ -60,11 +64,15 @@ class Ranks:
                 self._store = self.server.fork("shoal.launch.store:main", {}, sock)
         for rank in range(world):
             if rank not in self.alive:
-                ours, theirs = socket.socketpair()
-                with theirs:
-                    id = self.server.fork("shoal.launch.rank:main", {"member": rank, "port": self._port}, theirs)
-                self.alive[rank] = _Rank(id, Channel(ours, Returned | Failed | Doing))
-                self.selector.register(self.alive[rank].channel, selectors.EVENT_READ, rank)
+                self.fork(rank, f"shoal-rank-{rank}")
+
+    def fork(self, rank: int, name: str) -> None:
+        """A process under this number, which nobody alive has; the store is there. name: as `ps -o comm` shows it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            id = self.server.fork("shoal.launch.rank:main", {"name": name, "port": self._port}, theirs)
+        self.alive[rank] = _Rank(id, Channel(ours, Returned | Failed | Doing))
+        self.selector.register(self.alive[rank].channel, selectors.EVENT_READ, rank)
 
     def forget(self, sock: socket.socket) -> None:
         """Ends a `watch`."""
@@ -73,12 +81,21 @@ class Ranks:
     def send(self, entry: str, args: dict[str, Any], world: int, threads: int) -> None:
         """Asks ranks 0 … world - 1 to call `entry(seat, **args)`; their answers come as events."""
         self.start(world)
+        self.ask(range(world), entry, args, threads_per_rank(threads, world), 0, world)
+
+    def ask(
+        self, group: Sequence[int], entry: str, args: dict[str, Any], threads: int, first: int, neighbours: int
+    ) -> None:
+        """As `send`, of these processes, which are ranks 0, 1, … of a group with keys of its own in the store.
+
+        first: index on this node of the first of them. neighbours: ranks on this node, other groups' too.
+        """
         self._calls += 1
-        order = Call(self._calls, entry, args, world, threads_per_rank(threads, world))
-        for rank in range(world):
-            # A rank that has died meanwhile is reported by the server.
+        for rank, process in enumerate(group):
+            order = Call(self._calls, entry, args, rank, len(group), first + rank, neighbours, threads)
+            # One that has died meanwhile is reported by the server.
             with contextlib.suppress(OSError):
-                self.alive[rank].channel.send(order)
+                self.alive[process].channel.send(order)
 
     def signal(self, number: signal.Signals, ranks: Collection[int] | None = None) -> None:
         """Sends a signal to these ranks (default: all) as far as they are alive."""
@@ -119,16 +136,21 @@ class Ranks:
     def has_store(self) -> bool:
         return self._store is not None
 
-    def stop(self) -> None:
-        """Kills all ranks and waits until they are gone, so that none says anything after us."""
-        self.signal(signal.SIGKILL)
-        self._until_gone(_KILLED)
+    def stop(self, ranks: Collection[int] | None = None) -> None:
+        """Kills these ranks (default: all) and waits until they are gone, so that none says anything after us."""
+        self.signal(signal.SIGKILL, ranks)
+        self._until_gone(_KILLED, ranks)
 
-    def hang_up(self) -> None:
-        """Lets idle ranks end by themselves, with their exit handlers."""
-        for process in self.alive.values():
-            process.channel.socket.shutdown(socket.SHUT_WR)
-        self._until_gone(_ENDING)
+    def dismiss(self, ranks: Collection[int] | None = None) -> None:
+        """Lets these ranks (default: all), which are idle, end by themselves, with their exit handlers."""
+        for rank, process in self.alive.items():
+            if ranks is None or rank in ranks:
+                process.channel.socket.shutdown(socket.SHUT_WR)
+
+    def hang_up(self, ranks: Collection[int] | None = None) -> None:
+        """Dismisses them and waits until they are gone."""
+        self.dismiss(ranks)
+        self._until_gone(_ENDING, ranks)
 
     def close(self) -> None:
         """Kills ranks, store and server."""
@@ -137,10 +159,10 @@ class Ranks:
         self.server.close()
         self.selector.close()
 
-    def _until_gone(self, seconds: float) -> None:
+    def _until_gone(self, seconds: float, ranks: Collection[int] | None) -> None:
         deadline = time.monotonic() + seconds
         with contextlib.suppress(RankError):
-            while self.alive and time.monotonic() < deadline:
+            while any(ranks is None or rank in ranks for rank in self.alive) and time.monotonic() < deadline:
                 self.events(deadline - time.monotonic())
 
     def _server_says(self) -> list[Ended]:
