@@ -68,7 +68,7 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
         (["--kill", "worker@3"], "--kill: 'worker@3' is not who@when"),
         (["--kill", "worker:4@3"], "--kill: there is no worker 4"),
         (["--drop", "1"], "--drop=1.0 is not a share below 1"),
-        (["--mode", "quorum", "--quorum", "5"], "quorum=5 of 4 workers"),
+        (["--mode", "quorum", "--quorum", "5"], "error: quorum=5 of 4 workers"),
         (["--compensation", "dc", "--level", "shard"], "compensation=dc with level=shard"),
         (["--compensation", "delayed-nesterov", "--optimizer", "adamw"], "delayed-nesterov is an optimizer of its own"),
         (["--patience", "3"], "after 3 simulated seconds the job has not ended"),

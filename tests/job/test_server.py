@@ -14,7 +14,7 @@ from shoal.cli.train import SHORT
 from shoal.errors import JobError
 from shoal.job import Job, Layout, write
 from shoal.job.layout import AXES
-from shoal.job.server import ROUNDS, ServerOptions, pushed_batch
+from shoal.job.server import ROUNDS, ServerOptions, check_optimizer, pushed_batch
 from shoal.job.toml import blame, parse
 
 SERVER = "[sync]\nname = 'server'\n[server]\n"
@@ -92,6 +92,15 @@ def test_what_makes_sense_is_not(server: str):
     assert parse(write(job)).validate() == job
 
 
+def test_looking_ahead_needs_an_optimizer_that_goes_on_by_itself():
+    for known in ("sgd", "adamw"):
+        check_optimizer("look-ahead", known)
+    with pytest.raises(JobError, match=r"does not know where optim.name=another goes") as caught:
+        check_optimizer("look-ahead", "another")
+    assert caught.value.fix.startswith("optim.name=sgd or adamw")
+    check_optimizer("rate", "another")
+
+
 @pytest.mark.parametrize(
     "option",
     ["every = 5", "outer_lr = 1", "outer_momentum = 0.5", "pull = 0.1", "fragments = 2", "delay = 1", "mix = 0.5",
@@ -166,6 +175,8 @@ def test_rounds_share_the_batch_evenly_and_others_as_much_as_they_can():
     pipeline = replace(job, layout=Layout.parse("replicas=3,pipeline=2"), server=ServerOptions(mode="asp")).validate()
     assert pipeline.layout is not None
     assert pipeline.layout.micro_batch == 2, "of the 10 sequences of a worker"
+    fives = replace(pipeline, layout=Layout.parse("replicas=3,pipeline=2,micro_batch=5"))
+    replace(fives, train=replace(job.train, global_batch=37)).validate()
 
 
 @given(st.builds(Layout, **dict.fromkeys(AXES, st.integers(1, 4)), micro_batch=st.integers(0, 4)), st.integers(1, 100))

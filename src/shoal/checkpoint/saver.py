@@ -90,8 +90,11 @@ class Saver:
         if rank == 0:
             folders.sweep(self.root, self._attempt)
 
-    def save(self, state: State, step: int) -> Pending:
+    def save(self, state: State, step: int, attempt: int = 0) -> Pending:
         """Copies `state` and returns; waits first if the save before is still being written.
+
+        attempt: a number of this save, equal on all ranks and higher each time, where ranks may have been started
+        again; 0 = they have all saved equally often.
 
         All ranks call it for the same steps. Every element of a tensor must be in exactly one shard that has
         `owner`, of one rank. state.values: plain JSON, equal on all ranks.
@@ -106,7 +109,7 @@ class Saver:
         ready = time.perf_counter()
         packing = pack(state.shards, file_name(self.rank))
         packing.copy(self._memory.reserve(packing.size))
-        self._attempt = Attempt(self._attempt.nonce, self._attempt.count + 1)
+        self._attempt = Attempt(self._attempt.nonce, attempt or self._attempt.count + 1)
         self._helper.send(
             Order(
                 root=str(self.root), step=step, rank=self.rank, world=self.world, keep=self.keep,
@@ -116,6 +119,11 @@ class Saver:
         )  # fmt: skip
         self._pending = Pending(self._helper, self.root, step, time.perf_counter() - ready, ready - start)
         return self._pending
+
+    def break_off(self) -> None:
+        """Gives up the save that is on its way, e.g. since another rank was lost with its part."""
+        self._helper.process.kill()
+        self._helper.process.wait()
 
     def close(self, patience: float | None = None) -> None:
         """Lets a save that is on its way end, for at most `patience` seconds, and ends the helper."""

@@ -17,7 +17,7 @@ from shoal.data.prepare import Prepared, prepare
 from shoal.errors import JobError, ShoalError
 from shoal.job import Job, Layout, write
 from shoal.job.nearby import of_world
-from shoal.launch import elastic, local, torchrun
+from shoal.launch import elastic, local, server, torchrun
 from shoal.launch.cores import cores, has_driver, too_many_workers
 from shoal.launch.ranks import Ranks
 from shoal.launch.resume import resumable, way_on
@@ -31,6 +31,7 @@ from shoal.training.folder import fill
 if TYPE_CHECKING:
     from shoal.mesh import Seat
 
+_SERVER_FILES = ("token", "certificate", "key", "authority")
 _WORKER, _FINISH = "shoal.training.worker", "shoal.launch.finish"
 _MOST_CPU_RANKS = 8
 
@@ -48,7 +49,9 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
     if elastic.is_worker():
         here = {"job": job, "resume": resume, "started": started}
         return Result(**torchrun.run("shoal.launch.train:one_of_many", here, job.run.threads))
-    ranks = Ranks([_WORKER, _FINISH])  # imports torch while the text is prepared
+    ranks = Ranks(
+        [*(server.ENTRIES if job.sync.name == "server" else [_WORKER]), _FINISH]
+    )  # imports torch while the text is prepared
     try:
         job, arguments = ready(job, resume, started)
         assert job.layout is not None
@@ -64,7 +67,11 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
             say(f"{name}: ends after this {_unit(job)}, saved (before the first one: at once); once more to kill")
 
         with attend(folder), _broken_off(folder):
-            figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
+            if job.sync.name == "server":
+                figures = server.run(job, arguments, ranks, say, stopping)
+            else:
+                server.forget(folder)
+                figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
             if figures["stopped_by"] and stopped:
                 figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM
             return Result(**local.run(f"{_FINISH}:main", _afterwards(arguments, figures), 1, ranks=ranks))
@@ -74,7 +81,9 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
 
 def _unit(job: Job) -> str:
     """After which all ranks know that one was asked to stop."""
-    return {"local": "round", "gossip": "round, or some more"}.get(job.sync.name, "step")
+    return {"local": "round", "gossip": "round, or some more", "server": "gradient of each worker"}.get(
+        job.sync.name, "step"
+    )
 
 
 @contextlib.contextmanager
@@ -170,8 +179,10 @@ def absolute_paths(job: Job) -> Job:
     if tokenizer not in ("auto", "bpe", "bytes"):
         tokenizer = _absolute(tokenizer)
     weights, cache = (_absolute(path) if path else "" for path in (job.model.weights, job.data.cache))
+    files: dict[str, Any] = {name: _absolute(path) for name in _SERVER_FILES if (path := getattr(job.server, name))}
     return replace(
         job,
+        server=replace(job.server, **files),
         data=replace(job.data, source=source, tokenizer=tokenizer, cache=cache),
         model=replace(job.model, weights=weights),
     )

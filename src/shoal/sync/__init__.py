@@ -1,6 +1,5 @@
 """How replicas are kept consistent: how often, through whom, in which encoding."""
 
-from shoal.errors import JobError
 from shoal.job import Job
 from shoal.mesh import Mesh
 from shoal.sync.allreduce import AllReduce
@@ -13,8 +12,7 @@ Sync = AllReduce | Local | Gossip
 
 def build(job: Job, mesh: Mesh) -> Sync:
     """As the job says. `job` has been validated."""
-    if job.sync.name == "server":
-        raise JobError("the parameter server does not train yet", where="sync.name=server", fix="shoal simulate")
+    assert job.sync.name != "server", "its replicas are workers, with processes of their own (training.server)"
     draws = Draws(job.train.seed, mesh.rank)
     codec = codec_of(job.sync.codec, draws) if job.sync.codec != "none" else None
     if job.sync.name == "local":

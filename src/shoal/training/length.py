@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from shoal import device
@@ -60,16 +61,17 @@ class Length:
         """What one validation has taken."""
         self._validating = seconds / tokens if tokens else None
 
-    def follow(self, parts: Parts, step: int) -> Job | None:
+    def follow(self, job: Job, step: int, agree: Callable[[float], float]) -> Job | None:
         """To be asked after every step: the job of the length that fits by the pace so far, where it has changed.
 
+        agree: of what each rank measured, what all go by.
         So the number of steps follows the pace, until the learning rates begin to depend on it: then it is decided.
         """
         self._times.append(time.perf_counter())
-        job = parts.job
+        every = self._every or max(1, job.train.steps // _LOOKS)
         last = open_until(job.optim, job.train.steps)
         self.decided |= step > last
-        if self.decided or step >= job.train.steps or (step % self._every and step != last):
+        if self.decided or step >= job.train.steps or (step % every and step != last):
             return None
         if len(self._times) < _FEWEST:
             self.decided = step == last
@@ -79,7 +81,7 @@ class Length:
         pace = (self._times[-1] - self._times[half]) / (len(self._times) - 1 - half)
         a_step = job.train.global_batch * job.data.sequence_length
         final = self.final * self._validating if self._validating else self.final / 3 / a_step * pace
-        fits = round(parts.mesh.largest((self.ends - time.time() - final) / pace))
+        fits = round(agree((self.ends - time.time() - final) / pace))
         steps = max(step + 1, step + fits, warmup_steps(job.optim, job.train.steps))
         self.decided = step >= open_until(of_length(job.optim, job.train.steps, steps, step), steps)
         if self.decided:

@@ -87,7 +87,7 @@ class Loop:
             self.record(row)
             if self.step % save_every == 0 and self.step < self.steps and not stopped:
                 self.save()
-            if self.length and (other := self.length.follow(self.parts, self.step)):
+            if self.length and (other := self.length.follow(self.parts.job, self.step, self.parts.mesh.largest)):
                 self._go_on_as(other)
         if self.length and self.step >= self.steps:
             self._warn_of_no_trace()  # only now it is known how many steps there are
@@ -203,7 +203,8 @@ class Loop:
         limit = self.parts.job.train.validate_tokens or (GLANCE_TOKENS if glance else self.validation.samples * length)
         start = time.perf_counter()
         with self.parts.sync.agreed():
-            self.last = validate(self.parts, self.validation, max(1, limit // length))
+            parts = self.parts
+            self.last = validate(parts.job, parts.replica, parts.objective, self.validation, max(1, limit // length))
         if self.length:
             self.length.validated(self.last.tokens, time.perf_counter() - start)
         self.parts.objective.lap(self.parts.mesh.device)

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from shoal.data.batch import Batch
 from shoal.data.loader import Loader
+from shoal.job import Job
+from shoal.parallel.replica import Replica
 from shoal.training.feed import on_device
-from shoal.training.parts import Parts
+from shoal.training.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -22,10 +25,10 @@ class Validation:
 
 
 @torch.no_grad()
-def validate(parts: Parts, loader: Loader, rows: int) -> Validation:
-    """Mean loss of `rows` packed sequences, evenly spaced in the loader's data, spread over the ranks."""
-    mesh, readers = parts.mesh, parts.mesh.layout.readers
-    size = mesh.layout.micro_batch or max(1, parts.job.train.global_batch // readers)
+def validate(job: Job, replica: Replica[Batch], objective: Objective, loader: Loader, rows: int) -> Validation:
+    """Mean loss of `rows` packed sequences, evenly spaced in the loader's data, spread over the replica's mesh."""
+    mesh, readers = replica.mesh, replica.mesh.layout.readers
+    size = mesh.layout.micro_batch or max(1, job.train.global_batch // readers)
     rows = min(rows, loader.samples)
     # Every rank runs as many forwards as the busiest (with fsdp they talk in each); missing rows weigh nothing.
     rounds = -(-rows // (size * readers))
@@ -38,7 +41,7 @@ def validate(parts: Parts, loader: Loader, rows: int) -> Validation:
         batches.append(batch)
     # Compiling the forward alone would cost more than it saves on a pass this short.
     with torch.compiler.set_stance("force_eager"):
-        tally = parts.replica.evaluate([on_device(batch, mesh.device) for batch in batches], parts.objective)
+        tally = replica.evaluate([on_device(batch, mesh.device) for batch in batches], objective)
     totals = torch.stack([tally.loss_sum, tally.weight])
     mesh.wait(dist.all_reduce(totals, group=mesh.everyone, async_op=True))
     loss_sum, tokens = totals.tolist()

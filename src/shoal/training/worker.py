@@ -29,7 +29,7 @@ from shoal.training import folder as folders
 from shoal.training.feed import micro_batches, on_device
 from shoal.training.length import Length
 from shoal.training.loop import GLANCE_TOKENS, Loop
-from shoal.training.parts import Parts, assemble
+from shoal.training.parts import assemble
 from shoal.training.settle import cadences, replace_train, settle
 from shoal.training.stop import Stop
 
@@ -54,10 +54,10 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         saver = ending.enter_context(_saver(run, given, ranks, started))
         corpus = Prepared.load(Path(prepared))
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
-        validation = _validation(corpus, given)
-        length = None if given.train.steps else _length(given, validation, started)
+        validation = held_out(corpus, given)
+        length = None if given.train.steps else length_of(given, corpus, started)
         chosen = _chosen(run, seat, ranks, show.say)
-        parts = _parts(given, ranks, training, length, show.say, fresh=not chosen)
+        parts = assemble(settled(given, ranks, training, length, show.say), ranks, fresh=not chosen)
 
         def changed(job: Job) -> None:
             show.lengthen(job.train.steps)
@@ -105,22 +105,23 @@ def _saver(run: Path, job: Job, ranks: Mesh, started: float) -> Saver:
     return Saver(run / "checkpoints", ranks.rank, ranks.world, job.checkpoint.keep, nonce=nonce)
 
 
-def _validation(corpus: Prepared, job: Job) -> Loader | None:
+def held_out(corpus: Prepared, job: Job) -> Loader | None:
+    """What validation reads, if anything was held out."""
     if not corpus.validation.tokens:
         return None
     return Loader(corpus, replace(job.data, order="sequential"), "validation", job.train.global_batch, job.train.seed)
 
 
-def _length(job: Job, validation: Loader | None, started: float) -> Length:
-    held_out = validation.tokens if validation else 0
-    final, glance = (min(held_out, job.train.validate_tokens or most) for most in (held_out, GLANCE_TOKENS))
+def length_of(job: Job, corpus: Prepared, started: float) -> Length:
+    """Of a run of so many minutes. started: time.time() of the user's command."""
+    validation = held_out(corpus, job)
+    tokens = validation.tokens if validation else 0
+    final, glance = (min(tokens, job.train.validate_tokens or most) for most in (tokens, GLANCE_TOKENS))
     return Length(started + 60 * job.train.minutes - _AFTERWARDS, glance, final)
 
 
-def _parts(
-    job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None], fresh: bool
-) -> Parts:
-    """Model, optimizer and sync, with every `auto` of the job resolved on the way. fresh: as for `assemble`."""
+def settled(job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None]) -> Job:
+    """The job with every `auto` resolved, and so many steps as fit."""
     if job.sync.codec not in ("none", "auto") and ranks.layout.replicas == 1:
         say(f"sync.codec={job.sync.codec} does nothing here: one replica has no other to send gradients to")
     batch = on_device(training.batch(0, ranks.reader, ranks.layout.readers), ranks.device)
@@ -134,7 +135,7 @@ def _parts(
         if steps < 1:
             say("warning: the start alone took that long; one step is trained. Ask for more minutes, or for steps")
         job = replace_train(job, steps=max(1, steps))
-    return assemble(cadences(job), ranks, fresh)
+    return cadences(job)
 
 
 def _go_on(loop: Loop, run: Path, chosen: Path) -> None:

@@ -38,7 +38,7 @@ def apply(server: ServerShard, version: int, *keys: Key) -> list:
     return said(server.handle(m.COORDINATOR, m.Apply(version, keys, 1.0, 1.0, 0), (), 0.0))
 
 
-def pull(server: ServerShard, version: int, pieces=()) -> tuple[list, tuple]:
+def pull(server: ServerShard, version: int, pieces=None) -> tuple[list, tuple]:
     effects = server.handle(WORKER, m.Pull(Key(0, 0, 0), version, pieces), (), 0.0)
     return said(effects), effects[0].tensors if effects else ()
 

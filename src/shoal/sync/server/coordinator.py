@@ -42,13 +42,16 @@ class Coordinator:
         model: str = "",
         tokenizer: str = "",
         now: float = 0.0,
+        due: Callable[[Standing], bytes | None] = lambda at: None,
     ):
         """rate: learning rate by samples used up so far (`staleness.token_schedule`). copies: of each shard, at first.
 
         journal: what the job's coordinators wrote so far, in this process or before a crash; a new one is one Opened.
-        samples: of the whole job, None = no end. model, tokenizer: hashes that workers must have, too.
+        samples: of the whole job, None = no end. model, tokenizer: hashes that workers must have, too. due: asked at
+        each commit whether there is to be a checkpoint of it: the values of its manifest, as JSON, or None.
         """
         self.rules, self.rate, self.model, self.tokenizer = rules.validate(), rate, model, tokenizer
+        self.due = due
         self.at = Standing(rules, copies, samples, journal, now)
         if (job := self.at.opened.job) != model:
             raise JobError(
@@ -109,6 +112,37 @@ class Coordinator:
                 self._change(address.number, left)
         return self._done()
 
+    def drain(self, now: float) -> list[Effect]:
+        """Nobody begins anything any more: whoever asks is told that it is over."""
+        self.at.now, self.at.draining = now, True
+        for member in list(self.at.members.values()):
+            if member.asked is not None:
+                self._finish(member)
+        return self._done()
+
+    @property
+    def idle(self) -> bool:
+        """Nobody computes on anything, every commit is applied everywhere, and nothing more can begin."""
+        copies = self.at.copies
+        busy = any(member.grant is not None for member in self.at.members.values())
+        behind = any(version < self.version for version in copies.applied.values())
+        return (self.at.draining or self.at.samples.finished) and not busy and not behind
+
+    def save(self, values: bytes) -> list[Effect]:
+        """Has the shards save the latest version, now."""
+        self._save(values)
+        return self._done()
+
+    def kept(self, version: int) -> list[Effect]:
+        """A checkpoint of this version is complete."""
+        self.at.copies.forget(version)
+        return [Send(address, m.Kept(version)) for address in self.at.copies.addresses()]
+
+    def _save(self, values: bytes) -> None:
+        told = m.Save(self.version, values)
+        self._out.append(m.Summary(self.version, tuple(self.at.summary())))
+        self._out += [Send(Address("shard", s, copy), told) for s, copy in enumerate(self.at.copies.primaries())]
+
     def _done(self) -> list[Effect]:
         """Whatever has become possible by an event, then the effects."""
         if self.rules.rounds:
@@ -163,8 +197,8 @@ class Coordinator:
             return
         if member.grant is not None and message.gone <= member.grant.gone:
             self._say(member.address, member.grant)
-        elif self.at.samples.finished:
-            self._say(member.address, m.Finished(member.worker, member.incarnation))
+        elif self.at.samples.finished or self.at.draining:
+            self._finish(member)
         else:
             member.asked = message
 
@@ -229,6 +263,8 @@ class Coordinator:
                 self._round.squares[copy] = message.squares
         else:
             copies.applied[copy] = max(copies.applied[copy], message.version)
+            # One that has come back and follows what it missed gets the next of it at once.
+            self._out += copies.next(copy, self.at.now)
 
     def _hello(self, copy: Copy, message: m.Hello) -> None:
         copies = self.at.copies
@@ -324,6 +360,8 @@ class Coordinator:
         record = commit(self.at, self.rate, pushes, squares)
         self._write(record)
         self._out += self.at.copies.send(record, self.at.now)
+        if (values := self.due(self.at)) is not None:
+            self._save(values)
         for i, key in enumerate(record.keys):
             member = self.at.members.get(key.worker)
             if member is not None and member.incarnation == key.incarnation:
@@ -343,7 +381,7 @@ class Coordinator:
     # What workers may begin.
 
     def _grant(self) -> None:
-        if self._round.pushes:
+        if self._round.pushes or self.at.draining:
             return
         if self.rules.mode == "bsp":
             self._begin(may_begin(self.at))
@@ -379,8 +417,11 @@ class Coordinator:
         if member.grant is not None:
             self._say(member.address, member.grant)
         elif self.at.samples.finished:
-            self._say(member.address, m.Finished(member.worker, member.incarnation))
-            member.asked = None
+            self._finish(member)
+
+    def _finish(self, member: Member) -> None:
+        self._say(member.address, m.Finished(member.worker, member.incarnation))
+        member.asked = None
 
     def _write(self, record: r.AnyRecord, durable: bool = True) -> None:
         self._out.append(Write(record, durable=durable))

@@ -25,6 +25,8 @@ class Copies:
         self.of_shard: list[tuple[int, ...]] = [tuple(range(count)) for count in counts]
         self.applied: dict[Copy, int] = {copy: version for copy in self._all()}
         self._said: dict[Copy, float] = dict.fromkeys(self.applied, float("-inf"))
+        # The last version of what was sent again to a copy.
+        self._again: dict[Copy, int] = {}
         self.epoch = epoch
 
     @property
@@ -65,7 +67,15 @@ class Copies:
         """What this copy has not applied yet, from the lowest version on."""
         self._said[copy] = now
         first = self.applied[copy] - self.base
+        self._again[copy] = min(self.applied[copy] + _WINDOW, self.version)
         return [Send(Address("shard", *copy), record.apply()) for record in self.commits[first : first + _WINDOW]]
+
+    def next(self, copy: Copy, now: float) -> list[Send]:
+        """To a copy that has applied all that was sent again, and is still behind: what comes after."""
+        done = self.applied[copy]
+        if done != self._again.get(copy) or done >= self.version:
+            return []
+        return self.again(copy, now)
 
     def tick(self, now: float) -> list[Send]:
         late = [c for c, v in self.applied.items() if v < self.version and now - self._said[c] >= self.retry]

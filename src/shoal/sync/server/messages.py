@@ -57,6 +57,22 @@ class Square(NamedTuple):
     value: float
 
 
+class Spent(NamedTuple):
+    """What a push has cost its worker, for the run's metrics. waited: seconds without work since the push before.
+
+    computed: seconds of forward and backward. memory_gib: of its fullest rank so far. sent, received: bytes.
+    """
+
+    waited: float = 0.0
+    computed: float = 0.0
+    memory_gib: float = 0.0
+    sent: int = 0
+    received: int = 0
+
+
+UNKNOWN = Spent()
+
+
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
     """Any of the messages below."""
 
@@ -108,6 +124,15 @@ class Push(Message, frozen=True):
     weight: float
     loss_sum: float
     samples: Range
+    spent: Spent = UNKNOWN
+
+
+class Noted(Message, frozen=True):
+    """A worker has measured the loss on held-out text, of the weights of this version."""
+
+    version: int
+    nats: float
+    tokens: int
 
 
 # From the coordinator to a worker.
@@ -187,15 +212,36 @@ class Primaries(Message, frozen=True):
     copies: tuple[int, ...]
 
 
+# Between the coordinator and somebody who only reads weights.
+
+
+class Look(Message, frozen=True):
+    """Which version is there? model: as in Join."""
+
+    model: str = ""
+
+
+class Seen(Message, frozen=True):
+    """version: of the latest commit. samples: used up by then. primaries: as in Primaries."""
+
+    version: int
+    samples: int
+    primaries: tuple[int, ...]
+
+
 # Between a worker and a shard.
 
 
 class Pull(Message, frozen=True):
-    """Give me weights of `version` (`shard`, `hogwild`: of what is there, but not older). pieces: none = all."""
+    """Give me weights of `version` (`shard`, `hogwild`: of what is there, but not older). pieces: None = all.
+
+    master: the weights that updates move, not those that workers compute on where these look ahead of them.
+    """
 
     key: Key
     version: int
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[Piece, ...] | None = None
+    master: bool = False
 
 
 class Pulled(Message, frozen=True):
@@ -249,6 +295,26 @@ class Staged(Message, frozen=True):
     squares: tuple[Square, ...]
 
 
+class Clone(Message, frozen=True):
+    """From a new copy to the one that workers talk to: give me all that you have, and pass on what comes."""
+
+    shard: int
+    copy: int
+
+
+class Whole(Message, frozen=True):
+    """With the tensors of `pieces`: all that a shard holds at `version`.
+
+    pieces: weights and the optimizer's state, `<slot>.<name>`; then, for each of `backups` (workers), the weights that
+    it pulled. values: of the optimizer, as JSON.
+    """
+
+    version: int
+    pieces: tuple[Piece, ...]
+    backups: tuple[int, ...]
+    values: bytes
+
+
 class Copies(Message, frozen=True):
     """Which copies this shard has now: the first of them passes on to the others what workers push."""
 
@@ -300,6 +366,31 @@ class Drop(Message, frozen=True):
     keys: tuple[Key, ...]
 
 
+class Save(Message, frozen=True):
+    """Keep what you hold at `version` as your part of a checkpoint. values: of its manifest, as JSON."""
+
+    version: int
+    values: bytes
+
+
+class Saved(Message, frozen=True):
+    """A part of a checkpoint, of the first shard the whole of it, is on disk; or why not, in `error`."""
+
+    shard: int
+    version: int
+    error: str = ""
+
+
+class Kept(Message, frozen=True):
+    """A checkpoint of `version` is complete: what led to it need not be kept in logs any more."""
+
+    version: int
+
+
+class Over(Message, frozen=True):
+    """The job has ended."""
+
+
 # What a state machine asks its host to do, in this order.
 
 
@@ -320,14 +411,30 @@ class Write(msgspec.Struct, frozen=True):
     durable: bool = True
 
 
-Effect = Send | Write
+class Keep(msgspec.Struct, frozen=True):
+    """A shard is at `version` now, of which it was told to save its part. values: as in Save."""
+
+    version: int
+    values: bytes
+
+
+class Summary(msgspec.Struct, frozen=True):
+    """Of a version that is being saved: the records that a journal begins with from there (`Standing.summary`)."""
+
+    version: int
+    records: tuple[Any, ...]
+
+
+Effect = Send | Write | Keep | Summary
 
 
 AnyMessage = (
-    Join | Leave | Heartbeat | Ask | Push
+    Join | Leave | Heartbeat | Ask | Push | Noted
+    | Look | Seen
     | Joined | Refused | Grant | Finished | Missing | Answer | Fenced | Primaries
     | Pull | Pulled | Gone | Stage
     | Hello | Staged | Copies | Combine | Combined | Apply | Applied | Drop
+    | Clone | Whole | Save | Saved | Kept | Over
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -84,6 +85,10 @@ class Parameters:
         if self.rules.compensation == "look-ahead":
             assert isinstance(self.optimizer, Update)
             return look_ahead(self.optimizer, self.rules.workers - 1, self.lr)
+        return self.master()
+
+    def master(self) -> Gradient:
+        """The weights that updates move, in tensors of their own."""
         return [shard.local.clone() for shard in self.shards]
 
     def live(self) -> Gradient:
@@ -98,6 +103,19 @@ class Parameters:
         """Views of `weights`, for a pull."""
         places = [(self._holding(piece), piece) for piece in pieces]
         return tuple(self._view(weights[i], self.shards[i], piece) for i, piece in places)
+
+    def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Tensor, ...]]:
+        """All that is held here, in tensors of their own: what it is, the optimizer's values, the tensors."""
+        state = self.state()
+        pieces = tuple(Piece(s.name, tuple(s.offsets), tuple(s.local.shape)) for s in state.shards)
+        return pieces, msgspec.json.encode(state.values), tuple(shard.local.clone() for shard in state.shards)
+
+    @torch.no_grad()
+    def fill(self, values: bytes, tensors: Sequence[Tensor]) -> None:
+        """What `whole` gave elsewhere."""
+        for shard, tensor in zip(self.state().shards, tensors, strict=True):
+            shard.local.copy_(tensor)
+        self.restored(State([], msgspec.json.decode(values)))
 
     def state(self) -> State:
         """Weights and optimizer, for a checkpoint."""

@@ -35,7 +35,7 @@ class Round:
             return here == len(going)
         if here < min(self.rules.quorum, len(at.members)):
             # At the end of the data there may be no work for so many.
-            return here == len(going) and not at.samples.available
+            return here == len(going) and (at.draining or not at.samples.available)
         if self.ends is None:
             self.ends = at.now + self.rules.grace
         return here == len(at.members) or at.now >= self.ends

@@ -70,6 +70,11 @@ class Samples:
             self.watermark = self.exceptions.pop(0).stop
 
     @property
+    def leased(self) -> int:
+        """All samples below were leased once, none above."""
+        return self._next
+
+    @property
     def available(self) -> bool:
         """There is something to lease now."""
         return bool(self._free) or self.end is None or self._next < self.end

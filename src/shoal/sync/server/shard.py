@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,8 +21,11 @@ class Held(Protocol):
     def apply(self, gradient: Any, order: Apply, pulled: Any) -> None: ...
     def freeze(self) -> Any: ...
     def live(self) -> Any: ...
+    def master(self) -> Any: ...
     def pieces(self) -> tuple[Piece, ...]: ...
     def cut(self, weights: Any, pieces: Sequence[Piece]) -> tuple[Any, ...]: ...
+    def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Any, ...]]: ...
+    def fill(self, values: bytes, tensors: Sequence[Any]) -> None: ...
 
 
 @dataclass
@@ -72,7 +75,8 @@ class ServerShard:
         self._summed: tuple[tuple[Key, ...], Any, tuple[Square, ...]] | None = None
         self._frozen: dict[int, Any] = {}
         self._backup: dict[int, Any] = {}
-        self._waiting: dict[int, tuple[Address, m.Pull]] = {}
+        self._waiting: dict[Address, m.Pull] = {}
+        self._saves: dict[int, bytes] = {}
         self._out: list[Effect] = []
 
     @property
@@ -87,6 +91,27 @@ class ServerShard:
         """After a crash, with `held` as it was saved at `version`: takes in what the log has of the time since."""
         for stage, tensors in log:
             self._put(stage, tensors)
+
+    def give(self, copy: int) -> list[Effect]:
+        """All that is here, to a new copy; from now on it is passed what workers push."""
+        address = Address("shard", self.number, copy)
+        pieces, values, tensors = self.held.whole()
+        weights = [each for kept in self._backup.values() for each in self.held.cut(kept, self.held.pieces())]
+        pieces += self.held.pieces() * len(self._backup)
+        whole = m.Whole(self.version, pieces, tuple(self._backup), values)
+        if copy not in self.others:
+            self.others = (*self.others, copy)
+        staged = [Send(address, stage, gradient) for stage, gradient in self.unapplied()]
+        return [Send(address, whole, (*tensors, *weights)), *staged]
+
+    def take(self, message: m.Whole, tensors: Sequence[Any]) -> None:
+        """As a new copy: what another one gave."""
+        size, count = len(self.held.pieces()), len(tensors) - len(message.backups) * len(self.held.pieces())
+        self.held.fill(message.values, tensors[:count])
+        self._backup = {
+            worker: list(tensors[count + i * size : count + (i + 1) * size]) for i, worker in enumerate(message.backups)
+        }
+        self.version = message.version
 
     def handle(self, sender: Address, message: Message, tensors: Sequence[Any], now: float) -> list[Effect]:
         """What follows from one message.
@@ -109,6 +134,9 @@ class ServerShard:
             if message.epoch >= self._epoch:
                 self._epoch = message.epoch
                 self.others = message.copies[1:] if message.copies[0] == self.copy else ()
+        elif isinstance(message, m.Save):
+            self._saves[message.version] = message.values
+            self._keep()
         elif isinstance(message, m.Refused):
             self.refused = message
         out, self._out = self._out, []
@@ -121,6 +149,13 @@ class ServerShard:
                 self._say_staged(key, staged, now)
         out, self._out = self._out, []
         return out
+
+    def unapplied(self) -> Iterator[tuple[m.Stage, tuple[Any, ...]]]:
+        """What is staged in full and not decided on, for a log that begins anew."""
+        pieces = self.held.pieces()
+        for key, staged in self.staged.items():
+            if staged.squares is not None:
+                yield m.Stage(key, 0, 1, pieces, True), self.held.cut(staged.gradient, pieces)
 
     def _stage(self, message: m.Stage, tensors: Sequence[Any], now: float) -> None:
         if self._over(message.key):
@@ -182,7 +217,7 @@ class ServerShard:
         while (order := self._orders.get(self.version + 1)) is not None and self._whole(order):
             self._apply_next(self._orders.pop(order.version))
         self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))
-        for sender, pull in list(self._waiting.values()):
+        for sender, pull in list(self._waiting.items()):
             self._pull(sender, pull)
 
     def _whole(self, order: Apply) -> bool:
@@ -207,6 +242,13 @@ class ServerShard:
         for key in order.keys:
             self._applied[key.worker] = key
         self.version = order.version
+        self._keep()
+
+    def _keep(self) -> None:
+        """What is to be saved of this version; of one that is over, nothing can be any more."""
+        if (values := self._saves.get(self.version)) is not None:
+            self._out.append(m.Keep(self.version, values))
+        self._saves = {version: values for version, values in self._saves.items() if version > self.version}
 
     def _freeze(self) -> Any:
         if self.version not in self._frozen:
@@ -214,12 +256,14 @@ class ServerShard:
         return self._frozen[self.version]
 
     def _pull(self, sender: Address, message: m.Pull) -> None:
-        self._waiting.pop(message.key.worker, None)
+        self._waiting.pop(sender, None)
         version = message.version if self.level == "snapshot" else max(message.version, self.version)
         if version > self.version:
-            self._waiting[message.key.worker] = (sender, message)
+            self._waiting[sender] = message
             return
-        if self.level == "hogwild":
+        if message.master:
+            weights = self.held.master() if version == self.version else None
+        elif self.level == "hogwild":
             weights = self.held.live()
         elif version == self.version:
             weights = self._freeze()
@@ -228,7 +272,7 @@ class ServerShard:
         if weights is None:
             self._out.append(Send(sender, m.Gone(message.key, self.number, version, self.version)))
             return
-        pieces = message.pieces or self.held.pieces()
+        pieces = self.held.pieces() if message.pieces is None else message.pieces
         pulled = m.Pulled(message.key, self.number, version, pieces)
         self._out.append(Send(sender, pulled, self.held.cut(weights, pieces)))
 

@@ -19,6 +19,7 @@ class Standing:
 
     ready: pushes that all copies of all shards have in full, in the order in which they were complete. turn: the
     worker that all others wait for. Both are made anew after a crash, by what workers and shards say again.
+    draining: nobody may begin anything any more.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Standing:
         self.started = first.started
         self.ready: dict[Key, Member] = {}
         self.turn: int | None = None
+        self.draining = False
         self.opened = first
         for record in journal[1:]:
             self.take(record)

@@ -75,18 +75,19 @@ class Worker:
 
     def push(
         self, gradients: Mapping[int, Pushed], weight: float, loss_sum: float, now: float, *,
-        samples: Range | None = None, part: int = 0, parts: int = 1,
+        samples: Range | None = None, part: int = 0, parts: int = 1, spent: m.Spent = m.UNKNOWN,
     ) -> list[Effect]:  # fmt: skip
         """Sends the gradient of the granted samples, or of the first of them.
 
         gradients: for every shard. weight: valid tokens in it. part, parts: which of the worker's ranks this is.
+        spent: what it cost.
         """
         assert self.state == "computing"
         assert self.grant is not None
         assert len(gradients) == self.shards, "every shard must hear of every push"
         self.state, self.pulled, self._pushed = "pushing", {}, gradients
         self._part, self._parts = part, parts
-        self._push = m.Push(self.key, self.grant.version, weight, loss_sum, samples or self.grant.samples)
+        self._push = m.Push(self.key, self.grant.version, weight, loss_sum, samples or self.grant.samples, spent)
         self._out += [self._stage(shard) for shard in range(self.shards)]
         self._again(now)
         return self._effects()
@@ -151,7 +152,7 @@ class Worker:
 
     def _pull(self, shard: int) -> Send:
         assert self.grant is not None
-        return Send(self._shard(shard), m.Pull(self.key, self.grant.version, self.wanted.get(shard, ())))
+        return Send(self._shard(shard), m.Pull(self.key, self.grant.version, self.wanted.get(shard)))
 
     def _stage(self, shard: int) -> Send:
         pushed = self._pushed[shard]
@@ -188,9 +189,23 @@ class Worker:
 
     def _gone_by(self, message: m.Gone, now: float) -> None:
         if self.state == "pulling" and message.key == self.key and self.grant and message.version == self.grant.version:
-            self._gone += 1
-            self.pulled = {}
-            self._ask(now)
+            self._ask_again(now)
+
+    def not_pulled(self, now: float) -> list[Effect]:
+        """Another of the worker's ranks came too late for the version that was granted: asks for a newer one."""
+        if self.state in ("pulling", "computing"):
+            self._ask_again(now)
+        return self._effects()
+
+    def _ask_again(self, now: float) -> None:
+        self._gone += 1
+        self.pulled = {}
+        self._ask(now)
+
+    @property
+    def primaries(self) -> tuple[int, ...]:
+        """The copy of each shard to talk to, as far as is known."""
+        return self._primaries
 
     def _answered(self, message: m.Answer, now: float) -> None:
         if self.state == "pushing" and message.key == self.key:

@@ -153,6 +153,8 @@ class World:
                 host.fuse = host.fuse - 1 if host.fuse else None
             if isinstance(effect, Send):
                 self._send(address, effect)
+            elif not isinstance(effect, m.Write):
+                continue
             elif isinstance(effect.what, m.Stage):
                 self.logs.setdefault(address.number, []).append((effect.what, effect.tensors))
             else:

@@ -19,6 +19,11 @@ def in_host_memory(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
 
+def size(buffer: Buffer) -> int:
+    """In bytes."""
+    return buffer.nbytes if isinstance(buffer, Tensor | memoryview) else len(buffer)
+
+
 def to_send(buffer: Buffer) -> memoryview:
     """The bytes of a buffer; of a contiguous tensor on the CPU without a copy, of one elsewhere after a copy."""
     if isinstance(buffer, Tensor) and buffer.device.type != "cpu":

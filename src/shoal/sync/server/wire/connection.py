@@ -38,6 +38,8 @@ class Connection:
 
     def __init__(self, stream: Stream, session: Session, limits: Limits):
         self.peer = stream.peer
+        # How the one who connected calls itself.
+        self.name = session.name
         # Why it ended, in a word or two to count by; empty while it has not.
         self.ended = ""
         self._stream, self._session, self._limits = stream, session, limits

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 
+from shoal.sync.server.wire.buffers import Buffer, size
 from shoal.sync.server.wire.connection import Connection
 
 
 class Outbox:
-    """Frames without buffers on their way to one peer, in order, sent by a thread of its own until `close`.
+    """Frames on their way to one peer, in order, sent by a thread of its own until `close`.
 
-    most: frames that may wait; a peer that reads too slowly for that loses its connection. timeout: seconds for each.
+    most: frames that may wait; a peer that reads too slowly for that loses its connection. timeout: seconds for each,
+    and one more for so many of its bytes (`slowest`).
     """
 
-    def __init__(self, connection: Connection, *, most: int = 64, timeout: float = 60.0):
-        self._connection, self._most, self._timeout = connection, most, timeout
-        self._waiting: deque[bytes] = deque()
+    def __init__(self, connection: Connection, *, most: int = 64, timeout: float = 60.0, slowest: float = 1e6):
+        self._connection, self._most, self._timeout, self._slowest = connection, most, timeout, slowest
+        self._waiting: deque[tuple[bytes, Sequence[Buffer]]] = deque()
+        self._sending = False
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._send, name=f"answers {connection.peer}", daemon=True)
@@ -28,14 +32,21 @@ class Outbox:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, header: bytes) -> None:
-        """Returns at once. ConnectionError where the connection has ended, or ends now because too many wait."""
+    @property
+    def waiting(self) -> int:
+        """Frames that have not been sent, or not wholly."""
+        return len(self._waiting) + self._sending
+
+    def put(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
+        """Returns at once; the buffers must stay as they are until they are sent.
+
+        ConnectionError where the connection has ended, or ends now because too many wait."""
         with self._changed:
             if len(self._waiting) >= self._most:
                 self._connection.close()
             if self._connection.ended:
                 raise ConnectionError(f"lost the connection with {self._connection.peer}, which takes no more answers")
-            self._waiting.append(header)
+            self._waiting.append((header, buffers))
             self._changed.notify()
 
     def close(self) -> None:
@@ -46,14 +57,18 @@ class Outbox:
         self._thread.join()
 
     def _send(self) -> None:
-        while (header := self._next()) is not None:
+        while (frame := self._next()) is not None:
+            header, buffers = frame
+            seconds = self._timeout + sum(map(size, buffers)) / self._slowest
             try:
-                self._connection.send(header, timeout=self._timeout)
+                self._connection.send(header, buffers, timeout=seconds)
             except OSError:
                 # Told to whoever receives from this peer, and to whoever puts the next one in.
                 return self._connection.close()
 
-    def _next(self) -> bytes | None:
+    def _next(self) -> tuple[bytes, Sequence[Buffer]] | None:
         with self._changed:
+            self._sending = False
             self._changed.wait_for(lambda: self._waiting or self._closing)
+            self._sending = bool(self._waiting)
             return self._waiting.popleft() if self._waiting else None

@@ -1,0 +1,154 @@
+"""A worker's state machine beside the thread that computes: it goes on saying that it lives while that is busy."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from shoal.errors import JobError, RankError
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import COORDINATOR, Effect, Key, Range
+from shoal.sync.server.node.station import Event, Lost, Said, Station
+from shoal.sync.server.worker import Pushed, Worker
+
+# Seconds between two looks at what was not answered.
+_TICK = 0.1
+# Seconds without the coordinator after which a worker gives up: it may be starting again, or the machine asleep.
+_ALONE = 120.0
+
+
+class Client:
+    """Drives one worker from `start` to `close`. What others must know (what is pulled, the answer) they `wait` for.
+
+    A worker that was fenced joins again by itself, as a new incarnation: whatever is computed for the old one is void.
+    """
+
+    def __init__(self, machine: Worker, station: Callable[[int], Station]):
+        """station: for a nonce, one that listens to nobody and calls coordinator and shards."""
+        self.machine = machine
+        self._changed = threading.Condition()
+        self._error: JobError | RankError | None = None
+        self._closing = False
+        # Parts of pushes that shards say they do not have, of (shard, copy): for the worker's other ranks, too.
+        self._missing: list[tuple[int, int]] = []
+        nonce = secrets.randbits(62)
+        self.station = station(nonce)
+        self._heard = time.monotonic()
+        with self._changed:
+            self._do(machine.start(nonce, self._heard))
+        self._thread = threading.Thread(target=self._run, name="talks to the server", daemon=True)
+        self._thread.start()
+
+    def wait(self, *states: str, timeout: float | None = None) -> str:
+        """Until the worker is in one of these states, or for so many seconds; the state it is in.
+
+        JobError where the coordinator refuses it, RankError where there is no coordinator any more.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self.machine.state in states or self._error or self._missing, timeout)
+            if self._error:
+                raise self._error
+            return self.machine.state
+
+    def granted(self) -> tuple[m.Grant, tuple[int, ...]] | None:
+        """What the worker pulls or computes on now, and the copies of shards to pull from."""
+        with self._changed:
+            grant = self.machine.grant
+            return (grant, self.machine.primaries) if grant is not None else None
+
+    def pulled(self, key: Key) -> dict[int, tuple[m.Pulled, Sequence[object]]] | None:
+        """The weights that came for this clock; None where it is void."""
+        with self._changed:
+            return dict(self.machine.pulled) if self._is(key, "computing") else None
+
+    def not_pulled(self, key: Key) -> None:
+        """Another rank could not pull: asks for a newer version."""
+        with self._changed:
+            if self.machine.key == key:
+                self._do(self.machine.not_pulled(time.monotonic()))
+
+    def push(
+        self, key: Key, gradients: Mapping[int, Pushed], weight: float, loss_sum: float, samples: Range,
+        parts: int, spent: m.Spent,
+    ) -> bool:  # fmt: skip
+        """False where this clock is void: the worker was fenced meanwhile."""
+        with self._changed:
+            if not self._is(key, "computing"):
+                return False
+            now = time.monotonic()
+            self._missing.clear()
+            self._do(self.machine.push(gradients, weight, loss_sum, now, samples=samples, parts=parts, spent=spent))
+            self._missing.clear()
+            return True
+
+    def missing(self) -> list[tuple[int, int]]:
+        """(shard, copy) to which this worker's ranks must push again, since it was last asked."""
+        with self._changed:
+            found, self._missing = self._missing, []
+            return found
+
+    def answer(self, key: Key) -> m.Answer | None:
+        """To the push of this clock, if there is one by now."""
+        with self._changed:
+            answer = self.machine.answer
+            return answer if answer is not None and answer.key == key else None
+
+    def note(self, message: m.Message) -> None:
+        """Tells the coordinator something that the worker itself has no part in."""
+        self.station.send(COORDINATOR, message)
+
+    def close(self) -> None:
+        """Leaves, if the worker takes part still."""
+        with self._changed:
+            self._closing = True
+            if self.machine.state not in ("refused", "left", "fenced"):
+                self._do(self.machine.leave(time.monotonic()))
+        self.station.wake()
+        self._thread.join(5.0)
+        self.station.close()
+
+    def _is(self, key: Key, state: str) -> bool:
+        return self.machine.key == key and self.machine.state == state
+
+    def _run(self) -> None:
+        while not self._closing:
+            event = self.station.next(_TICK)
+            with self._changed:
+                if self._closing:
+                    return
+                self._take(event)
+                self._changed.notify_all()
+
+    def _take(self, event: Event | None) -> None:
+        now = time.monotonic()
+        machine = self.machine
+        if isinstance(event, Said):
+            if event.sender == COORDINATOR:
+                self._heard = now
+            if isinstance(event.message, m.Refused) and event.sender != COORDINATOR:
+                self._error = JobError(event.message.why, fix=event.message.fix)
+            self._do(machine.handle(event.message, event.tensors, now))
+        elif isinstance(event, Lost) and event.error is not None:
+            self._error = event.error
+        self._do(machine.tick(now))
+        if machine.refused is not None:
+            self._error = JobError(machine.refused.why, fix=machine.refused.fix)
+        if machine.state == "fenced":
+            nonce = secrets.randbits(62)
+            effects = machine.start(nonce, now)
+            self.station.rename(machine.address)
+            self._do(effects)
+        if now - self._heard > _ALONE and machine.state != "computing":
+            self._error = RankError(f"the coordinator has not been heard of for {_ALONE:.0f} s")
+
+    def _do(self, effects: Sequence[Effect]) -> None:
+        for effect in effects:
+            assert isinstance(effect, m.Send)
+            if isinstance(effect.message, m.Stage):
+                self._missing.append((effect.to.number, effect.to.copy))
+            self.station.send(effect.to, effect.message, effect.tensors)
+
+
+__all__ = ["Client"]

@@ -1,0 +1,61 @@
+"""What one rank of a worker exchanges with which server shard: where its own pieces overlap with the shard's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shoal.checkpoint.manifest import intersect
+from shoal.shard import Shard
+from shoal.sync.server.messages import Piece
+from shoal.sync.server.placement import Block
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A piece of one parameter that lies in `shard`, a piece of this rank, and in a block of a server shard."""
+
+    piece: Piece
+    shard: Shard
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Of a tensor like the rank's own piece, the part that is meant: a view."""
+        for dimension, (start, low, size) in enumerate(
+            zip(self.piece.offsets, self.shard.offsets, self.piece.shape, strict=True)
+        ):
+            tensor = tensor.narrow(dimension, start - low, size)
+        return tensor
+
+
+def cuts(shards: Iterable[Shard], placement: Sequence[Sequence[Block]]) -> dict[int, list[Cut]]:
+    """For each server shard, what this rank has in common with it, in the order of the rank's pieces."""
+    found: dict[int, list[Cut]] = {number: [] for number in range(len(placement))}
+    where: dict[str, list[tuple[int, Block]]] = {}
+    for number, blocks in enumerate(placement):
+        for block in blocks:
+            where.setdefault(block.name, []).append((number, block))
+    for shard in shards:
+        for number, block in where[shard.name]:
+            common = intersect(tuple(shard.offsets), tuple(shard.local.shape), *_box(block, shard.global_shape))
+            if common is not None:
+                found[number].append(Cut(Piece(shard.name, *common), shard))
+    return found
+
+
+def _box(block: Block, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    if not shape:
+        return (), ()
+    rest = tuple(shape[1:])
+    return (block.start, *[0] * len(rest)), (block.stop - block.start, *rest)
+
+
+@torch.no_grad()
+def fill(cuts: Sequence[Cut], pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
+    """Copies what was pulled to where it belongs."""
+    where: Mapping[Piece, Cut] = {cut.piece: cut for cut in cuts}
+    for piece, tensor in zip(pieces, tensors, strict=True):
+        cut = where[piece]
+        cut.of(cut.shard.local).copy_(tensor)

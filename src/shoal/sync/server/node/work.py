@@ -1,0 +1,266 @@
+"""A worker of a parameter server: one replica, on one rank or several, that pulls weights and pushes gradients.
+
+The first rank (the lead) talks to the coordinator and tells the others what it hears; every rank pulls and pushes its
+own pieces. What several ranks hold, the one that counts it in the gradient's norm pushes.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from shoal import operations
+from shoal.errors import RankError
+from shoal.mesh import Mesh
+from shoal.parallel.replica import Replica, Tally
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import Address, Key, Range
+from shoal.sync.server.node.client import Client
+from shoal.sync.server.node.cuts import Cut, cuts, fill
+from shoal.sync.server.node.station import Lost, Said, Station
+from shoal.sync.server.placement import Block
+from shoal.sync.server.worker import Pushed, Worker
+from shoal.sync.step import sum_within, totals_of
+
+# Seconds after which the lead tells the others that there is no news, since nobody waits for ever in a collective.
+_NEWS = 20.0
+# Seconds after which a rank asks a shard again, and those after which it gives up.
+_RETRY, _PATIENCE = 1.0, 120.0
+# What the lead says: the worker has ended, weights are to be pulled, a push goes out, parts of it again, it is over.
+_END, _PULL, _PUSH, _AGAIN, _DONE = range(5)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is computed next: from the weights of `version`, on these samples."""
+
+    key: Key
+    version: int
+    samples: Range
+
+
+class Server:
+    """`begin`, gradients on `Work.samples`, `end`; the same on all ranks of a worker, until `begin` has no more."""
+
+    def __init__(
+        self, mesh: Mesh, replica: Replica[Any], placement: Sequence[Sequence[Block]], *,
+        station: Callable[[Address], Station], machine: Worker,
+    ):  # fmt: skip
+        """mesh: of this worker alone. station: for an address, one that calls coordinator and shards."""
+        self.mesh, self.replica, self.shards = mesh, replica, len(placement)
+        held = replica.shards()
+        self._pulls = cuts(held, placement)
+        self._pushes = cuts([shard for shard in held if shard.counted], placement)
+        self._alone = mesh.world == 1
+        machine.wanted = {number: tuple(cut.piece for cut in found) for number, found in self._pulls.items()}
+        self._client: Client | None = None
+        self._station: Station | None = None
+        if mesh.rank == 0:
+            self._client = Client(machine, lambda nonce: station(Address("worker", machine.number, nonce)))
+        else:
+            self._station = station(Address("worker", machine.number, secrets.randbits(62)))
+        self._wanted = machine.wanted
+        self._since = time.perf_counter()
+        self._traffic = (0, 0)
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._client is not None:
+            self._client.close()
+        if self._station is not None:
+            self._station.close()
+
+    # Pulling.
+
+    def begin(self) -> Work | None:
+        """Waits until there is work, and has its weights; None when the job, or this worker's part in it, is over.
+
+        Raises JobError where the coordinator refuses this worker, RankError where a rank or the coordinator is gone.
+        """
+        while True:
+            command, primaries = self._hear(self._lead_begin)
+            if command.kind == _END:
+                return None
+            if command.kind != _PULL:
+                continue
+            found = self._pull(command, primaries)
+            if self._all(found is not None):
+                assert found is not None
+                for shard, (pulled, tensors) in found.items():
+                    fill(self._pulls[shard], pulled.pieces, tensors)
+                operations.step(command.samples.start)
+                self._waited = time.perf_counter() - self._since
+                self._began = time.perf_counter()
+                return Work(command.key, command.version, command.samples)
+            if self._client is not None:
+                self._client.not_pulled(command.key)
+
+    def _lead_begin(self) -> tuple[_Command, tuple[int, ...]]:
+        assert self._client is not None
+        state = self._client.wait("pulling", "computing", "finished", timeout=None if self._alone else _NEWS)
+        self._client.missing()
+        if state == "finished":
+            return _Command(_END), ()
+        granted = self._client.granted()
+        if granted is None:
+            return _Command(_DONE), ()
+        grant, primaries = granted
+        return _Command(_PULL, grant.key, grant.version, grant.samples), primaries
+
+    def _pull(self, command: _Command, primaries: tuple[int, ...]) -> dict[int, tuple[m.Pulled, Sequence[Any]]] | None:
+        """This rank's pieces from each shard; None where they are gone, or the clock is void."""
+        if self._client is not None:
+            while self._client.wait("computing", "asking", "joining", "finished", timeout=_NEWS) == "pulling":
+                self._client.missing()
+            return self._client.pulled(command.key)
+        assert self._station is not None
+        found: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
+        deadline, said = time.monotonic() + _PATIENCE, float("-inf")
+        while len(found) < self.shards:
+            now = time.monotonic()
+            if now > deadline:
+                raise RankError(f"no weights of version {command.version} within {_PATIENCE:.0f} s")
+            if now - said > _RETRY:
+                said = now
+                for shard in set(range(self.shards)) - found.keys():
+                    pull = m.Pull(command.key, command.version, self._wanted[shard])
+                    self._station.send(Address("shard", shard, primaries[shard]), pull)
+            event = self._station.next(_RETRY)
+            if isinstance(event, Lost):
+                # Its copy may be another one by now, of which the lead hears.
+                return None
+            if isinstance(event, Said) and getattr(event.message, "key", None) == command.key:
+                if isinstance(event.message, m.Gone):
+                    return None
+                if isinstance(event.message, m.Pulled) and event.message.version >= command.version:
+                    found[event.message.shard] = event.message, event.tensors
+        return found
+
+    # Pushing.
+
+    def end(self, tally: Tally, samples: Range, key: Key, memory_gib: float = 0.0) -> m.Answer | None:
+        """Pushes the gradient of these samples, and waits for the answer; None where nobody waits for it any more."""
+        totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
+        sum_within(self.mesh, totals)
+        loss_sum, weight, _ = totals.tolist()
+        self.replica.collect()
+        now = time.perf_counter()
+        sent, received = self._moved()
+        spent = m.Spent(self._waited, now - self._began, memory_gib, sent, received)
+        gradients = {shard: self._gradient(found) for shard, found in self._pushes.items()}
+        self._since = time.perf_counter()
+
+        def push() -> tuple[_Command, tuple[int, ...]]:
+            assert self._client is not None
+            told = self._client.granted()
+            pushed = self._client.push(key, gradients, weight, loss_sum, samples, self.mesh.world, spent)
+            return _Command(_PUSH if pushed else _DONE, key), told[1] if told else ()
+
+        command, primaries = self._hear(push)
+        if command.kind == _DONE:
+            return None
+        self._stage(gradients, key, [(shard, primaries[shard]) for shard in range(self.shards)])
+        while command.kind != _DONE:
+            command, copies = self._hear(lambda: self._follow(key))
+            if command.kind == _AGAIN:
+                self._stage(gradients, key, [(i, copy) for i, copy in enumerate(copies) if copy >= 0])
+        within = self.mesh.within_replica if not self._alone else None
+        self.replica.updated(within)
+        return self._client.answer(key) if self._client is not None else None
+
+    def _follow(self, key: Key) -> tuple[_Command, tuple[int, ...]]:
+        """What becomes of the push, as the lead hears it."""
+        assert self._client is not None
+        state = self._client.wait("asking", "joining", "pulling", "computing", "finished", timeout=_NEWS)
+        copies = [-1] * self.shards
+        for shard, copy in self._client.missing():
+            copies[shard] = copy
+        if state == "pushing" and self._client.answer(key) is None:
+            return _Command(_AGAIN, key), tuple(copies)
+        return _Command(_DONE, key), ()
+
+    def _stage(self, gradients: dict[int, Pushed], key: Key, to: Sequence[tuple[int, int]]) -> None:
+        """This rank's part of a push; the lead's machine sends its own."""
+        if self._station is None:
+            return
+        for shard, copy in to:
+            pushed = gradients[shard]
+            stage = m.Stage(key, self.mesh.rank, self.mesh.world, pushed.pieces)
+            self._station.send(Address("shard", shard, copy), stage, pushed.tensors)
+
+    def _gradient(self, found: Sequence[Cut]) -> Pushed:
+        tensors = []
+        for cut in found:
+            assert cut.shard.grad is not None, f"{cut.shard.name} got no gradient"
+            tensors.append(cut.of(cut.shard.grad).contiguous())
+        return Pushed(tuple(cut.piece for cut in found), tuple(tensors))
+
+    def _moved(self) -> tuple[int, int]:
+        """Bytes sent and received by all ranks since the push before."""
+        station = self._client.station if self._client is not None else self._station
+        assert station is not None
+        now = station.traffic()
+        moved = torch.tensor([now[0] - self._traffic[0], now[1] - self._traffic[1]], device=self.mesh.device)
+        self._traffic = now
+        sum_within(self.mesh, moved)
+        sent, received = moved.tolist()
+        return sent, received
+
+    def note(self, message: m.Message) -> None:
+        """Tells the coordinator something, from the lead."""
+        if self._client is not None:
+            self._client.note(message)
+
+    # Between the lead and the others.
+
+    def _hear(self, say: Callable[[], tuple[_Command, tuple[int, ...]]]) -> tuple[_Command, tuple[int, ...]]:
+        """What the lead says, on all ranks. say: called on the lead."""
+        if self._alone:
+            return say()
+        if self.mesh.rank == 0:
+            command, copies = say()
+            told = torch.tensor([*command.words(), *copies, *[-1] * (self.shards - len(copies))], dtype=torch.int64)
+        else:
+            told = torch.zeros(_WORDS + self.shards, dtype=torch.int64)
+        told = told.to(self.mesh.device)
+        self.mesh.wait(dist.broadcast(told, 0, group=self.mesh.everyone, async_op=True))
+        words: list[int] = told.tolist()
+        return _Command.of(words[:_WORDS]), tuple(words[_WORDS:])
+
+    def _all(self, fine: bool) -> bool:
+        """Whether it is so on all ranks."""
+        if self._alone:
+            return fine
+        bad: Tensor = torch.tensor([0 if fine else 1], device=self.mesh.device)
+        self.mesh.wait(dist.all_reduce(bad, group=self.mesh.everyone, async_op=True))
+        return not bad.item()
+
+
+_NO_KEY = Key(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class _Command:
+    kind: int
+    key: Key = _NO_KEY
+    version: int = 0
+    samples: Range = m.NOTHING
+
+    def words(self) -> list[int]:
+        return [self.kind, *self.key, self.version, *self.samples]
+
+    @classmethod
+    def of(cls, words: list[int]) -> _Command:
+        return cls(words[0], Key(*words[1:4]), words[4], Range(*words[5:7]))
+
+
+_WORDS = 7

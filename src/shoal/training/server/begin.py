@@ -1,0 +1,68 @@
+"""Before a server job's processes start: whether journal and logs of an earlier start of the run still hold."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from shoal import checkpoint
+from shoal.checkpoint import manifest
+from shoal.job import Job, parse
+from shoal.mesh import Seat
+from shoal.observe import files
+from shoal.observe.log import speaker
+from shoal.sync.server import journal
+from shoal.sync.server import records as r
+from shoal.sync.server.node.book import FOLDER
+from shoal.sync.server.node.journal_file import FILE
+from shoal.training.server import plan
+
+_PLAN = "plan.json"
+
+
+def main(seat: Seat, *, folder: str, job: str) -> None:
+    """Leaves in the run's folder what coordinator and shards go on from, and nothing else of theirs.
+
+    With logs on a disk (one copy of each shard) every acknowledged update is there, also those since the newest
+    checkpoint; otherwise, or where shards hold other parts than before, the run goes on from that checkpoint.
+    """
+    run, given = Path(folder), parse(job)
+    say, here = speaker(run), run / FOLDER
+    lasting = _lasting(given)
+    before = (here / _PLAN).read_bytes() if (here / _PLAN).is_file() else b""
+    base, newest = _journal(here)
+    start = _start(run)
+    fits = before == lasting and given.server.copies == 1 and base <= start <= newest
+    if not fits and here.exists():
+        shutil.rmtree(here)
+        if newest > start:
+            say(f"{newest - start:,} updates since the checkpoint are computed again: shards are other ones now")
+    elif fits and newest > start:
+        say(f"the journal of this run goes on after its checkpoint: version {start:,} → {newest:,}")
+    here.mkdir(parents=True, exist_ok=True)
+    files.replace(here / _PLAN, lasting)
+
+
+def _lasting(job: Job) -> bytes:
+    """What logs and journal only hold for."""
+    held = [[(block.name, block.start, block.stop) for block in blocks] for blocks in plan.placement(job)]
+    return msgspec.json.encode({"model": plan.model_hash(job), "placement": held, "copies": job.server.copies})
+
+
+def _journal(here: Path) -> tuple[int, int]:
+    """Versions between which there is a journal; none: (1, 0)."""
+    path = here / FILE
+    records = journal.decode(path.read_bytes(), where=str(path))[0] if path.is_file() else []
+    if not records:
+        return 1, 0
+    first = records[0]
+    assert isinstance(first, r.Opened), "a journal begins with what was opened"
+    return first.version, first.version + sum(isinstance(record, r.Committed) for record in records)
+
+
+def _start(run: Path) -> int:
+    """The version that the newest checkpoint holds."""
+    newest = checkpoint.newest(run / "checkpoints", lambda text: None)
+    return int(manifest.read(newest).values["update"]["updates"]) if newest is not None else 0

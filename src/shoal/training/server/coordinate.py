@@ -1,0 +1,268 @@
+"""The coordinator of a run: who takes part and what is committed, the run's metrics, its checkpoints, its end."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from shoal import checkpoint, device
+from shoal.checkpoint import manifest
+from shoal.data.prepare import Prepared
+from shoal.errors import DivergedError
+from shoal.job import Job, parse, read, write
+from shoal.mesh import Seat
+from shoal.models.spec import count, flops_per_token
+from shoal.observe import environment
+from shoal.observe.peak import matmul_peak
+from shoal.observe.show import Show
+from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
+from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.messages import COORDINATOR, Address, Range
+from shoal.sync.server.node.book import FOLDER
+from shoal.sync.server.node.conduct import Conductor
+from shoal.sync.server.node.journal_file import JournalFile
+from shoal.sync.server.node.station import Station
+from shoal.sync.server.staleness import token_schedule
+from shoal.sync.server.standing import Standing
+from shoal.training import folder as folders
+from shoal.training.length import Length
+from shoal.training.loop import MOST_SKIPPED
+from shoal.training.server import plan
+from shoal.training.server.rows import Rows
+from shoal.training.stop import Stop
+from shoal.training.worker import length_of
+
+# What all shards' logs may hold before a checkpoint makes them short again: so many times the model, and bytes.
+_LOG_TIMES, _LOG_BYTES = 16, 1 << 30
+# How often the last checkpoint is asked for, and seconds after which it is again though no shard was lost.
+_ATTEMPTS, _LONGEST = 3, 600.0
+
+
+def main(
+    seat: Seat, *, folder: str, job: str, prepared: str, started: float, minutes: bool, command: list[str], life: int
+) -> dict[str, Any]:
+    """Leads a run to its end, and returns its figures. minutes: the job's length follows the workers' pace.
+
+    life: how often it was started before; then it goes on from its journal.
+    """
+    stop, run = Stop(), Path(folder)
+    given = read(run / "job.toml") if life else parse(job)
+    with contextlib.ExitStack() as ending:
+        show = ending.enter_context(Show(run))
+        corpus = Prepared.load(Path(prepared))
+        station = ending.enter_context(plan.station(given, run, COORDINATOR, ()))
+        journal = JournalFile(run / FOLDER)
+        ending.callback(journal.close)
+        if not journal.records:
+            journal.append([opened := _opened(run, given)], durable=True)
+            journal.records.append(opened)
+        length = length_of(given, corpus, started) if minutes else None
+        lead = _Lead(given, run, show, station, journal, stop, length)
+        if life:
+            show.say(
+                f"the coordinator was started again: it goes on from its journal, version {lead.machine.version:,}"
+            )
+        elif lead.machine.version:
+            show.say(f"goes on from version {lead.machine.version:,}: step {lead.rows.step:,}")
+        folders.fill(run, given, corpus)
+        world = given.layout.world if given.layout else 1
+        environment.record(run, environment.collect(device.of_rank(0), world, command), show.say)
+        peak = matmul_peak(device.of_rank(0), given.train.precision)
+        show.begin(
+            lead.rows.step, given.train.steps, world, peak, flops_per_token(given.model, given.data.sequence_length)
+        )
+        station.listen(given.server.host)
+        stop.listen()
+        finished = lead.run_on()
+        show.end(lead.rows.step, None)
+        return {
+            "job": write(lead.job), "step": lead.rows.step, "skipped": lead.skipped, "validation": None,
+            "seconds": time.time() - started, "devices": world, "device": device.name(device.of_rank(0)),
+            "stopped_by": "" if finished else stop.signal or "another rank", "mfu_note": show.note,
+        }  # fmt: skip
+
+
+def _opened(run: Path, job: Job) -> r.Opened:
+    """Where a journal begins: at the newest checkpoint, or at nothing."""
+    newest = checkpoint.newest(run / "checkpoints", lambda text: None)
+    if newest is None:
+        return r.Opened(plan.model_hash(job))
+    values = manifest.read(newest).values
+    told = values.get("sync", {})
+    used = tuple(Range(*pair) for pair in told.get("exceptions", ()))
+    return r.Opened(plan.model_hash(job), int(values["update"]["updates"]), values["position"], used)
+
+
+class _Lead:
+    """What a run's coordinator does besides coordinating. rows.step: global batches that are used up."""
+
+    def __init__(
+        self, job: Job, run: Path, show: Show, station: Station, journal: JournalFile, stop: Stop, length: Length | None
+    ):
+        assert job.layout is not None
+        self.job, self.run, self.show, self.station, self.journal = job, run, show, station, journal
+        self.stop, self.length = stop, length
+        self.skipped, self._in_a_row, self._diverged = 0, 0, ""
+        self._saving: int | None = None
+        self._last: int | None = None
+        self._attempts, self._asked = 0, 0.0
+        self._glance: m.Noted | None = None
+        self._since_save = 0
+        self.machine = Coordinator(
+            plan.rules(job), self._rate, [job.server.copies] * job.server.shards, journal=journal.records,
+            samples=plan.samples(job, job.train.steps), model=plan.model_hash(job),
+            tokenizer=plan.tokenizer_hash(run), now=time.monotonic(), due=self._due,
+        )  # fmt: skip
+        self.rows = Rows(job.train.global_batch, self.machine.at.samples.used, job.layout.replicas)
+        self._saved = self.rows.step
+        # Nothing to save where nothing has happened since the checkpoint that it began with.
+        self._kept = self.machine.version if len(journal.records) == 1 and self.machine.version else -1
+        self._times = min(_LOG_TIMES, max(2, _LOG_BYTES // (4 * count(job.model))))
+        self._conductor = Conductor(self.machine, station, journal, written=self._written, noted=self._noted)
+
+    def run_on(self) -> bool:
+        """Until the samples are used up, or somebody asks it to stop; whether it was the former. All is saved then.
+
+        Raises DivergedError.
+        """
+        self._conductor.run(self._step)
+        at = self.machine.at
+        for member in at.members.values():
+            self.station.send(member.address, m.Finished(member.worker, member.incarnation))
+        for address in at.copies.addresses():
+            self.station.send(address, m.Over())
+        if self._diverged:
+            fix = f"lower optim.lr (now {self.job.optim.lr:.2g}), or train.on_nonfinite=skip"
+            raise DivergedError(self._diverged, where=f"step {self.rows.step + 1}", fix=fix)
+        return self.machine.at.samples.finished
+
+    def _rate(self, samples: int) -> float:
+        return token_schedule(self.job.optim, self.job.train.global_batch, self.job.train.steps)(samples)
+
+    # Checkpoints.
+
+    def _due(self, at: Standing) -> bytes | None:
+        """Every so many steps, and where logs have become long; one at a time."""
+        step = at.samples.used // self.job.train.global_batch
+        every = self.job.checkpoint.every
+        self._since_save += 1
+        regular = step // every > self._saved // every and not at.samples.finished
+        if self._saving is not None or not (regular or self._since_save > self._times):
+            return None
+        return self._values(at)
+
+    def _values(self, at: Standing) -> bytes:
+        watermark, exceptions = at.samples.state()
+        step = at.samples.used // self.job.train.global_batch
+        self._saving, self._saved, self._since_save = at.version, step, 0
+        self._asked = time.monotonic()
+        values = {
+            "step": step,
+            "position": watermark,
+            "update": {"updates": at.version},
+            "sync": {
+                "kind": "server",
+                "exceptions": [list(used) for used in exceptions],
+                "lr": self._rate(at.samples.used),
+            },
+            "layout": str(self.job.layout),
+        }
+        return msgspec.json.encode(values)
+
+    def _noted(self, sender: Address, message: m.AnyMessage) -> None:
+        if isinstance(message, m.Push):
+            self.rows.pushed(message)
+        elif isinstance(message, m.Noted):
+            self._glance = message
+        elif isinstance(message, m.Saved):
+            self._was_saved(message)
+        elif isinstance(message, m.Hello):
+            # A shard that has come back has lost its part of what was being saved.
+            self._saving = None
+
+    def _was_saved(self, message: m.Saved) -> None:
+        """The first shard's is of the whole checkpoint."""
+        if message.version != self._saving or (message.shard > 0 and not message.error):
+            return
+        self._saving = None
+        if message.error:
+            self.show.say(f"warning: {message.error}")
+            return
+        self._kept = message.version
+        self.journal.restart(message.version)
+        self._conductor.do(self.machine.kept(message.version))
+
+    # On the way, and the end.
+
+    def _written(self, record: r.AnyRecord) -> None:
+        if isinstance(record, r.Committed):
+            self._in_a_row = 0
+            self.rows.committed(record)
+        elif isinstance(record, r.Rejected):
+            self.rows.rejected(record)
+            if record.reason == "not finite":
+                self._not_finite(record)
+        elif isinstance(record, r.Left) and record.why in ("lost", "expired"):
+            why = "its connection broke" if record.why == "lost" else f"silent for {self.machine.rules.lease:g} s"
+            self.show.say(f"worker {record.worker} is given up ({why}); the others go on")
+        elif isinstance(record, r.Entered) and record.incarnation:
+            self.show.say(f"worker {record.worker} has joined again")
+
+    def _not_finite(self, record: r.Rejected) -> None:
+        what = f"loss or gradient of worker {record.key.worker} is not finite; the update was not applied"
+        self.skipped += 1
+        self._in_a_row += 1
+        if self.job.train.on_nonfinite == "skip" and self._in_a_row < MOST_SKIPPED:
+            self.show.say(f"warning: {what}; skipped")
+        else:
+            again = f", {MOST_SKIPPED} times in a row" if self._in_a_row == MOST_SKIPPED else ""
+            self._diverged = self._diverged or what + again
+
+    def _step(self) -> bool:
+        """Between batches of events; True when all is over."""
+        row = self.rows.row()
+        if row is not None:
+            if self._glance is not None:
+                row["val_loss"], self._glance = self._glance.nats, None
+            self.show.step(row)
+            self._follow()
+        now = time.monotonic()
+        if (self.stop.asked or self._diverged) and not self.machine.at.draining:
+            self._conductor.do(self.machine.drain(now))
+        if not self.machine.idle:
+            return False
+        return self._all_saved(now)
+
+    def _all_saved(self, now: float) -> bool:
+        """Asks for the last checkpoint, and again where a shard was lost meanwhile."""
+        version = self.machine.version
+        if self._kept == version or version == 0:
+            return True
+        if self._saving is not None and now - self._asked < _LONGEST:
+            return False
+        if self._attempts == _ATTEMPTS:
+            self.show.say("warning: the last checkpoint was not saved; the journal and the logs of this run hold it")
+            return True
+        self._attempts += 1
+        self._conductor.do(self.machine.save(self._values(self.machine.at)))
+        return False
+
+    def _follow(self) -> None:
+        """The number of steps that fit, by the pace so far."""
+        if self.length is None or (other := self.length.follow(self.job, self.rows.step, lambda own: own)) is None:
+            return
+        samples, batch = self.machine.at.samples, other.train.global_batch
+        steps = max(other.train.steps, -(-samples.leased // batch))
+        self.job = replace(other, train=replace(other.train, steps=steps))
+        with contextlib.suppress(OSError):
+            folders.write_job(self.run, self.job)
+        samples.end = plan.samples(self.job, steps)
+        self.show.lengthen(steps)
+        if self.length.decided:
+            self.show.say(f"steps that fit, by the pace so far: {steps:,}")

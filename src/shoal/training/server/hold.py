@@ -1,0 +1,150 @@
+"""One copy of a server shard: its part of the weights and of the optimizer, from first weights or a checkpoint on."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from shoal import checkpoint
+from shoal.checkpoint import Pending, Saver, manifest
+from shoal.checkpoint.huggingface import load as load_huggingface
+from shoal.errors import CheckpointError
+from shoal.job import Job, parse
+from shoal.mesh import Seat
+from shoal.models.spec import parameters
+from shoal.ops.initialise import initialise_
+from shoal.shard import Shard, State
+from shoal.sync import saved
+from shoal.sync.server import messages as m
+from shoal.sync.server.node.book import FOLDER
+from shoal.sync.server.node.serve import Serving, join
+from shoal.sync.server.node.shard_log import ShardLog
+from shoal.sync.server.parameters import Parameters
+from shoal.sync.server.placement import Block
+from shoal.sync.server.shard import ServerShard
+from shoal.training.precision import stored
+from shoal.training.server import plan
+
+# Seconds without progress after which the first shard gives up on another one's part of a checkpoint.
+_PARTS = 60.0
+# Seconds in which a new copy must find another one.
+_CLONED = 60.0
+
+
+def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: str, life: int) -> None:
+    """Holds a copy of shard `number` until the job is over.
+
+    copy: which of its copies. nonce: of this start of the run. life: how often it was started before; where there are
+    several copies, a new life is a new one, which takes all from another.
+    """
+    run, given = Path(folder), parse(job)
+    rules, options = plan.rules(given), given.server
+    held = Parameters(_empty(given, plan.placement(given)[number]), rules, given.optim, max(1, given.train.steps))
+    alone = options.copies == 1
+    cloned = life > 0 and not alone
+    version = 0 if cloned else _fill(run, given, held)
+    machine = ServerShard(
+        number, held, copy=copy if alone else copy + options.copies * life, level=rules.level, version=version,
+        others=range(1, options.copies) if copy == 0 and not cloned else (), logged=alone, retry=rules.retry,
+        backups=rules.compensation == "dc",
+    )  # fmt: skip
+    with contextlib.ExitStack() as ending:
+        log = None
+        if alone:
+            log = ShardLog(run / FOLDER / f"shard-{number}", stored(given.train.precision))
+            ending.callback(log.close)
+            machine.recover(list(log.read()))
+        saver = ending.enter_context(
+            Saver(run / "checkpoints", number, options.shards, given.checkpoint.keep, nonce=nonce, timeout=_PARTS)
+        )
+        station = ending.enter_context(plan.station(given, run, machine.address, ("coordinator", "shard")))
+        station.listen(options.host)
+        if cloned:
+            join(machine, station, _CLONED)
+        part = _Part(number, held, saver)
+        Serving(machine, station, log, save=part.save, poll=part.poll).run()
+
+
+def _empty(job: Job, blocks: list[Block]) -> list[Shard]:
+    shapes, dtype = {name: spec.shape for name, spec in parameters(job.model).items()}, stored(job.train.precision)
+    found = []
+    for block in blocks:
+        shape = shapes[block.name]
+        rest = shape[1:]
+        offsets = (block.start, *[0] * len(rest)) if shape else ()
+        size = (block.stop - block.start, *rest) if shape else ()
+        found.append(Shard(block.name, shape, offsets, torch.empty(size, dtype=dtype)))
+    return found
+
+
+def _fill(run: Path, job: Job, held: Parameters) -> int:
+    """First weights, or those of the newest checkpoint. Returns the version that this is."""
+    newest = checkpoint.newest(run / "checkpoints", lambda text: None)
+    if newest is None:
+        first_weights(held.shards, job)
+        return 0
+    what = manifest.read(newest)
+    slots = held.optimizer.state()
+    known = [slot for slot in slots if slot.name in what.tensors or not _is_new(slot.name)]
+    wanted = [*held.shards, *(saved.own(0, known) if saved.replicas_apart(what.values) else known)]
+    values = checkpoint.load(newest, wanted, verified=True)
+    held.restored(State([], {**values["update"], "lr": values.get("sync", {}).get("lr", 0.0)}))
+    return version_of(values)
+
+
+def _is_new(name: str) -> bool:
+    """State that only a server's optimizer has: it begins with nothing where another one has trained before."""
+    return name.startswith("gathered.")
+
+
+def version_of(values: dict[str, Any]) -> int:
+    """Updates in the weights of a checkpoint. values: of its manifest."""
+    return int(values["update"]["updates"])
+
+
+def first_weights(shards: list[Shard], job: Job) -> None:
+    """As every layout begins."""
+    if job.model.weights:
+        load_huggingface(Path(job.model.weights), shards)
+        return
+    fills = parameters(job.model)
+    for shard in shards:
+        initialise_(shard.local, shard.name, shard.global_shape, shard.offsets, fills[shard.name].fill, job.train.seed)
+
+
+class _Part:
+    """This shard's part of checkpoints."""
+
+    def __init__(self, number: int, held: Parameters, saver: Saver):
+        self.number, self.held, self.saver = number, held, saver
+        self._pending: tuple[int, Pending] | None = None
+        self._said: list[m.Saved] = []
+
+    def save(self, version: int, values: bytes) -> None:
+        """Copies what is held; never waits for the save before."""
+        if self._pending is not None and not self._pending[1].done():
+            # It waits for the part of a shard that was lost.
+            self.saver.break_off()
+        told = msgspec.json.decode(values)
+        state = self.held.state()
+        told["update"] = {**told["update"], **self.held.optimizer.values()}
+        try:
+            pending = self.saver.save(State(state.shards, told), told["step"], attempt=version + 1)
+        except OSError as error:
+            self._said.append(m.Saved(self.number, version, error.strerror or str(error)))
+            return
+        self._pending = version, pending
+
+    def poll(self) -> list[m.Saved]:
+        """What has become of it; of the first shard's part, when the others' are there, too."""
+        if self._pending is not None and self._pending[1].done():
+            version, pending = self._pending
+            self._pending = None
+            error: CheckpointError | None = pending.error
+            self._said.append(m.Saved(self.number, version, str(error) if error else ""))
+        said, self._said = self._said, []
+        return said

@@ -1,0 +1,80 @@
+"""What every process of a server job derives from the job alone, and therefore alike."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from shoal.job import Job
+from shoal.job.server import pushed_batch
+from shoal.models.spec import parameters
+from shoal.sync.server.messages import Address
+from shoal.sync.server.node.book import Book, own_token
+from shoal.sync.server.node.station import Station
+from shoal.sync.server.placement import Block, of_job
+from shoal.sync.server.rules import Rules
+from shoal.sync.server.wire import Credentials
+from shoal.training.precision import stored
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+
+
+def of_worker(job: Job) -> Job:
+    """The job as one worker computes it: a single replica."""
+    assert job.layout is not None
+    return replace(job, layout=replace(job.layout, replicas=1))
+
+
+def unit(job: Job) -> int:
+    """Samples in a micro-batch of a worker, over all of its ranks: it is granted whole ones."""
+    layout = job.layout
+    assert layout is not None
+    part = pushed_batch(job) // layout.readers
+    return (layout.micro_batch or part) * (layout.readers // layout.replicas)
+
+
+def share(job: Job) -> int:
+    """Micro-batches that a worker computes a gradient from."""
+    assert job.layout is not None
+    return pushed_batch(job) // job.layout.replicas // unit(job)
+
+
+def samples(job: Job, steps: int) -> int:
+    """Of so many steps, in whole micro-batches."""
+    return steps * job.train.global_batch // unit(job) * unit(job)
+
+
+def rules(job: Job) -> Rules:
+    assert job.layout is not None
+    return Rules.of(job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=job.optim.clip)
+
+
+def placement(job: Job) -> list[list[Block]]:
+    """Which server shard holds what."""
+    return of_job(job)
+
+
+def model_hash(job: Job) -> str:
+    """Of names and shapes of all parameters, and of what else changes what they compute."""
+    shapes = {name: spec.shape for name, spec in parameters(job.model).items()}
+    told = {**vars(job.model), "weights": "", "shapes": shapes, "precision": stored(job.train.precision).itemsize}
+    return hashlib.blake2b(msgspec.json.encode(told, order="sorted"), digest_size=8).hexdigest()
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """Of the tokenizer's files in a run folder."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in _TOKENIZER:
+        digest.update((folder / name).read_bytes())
+    return digest.hexdigest()
+
+
+def station(job: Job, run: Path, me: Address, calls: tuple[str, ...]) -> Station:
+    """A mailbox for this role. JobError where token or TLS files cannot be read."""
+    credentials = Credentials.of(job.server)
+    if not credentials.token:
+        credentials = replace(credentials, token=own_token(run))
+    return Station(me, Book(run), credentials, stored(job.train.precision), calls)

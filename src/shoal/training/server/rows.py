@@ -1,0 +1,92 @@
+"""The metrics of a server job: one row for each global batch of samples that was used up, whoever computed it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
+from shoal.sync.server.messages import Key
+
+
+class Rows:
+    """Takes in pushes, commits and rejections; gives a row when the samples of another step have been used up.
+
+    loss: mean over the tokens of its commits. staleness: commits that were so late, by lateness. rejected: gradients
+    whose work was lost. waited_s, computed_s: seconds of each worker, without those of rejected gradients.
+    """
+
+    def __init__(self, global_batch: int, used: int, workers: int):
+        """used: samples, by the time that this begins."""
+        self.global_batch, self.workers = global_batch, workers
+        self.step = used // global_batch
+        self._used = used
+        self._said: dict[Key, m.Push] = {}
+        self._since = time.perf_counter()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._loss = self._counted = self._tokens = 0.0
+        self._staleness: Counter[int] = Counter()
+        self._spent: dict[int, list[m.Spent]] = {}
+        self._rejected = self._commits = 0
+        self._last: r.Committed | None = None
+
+    def pushed(self, push: m.Push) -> None:
+        """What a worker says of its push; known when it is decided on."""
+        self._said[push.key] = push
+
+    def rejected(self, record: r.Rejected) -> None:
+        """A gradient was computed in vain."""
+        self._said.pop(record.key, None)
+        self._rejected += 1
+        self._used += record.skipped.stop - record.skipped.start
+
+    def committed(self, record: r.Committed) -> None:
+        """Another version."""
+        self._last = record
+        self._commits += 1
+        for key, late, weight, samples in zip(
+            record.keys, record.staleness, record.weights, record.samples, strict=True
+        ):
+            said = self._said.pop(key, None)
+            self._staleness[late] += 1
+            self._tokens += weight
+            self._used += samples.stop - samples.start
+            # After a restart of the coordinator, what a worker has said before is known by its repetition.
+            if said is not None:
+                self._loss += said.loss_sum
+                self._counted += weight
+                self._spent.setdefault(key.worker, []).append(said.spent)
+
+    def row(self) -> dict[str, Any] | None:
+        """The metrics of the steps since the last one, once there is another."""
+        step = self._used // self.global_batch
+        if step == self.step or self._last is None:
+            return None
+        now = time.perf_counter()
+        seconds, self._since, self.step = now - self._since, now, step
+        spent = [each for of_worker in self._spent.values() for each in of_worker]
+        row = {
+            "step": step,
+            "loss": self._loss / self._counted if self._counted else float("nan"),
+            "grad_norm": self._last.grad_norm,
+            "lr": self._last.lr,
+            "tokens": int(self._tokens),
+            "tokens_per_second": self._tokens / seconds,
+            "seconds": seconds,
+            "memory_gib": max((each.memory_gib for each in spent), default=0.0),
+            "compute_s": sum(each.computed for each in spent) / self.workers,
+            "communication_s": sum(each.waited for each in spent) / self.workers,
+            "sent_bytes": sum(each.sent for each in spent),
+            "received_bytes": sum(each.received for each in spent),
+            "version": self._last.version,
+            "commits": self._commits,
+            "rejected": self._rejected,
+            "staleness": {str(late): count for late, count in sorted(self._staleness.items())},
+            "waited_s": {str(worker): sum(s.waited for s in told) for worker, told in sorted(self._spent.items())},
+        }
+        self._forget()
+        return row

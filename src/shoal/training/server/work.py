@@ -1,0 +1,95 @@
+"""One worker: pulls weights, computes gradients of the samples that it is granted, pushes them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal import device, mesh, operations
+from shoal.data.batch import Batch
+from shoal.data.loader import Loader
+from shoal.data.prepare import Prepared
+from shoal.job import Job, parse
+from shoal.mesh import Mesh, Seat
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import Range
+from shoal.sync.server.node.work import Server
+from shoal.sync.server.worker import Worker
+from shoal.training.feed import micro_batches, on_device
+from shoal.training.loop import GLANCE_TOKENS
+from shoal.training.parts import spread
+from shoal.training.server import plan
+from shoal.training.validate import validate
+from shoal.training.worker import held_out
+
+
+def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life: int) -> dict[str, Any]:
+    """Worker `number`, one rank of it, until there is nothing left to compute. life: how often it was started."""
+    run, whole = Path(folder), parse(job)
+    given = plan.of_worker(whole)
+    assert given.layout is not None
+    with contextlib.ExitStack() as ending:
+        ranks = ending.enter_context(mesh.build(given.layout, seat, timeout=given.sync.timeout))
+        device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
+        corpus = Prepared.load(Path(prepared))
+        training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
+        validation = held_out(corpus, given) if number == 0 else None
+        replica, objective = spread(given, ranks, fresh=False)
+        rules = plan.rules(whole)
+        machine = Worker(
+            number, plan.share(whole), given.server.shards, model=plan.model_hash(whole),
+            tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,
+        )  # fmt: skip
+        sync = ending.enter_context(
+            Server(
+                ranks,
+                replica,
+                plan.placement(whole),
+                machine=machine,
+                station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
+            )
+        )
+        glances, answered = Glances(given), 0
+        while (work := sync.begin()) is not None:
+            step = work.samples.start // given.train.global_batch
+            operations.step(step + 1)
+            if validation is not None and glances.due(step):
+                # Of the weights that it pulled; in bsp the others wait for it meanwhile.
+                found = validate(given, replica, objective, validation, glances.rows)
+                sync.note(m.Noted(work.version, found.nats, found.tokens))
+                objective.lap(ranks.device)
+            objective.step = step
+            batches = _batches(training, ranks, work.samples)
+            tally = replica.gradients(batches, objective)
+            device.synchronize(ranks.device)
+            sync.end(tally, work.samples, work.key, device.memory_peak(ranks.device) / 2**30)
+            answered += 1
+        return {"answered": answered}
+
+
+def _batches(loader: Loader, ranks: Mesh, samples: Range) -> list[Batch]:
+    """This rank's micro-batches of the samples that its worker was granted."""
+    part = (samples.stop - samples.start) // ranks.layout.readers
+    position_N = samples.start + ranks.reader * part + np.arange(part)
+    return micro_batches(on_device(loader.rows(loader.order(position_N)), ranks.device), ranks.layout.micro_batch)
+
+
+class Glances:
+    """When a worker looks at the loss on held-out text: where its samples come to another `validate_every` steps."""
+
+    def __init__(self, job: Job):
+        length = job.data.sequence_length
+        limit = job.train.validate_tokens or GLANCE_TOKENS
+        self.rows = max(1, limit // length)
+        self._every, self._last = job.train.validate_every, 0
+        self._first = True
+
+    def due(self, step: int) -> bool:
+        """step: that of the samples. Never before the first of a worker's life."""
+        turn = step // self._every
+        due = turn > self._last and not self._first
+        self._last, self._first = max(turn, self._last), False
+        return due
