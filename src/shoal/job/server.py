@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.sync import SyncOptions
 
 if TYPE_CHECKING:
     from shoal.job.job import Job
@@ -55,6 +56,10 @@ class ServerOptions:
     momentum the mean of several gradients at a time (optim.name=sgd only)."""
     strength: float = -1.0
     """Of the compensation: the power p of `rate` and `age`, the factor λ of `dc`; -1 = the usual 1, 0.5 and 0.04."""
+    local_steps: int = 1
+    """Steps of its own, with `optim`, that a worker takes between a pull and a push. With more than 1 it pushes how far
+    they took it, and servers follow by Nesterov momentum with sync.outer_lr and sync.outer_momentum: asynchronous
+    DiLoCo with asp or ssp."""
     lease: float = 5.0
     """Seconds of silence after which a worker is given up and its samples go to others; for processes that hang."""
     reconnect: float = 0.5
@@ -78,7 +83,16 @@ class ServerOptions:
         """Raises JobError for options out of range, or that exclude each other. table: before their names in it."""
         for name, known in (("mode", MODES), ("level", LEVELS), ("compensation", COMPENSATIONS)):
             one_of(table + name, getattr(self, name), known)
-        least = {"shards": 1, "copies": 1, "staleness": 0, "max_staleness": -1, "quorum": 0, "grace": 0, "reconnect": 0}
+        least = {
+            "shards": 1,
+            "copies": 1,
+            "local_steps": 1,
+            "staleness": 0,
+            "max_staleness": -1,
+            "quorum": 0,
+            "grace": 0,
+            "reconnect": 0,
+        }
         for name, number in least.items():
             at_least(table + name, getattr(self, name), number)
         positive(f"{table}lease", self.lease)
@@ -99,6 +113,10 @@ class ServerOptions:
         if self.compensation == "look-ahead":
             what = f"{given} with {table}level=hogwild: it serves the weights themselves, which do not look ahead"
             require(self.level != "hogwild", what, f"{table}level snapshot or shard")
+        if self.local_steps > 1:
+            what = f"{given} with {table}local_steps={self.local_steps}: it is made for single gradients"
+            fits = ("none", "rate", "age", "delayed-nesterov")
+            require(self.compensation in fits, what, f"one of {', '.join(fits)}")
         if self.strength == -1:
             return
         at_least(f"{table}strength", self.strength, 0)
@@ -131,7 +149,12 @@ def check_server(job: Job) -> None:
             what = f"server.{field.name}={value} has no effect with sync.name={sync}"
             require(value == field.default, what, f"--sync server, or leave out server.{field.name}")
         return
-    check_optimizer(options.compensation, job.optim.name)
+    if options.local_steps == 1:
+        check_optimizer(options.compensation, job.optim.name)
+        for name in ("outer_lr", "outer_momentum"):
+            what = f"sync.{name} has no effect with server.local_steps=1: workers push every gradient"
+            usual = getattr(job.sync, name) == getattr(SyncOptions, name)
+            require(usual, what, f"leave it out, or take server.local_steps, e.g. {job.sync.every}")
     require(
         job.model.bias_update_rate == 0,
         f"model.bias_update_rate={job.model.bias_update_rate} with sync.name=server: servers move weights "

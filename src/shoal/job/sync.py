@@ -34,10 +34,11 @@ class SyncOptions:
     every: int = 50
     """local, gossip: steps between two exchanges of the same numbers."""
     outer_lr: float = 0.7
-    """local, gossip: learning rate of the outer optimizer; 1, with `outer_momentum` 0, averages weights."""
+    """local, gossip, server with local_steps: learning rate of the outer optimizer; 1, with `outer_momentum` 0,
+    averages weights."""
     outer_momentum: float = -1.0
-    """local: Nesterov momentum of the outer optimizer; gossip: momentum of the slow weights. -1 = 0.9 with local, 0.5
-    with gossip."""
+    """local, server with local_steps: Nesterov momentum of the outer optimizer; gossip: momentum of the slow weights.
+    -1 = 0.9 with local and server, 0.5 with gossip."""
     pull: float = 0.0
     """gossip: what part of the way to the mean of a pair its slow weights gain in velocity when they meet; 0 = half of
     the largest that does not drive them apart, 1 - momentum²."""
@@ -121,7 +122,7 @@ class SyncOptions:
             require(getattr(self, name) == none, what, f"leave out sync.{name}, or take sync.name=local")
 
     def _validate_server(self) -> None:
-        for name in ("every", "outer_lr", "outer_momentum", "pull", "fragments", "delay", "mix", "together"):
-            what = f"sync.name=server excludes sync.{name}: workers push every gradient, and take no steps of their own"
+        for name in ("every", "pull", "fragments", "delay", "mix", "together"):
+            what = f"sync.name=server excludes sync.{name}: workers exchange with servers, not with each other"
             usual = getattr(self, name) == getattr(SyncOptions, name)
             require(usual, what, f"leave out sync.{name}, or take sync.name=local")

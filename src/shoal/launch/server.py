@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.job import Job, parse
+from shoal.job.server import ROUNDS
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
@@ -35,6 +36,8 @@ def run(
         job = parse(here["job"])
     assert job.layout is not None
     local.run(f"{_ROOM}.begin:main", {"folder": here["folder"], "job": here["job"]}, 1, ranks=ranks)
+    if job.server.local_steps > 1 and job.server.mode not in ROUNDS and job.server.compensation == "none":
+        say("warning: each push alone moves the weights with full momentum; --compensation delayed-nesterov shares it")
     lead = {**here, "started": arguments["started"], "minutes": minutes, "command": command}
     group = world // job.layout.replicas
     threads = threads_per_rank(job.run.threads, world)

@@ -83,10 +83,12 @@ def apply(
     loss_sum: float,
     weight: float,
     counting: dist.ProcessGroup | None,
+    rate: float | None = None,
 ) -> Updated:
     """Divides the gradient sums in the shards by the weight, clips and applies them; on all ranks of a replica.
 
-    clip: largest norm, 0 = none. counting: the ranks whose batches the step was of, None = this one alone.
+    clip: largest norm, 0 = none. counting: the ranks whose batches the step was of, None = this one alone. rate: of
+    the update, None = as its schedule says.
     """
     squares = sum_of_squares(shards)
     waited = sum_within(replica.mesh, squares)
@@ -95,7 +97,7 @@ def apply(
     lr = 0.0
     if finite:
         scale = min(1.0, clip / norm) if clip and norm else 1.0
-        lr = update.apply(scale / weight)
+        lr = update.apply(scale / weight, rate)
         replica.updated(counting)
     return Updated(finite, norm, lr, waited)
 
@@ -112,8 +114,10 @@ class OwnStep:
     waited: float
 
 
-def own_step(mesh: Mesh, replica: Replica[Any], update: Update, clip: float, tally: Tally) -> OwnStep:
-    """From gradients to the update within one replica, on all of its ranks."""
+def own_step(
+    mesh: Mesh, replica: Replica[Any], update: Update, clip: float, tally: Tally, rate: float | None = None
+) -> OwnStep:
+    """From gradients to the update within one replica, on all of its ranks. rate: as in `apply`."""
     totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
     counted = totals[:2].clone()
     waited = sum_within(mesh, totals)
@@ -122,7 +126,7 @@ def own_step(mesh: Mesh, replica: Replica[Any], update: Update, clip: float, tal
     shards = replica.collect()
     waited += time.perf_counter() - start
     within = mesh.within_replica if mesh.layout.ranks_per_replica > 1 else None
-    done = apply(replica, update, shards, clip, loss_sum, weight, within)
+    done = apply(replica, update, shards, clip, loss_sum, weight, within, rate)
     return OwnStep(done, loss_sum, weight, counted, stop > 0, waited + done.waited)
 
 

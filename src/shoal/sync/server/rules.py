@@ -40,6 +40,9 @@ class Rules:
     strength: float | None = None
     """Of the compensation: the power p of `rate` (None = 1) and `age` (½), λ of `dc` (0.04)."""
 
+    outer: bool = False
+    """What workers push is how far steps of their own took them, not a gradient."""
+
     @classmethod
     def of(cls, options: ServerOptions, *, workers: int, micro_batch: int, clip: float, retry: float = 1.0) -> Rules:
         """What options that have been checked mean for so many workers. Raises JobError for a quorum that they are not.
@@ -61,6 +64,7 @@ class Rules:
             micro_batch=micro_batch,
             compensation=options.compensation,
             strength=None if options.strength < 0 else options.strength,
+            outer=options.local_steps > 1,
         ).validate()
 
     def validate(self) -> Rules:

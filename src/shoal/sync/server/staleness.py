@@ -142,6 +142,7 @@ class DelayedNesterov:
 def optimizer(rules: Rules, shards: Sequence[Shard], options: OptimOptions, steps: int) -> Update | DelayedNesterov:
     """What a server shard updates its parameters with. Raises JobError where the compensation does not know it."""
     check_optimizer(rules.compensation, options.name)
-    if rules.compensation != "delayed-nesterov":
-        return Update(list(shards), options, steps)
-    return DelayedNesterov(list(shards), options, rules.workers)
+    if rules.compensation == "delayed-nesterov":
+        return DelayedNesterov(list(shards), options, rules.workers)
+    # With a period of one: w ← w − lr · (g + β m), m ← β m + g. Nesterov momentum.
+    return DelayedNesterov(list(shards), options, 1) if rules.outer else Update(list(shards), options, steps)

@@ -38,8 +38,8 @@ from shoal.training.server.rows import Rows
 from shoal.training.stop import Stop
 from shoal.training.worker import length_of
 
-# What all shards' logs may hold before a checkpoint makes them short again: so many times the model, and bytes.
-_LOG_TIMES, _LOG_BYTES = 16, 1 << 30
+# What all shards' logs may hold before a checkpoint makes them short again: bytes, but so many gradients at least.
+_LOG_BYTES, _LOG_LEAST = 1 << 30, 4
 # How often the last checkpoint is asked for, and seconds after which it is again though no shard was lost.
 _ATTEMPTS, _LONGEST = 3, 600.0
 
@@ -62,7 +62,8 @@ def main(
         if not journal.records:
             journal.append([opened := _opened(run, given)], durable=True)
             journal.records.append(opened)
-        length = length_of(given, corpus, started) if minutes else None
+        # Workers that take steps of their own go by the length that the job began with.
+        length = length_of(given, corpus, started) if minutes and given.server.local_steps == 1 else None
         lead = _Lead(given, run, show, station, journal, stop, length)
         if life:
             show.say(
@@ -123,7 +124,7 @@ class _Lead:
         self._saved = self.rows.step
         # Nothing to save where nothing has happened since the checkpoint that it began with.
         self._kept = self.machine.version if len(journal.records) == 1 and self.machine.version else -1
-        self._times = min(_LOG_TIMES, max(2, _LOG_BYTES // (4 * count(job.model))))
+        self._times = max(_LOG_LEAST, _LOG_BYTES // (4 * count(job.model)))
         self._conductor = Conductor(self.machine, station, journal, written=self._written, noted=self._noted)
 
     def run_on(self) -> bool:
@@ -143,7 +144,7 @@ class _Lead:
         return self.machine.at.samples.finished
 
     def _rate(self, samples: int) -> float:
-        return token_schedule(self.job.optim, self.job.train.global_batch, self.job.train.steps)(samples)
+        return token_schedule(plan.optim(self.job), self.job.train.global_batch, self.job.train.steps)(samples)
 
     # Checkpoints.
 
@@ -153,7 +154,8 @@ class _Lead:
         every = self.job.checkpoint.every
         self._since_save += 1
         regular = step // every > self._saved // every and not at.samples.finished
-        if self._saving is not None or not (regular or self._since_save > self._times):
+        long = self.job.server.copies == 1 and self._since_save > self._times
+        if self._saving is not None or not (regular or long):
             return None
         return self._values(at)
 

@@ -43,7 +43,7 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
     """
     run, given = Path(folder), parse(job)
     rules, options = plan.rules(given), given.server
-    held = Parameters(_empty(given, plan.placement(given)[number]), rules, given.optim, max(1, given.train.steps))
+    held = Parameters(_empty(given, plan.placement(given)[number]), rules, plan.optim(given), max(1, given.train.steps))
     alone = options.copies == 1
     cloned = life > 0 and not alone
     version = 0 if cloned else _fill(run, given, held)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.job import Job
+from shoal.job.optim import OptimOptions
 from shoal.job.server import pushed_batch
 from shoal.models.spec import parameters
 from shoal.sync.server.messages import Address
@@ -37,19 +38,34 @@ def unit(job: Job) -> int:
 
 
 def share(job: Job) -> int:
+    """Micro-batches that a worker pushes at a time."""
+    return step_share(job) * job.server.local_steps
+
+
+def step_share(job: Job) -> int:
     """Micro-batches that a worker computes a gradient from."""
     assert job.layout is not None
     return pushed_batch(job) // job.layout.replicas // unit(job)
 
 
+def optim(job: Job) -> OptimOptions:
+    """What servers update weights with: the job's optimizer, or an outer one where workers take steps of their own."""
+    if job.server.local_steps == 1:
+        return job.optim
+    return OptimOptions(
+        name="sgd", lr=job.sync.outer_lr, momentum=job.sync.momentum, weight_decay=0.0, schedule="constant", warmup=0.0,
+        clip=0.0,
+    )  # fmt: skip
+
+
 def samples(job: Job, steps: int) -> int:
-    """Of so many steps, in whole micro-batches."""
-    return steps * job.train.global_batch // unit(job) * unit(job)
+    """Of so many steps, rounded up to whole micro-batches."""
+    return -(-steps * job.train.global_batch // unit(job)) * unit(job)
 
 
 def rules(job: Job) -> Rules:
     assert job.layout is not None
-    return Rules.of(job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=job.optim.clip)
+    return Rules.of(job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=optim(job).clip)
 
 
 def placement(job: Job) -> list[list[Block]]:

@@ -22,6 +22,7 @@ from shoal.training.feed import micro_batches, on_device
 from shoal.training.loop import GLANCE_TOKENS
 from shoal.training.parts import spread
 from shoal.training.server import plan
+from shoal.training.server.apart import Apart
 from shoal.training.validate import validate
 from shoal.training.worker import held_out
 
@@ -52,6 +53,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
                 station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
             )
         )
+        apart = Apart(given, ranks, replica, objective) if given.server.local_steps > 1 else None
         glances, answered = Glances(given), 0
         while (work := sync.begin()) is not None:
             step = work.samples.start // given.train.global_batch
@@ -61,11 +63,15 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
                 found = validate(given, replica, objective, validation, glances.rows)
                 sync.note(m.Noted(work.version, found.nats, found.tokens))
                 objective.lap(ranks.device)
-            objective.step = step
-            batches = _batches(training, ranks, work.samples)
-            tally = replica.gradients(batches, objective)
+            if apart is None:
+                objective.step = step
+                batches = _batches(training, ranks, work.samples)
+                loss_sum, weight = sync.collect(replica.gradients(batches, objective))
+            else:
+                pieces = _steps(work.samples, plan.step_share(whole) * plan.unit(whole))
+                loss_sum, weight = apart.learn((each, _batches(training, ranks, each)) for each in pieces)
             device.synchronize(ranks.device)
-            sync.end(tally, work.samples, work.key, device.memory_peak(ranks.device) / 2**30)
+            sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30)
             answered += 1
         return {"answered": answered}
 
@@ -75,6 +81,12 @@ def _batches(loader: Loader, ranks: Mesh, samples: Range) -> list[Batch]:
     part = (samples.stop - samples.start) // ranks.layout.readers
     position_N = samples.start + ranks.reader * part + np.arange(part)
     return micro_batches(on_device(loader.rows(loader.order(position_N)), ranks.device), ranks.layout.micro_batch)
+
+
+def _steps(samples: Range, size: int) -> list[Range]:
+    """What was granted, a step of a worker's own at a time."""
+    start, stop = samples
+    return [Range(first, min(stop, first + size)) for first in range(start, stop, size)]
 
 
 class Glances:

@@ -147,12 +147,21 @@ class Server:
 
     # Pushing.
 
-    def end(self, tally: Tally, samples: Range, key: Key, memory_gib: float = 0.0) -> m.Answer | None:
-        """Pushes the gradient of these samples, and waits for the answer; None where nobody waits for it any more."""
+    def collect(self, tally: Tally) -> tuple[float, float]:
+        """Leaves the gradient of all ranks' batches in the replica's shards. Returns loss and weight, summed up."""
         totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
         sum_within(self.mesh, totals)
-        loss_sum, weight, _ = totals.tolist()
         self.replica.collect()
+        self.replica.updated(self.mesh.within_replica if not self._alone else None)
+        loss_sum, weight, _ = totals.tolist()
+        return loss_sum, weight
+
+    def end(self, work: Work, loss_sum: float, weight: float, memory_gib: float = 0.0) -> m.Answer | None:
+        """Pushes what is in the shards' gradients: sums over `weight` tokens. Waits for the answer.
+
+        None where nobody waits for it any more, and on all ranks but the first.
+        """
+        key, samples = work.key, work.samples
         now = time.perf_counter()
         sent, received = self._moved()
         spent = m.Spent(self._waited, now - self._began, memory_gib, sent, received)
@@ -173,8 +182,6 @@ class Server:
             command, copies = self._hear(lambda: self._follow(key))
             if command.kind == _AGAIN:
                 self._stage(gradients, key, [(i, copy) for i, copy in enumerate(copies) if copy >= 0])
-        within = self.mesh.within_replica if not self._alone else None
-        self.replica.updated(within)
         return self._client.answer(key) if self._client is not None else None
 
     def _follow(self, key: Key) -> tuple[_Command, tuple[int, ...]]:
