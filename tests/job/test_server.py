@@ -59,6 +59,9 @@ EXPERTS = (
         ),
         ("mode = 'asp'\ncompensation = 'rate'\nstrength = -0.5", "server.strength=-0.5 is less than 0", ""),
         ("mode = 'asp'\nstrength = 2", "server.strength=2.0 has no effect with server.compensation=none", "rate"),
+        ("local_steps = 0", "server.local_steps=0", ""),
+        ("mode = 'asp'\nlocal_steps = 2\ncompensation = 'dc'", "dc with server.local_steps=2", "delayed-nesterov"),
+        ("copies = 2\nelsewhere = ['server 0']", "server.elsewhere=['server 0'] with server.copies=2", "copies=1"),
         ("host = ''", "server.host is empty", "127.0.0.1"),
         ("host = '0.0.0.0'", "server.host=0.0.0.0 without server.token", "server.token=FILE"),
         ("host = '::'", "server.host=:: without server.token", "server.token=FILE"),
@@ -80,6 +83,8 @@ def test_what_makes_no_sense_is_refused(server: str, what: str, fix: str):
         "mode = 'ssp'\nstaleness = 0\nmax_staleness = 0\nshards = 2\ncopies = 3",
         "mode = 'asp'\ncompensation = 'rate'\nstrength = 0\nlevel = 'hogwild'",
         "mode = 'asp'\ncompensation = 'look-ahead'\nlevel = 'shard'",
+        "mode = 'asp'\nlocal_steps = 2\ncompensation = 'delayed-nesterov'",
+        "copies = 2\nelsewhere = ['worker 0']",
         "host = 'localhost'",
         "host = '127.0.0.2'",
         "host = '::1'",
@@ -103,13 +108,20 @@ def test_looking_ahead_needs_an_optimizer_that_goes_on_by_itself():
 
 @pytest.mark.parametrize(
     "option",
-    ["every = 5", "outer_lr = 1", "outer_momentum = 0.5", "pull = 0.1", "fragments = 2", "delay = 1", "mix = 0.5",
-     "together = 5"],
-)  # fmt: skip
+    ["every = 5", "pull = 0.1", "fragments = 2", "delay = 1", "mix = 0.5", "together = 5"],
+)
 def test_local_steps_are_not_for_a_server(option: str):
     name = option.split()[0]
     with pytest.raises(JobError, match=f"sync.name=server excludes sync.{name}"):
         parse(f"[sync]\nname = 'server'\n{option}").validate()
+
+
+@pytest.mark.parametrize("option", ["outer_lr = 1", "outer_momentum = 0.5"])
+def test_an_outer_optimizer_is_for_workers_that_take_steps_of_their_own(option: str):
+    text = f"[sync]\nname = 'server'\n{option}\n[server]\nmode = 'asp'\nlocal_steps = "
+    with pytest.raises(JobError, match=f"sync.{option.split()[0]} has no effect with server.local_steps=1"):
+        parse(text + "1").validate()
+    parse(text + "2").validate()
 
 
 @pytest.mark.parametrize("codec", ["none", "auto", "int8", "topk:0.05+int2"])
@@ -196,5 +208,5 @@ def test_the_documentation_lists_every_option_its_default_and_its_short_name():
     short = {long.replace("-", "_"): name for name, long in SHORT.items()}
     expected = [(f.name, f.default, short.get(f"__server.{f.name}", "")) for f in fields(ServerOptions)]
     assert [(key, value.replace("−", "-"), name) for key, value, name in rows] == [
-        (key, f"{value:g}" if isinstance(value, (int, float)) else value, name) for key, value, name in expected
+        (key, f"{value:g}" if isinstance(value, (int, float)) else value or "", name) for key, value, name in expected
     ]

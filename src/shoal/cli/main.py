@@ -14,6 +14,7 @@ from shoal.errors import JobError, ShoalError
 
 VERBS = {
     "train": "train a model from a recipe or on your own text, or resume a run",
+    "join": "take a part in a run with a parameter server, from another machine",
     "check": "does your job compute the same in every layout? Small, against one process",
     "data": "prepare text for training, or inspect what was prepared",
     "generate": "continue a text with a trained model",

@@ -66,6 +66,9 @@ class ServerOptions:
     """Seconds after which a worker is given up whose connection broke, unless it is back; 0 = at once."""
     host: str = "127.0.0.1"
     """Address of the interface on which coordinator and shards listen; beyond loopback a `token` is needed."""
+    elsewhere: tuple[str, ...] = ()
+    """Parts that other machines start, by `shoal join RUN 'worker 1'`: any of `worker 0`, `worker 1`, …, `server 0`, …;
+    all machines see the run's folder."""
     token: str = ""
     """File with the job token, any text of at least 16 bytes that only this job's machines know: who does not know it
     cannot connect. Empty = one is made for the run and kept in its folder."""
@@ -140,6 +143,12 @@ class ServerOptions:
         return self.quorum or max(1, workers - 1)
 
 
+def _check_elsewhere(options: ServerOptions) -> None:
+    servers = [name for name in options.elsewhere if name.startswith("server ")]
+    what = f"server.elsewhere={servers} with server.copies={options.copies}: a copy that comes again would begin anew"
+    require(not servers or options.copies == 1, what, "server.copies=1 (a log on disk), or keep servers together")
+
+
 def check_server(job: Job) -> None:
     """The parameter server and the rest of the job go together. Raises JobError that names two options."""
     options, sync = job.server, job.sync.name
@@ -149,6 +158,7 @@ def check_server(job: Job) -> None:
             what = f"server.{field.name}={value} has no effect with sync.name={sync}"
             require(value == field.default, what, f"--sync server, or leave out server.{field.name}")
         return
+    _check_elsewhere(options)
     if options.local_steps == 1:
         check_optimizer(options.compensation, job.optim.name)
         for name in ("outer_lr", "outer_momentum"):

@@ -1,67 +1,139 @@
-"""A job with a parameter server on this machine: coordinator, shards and workers, each started again if it is lost."""
+"""A job with a parameter server: coordinator, shards and workers, each started again if it is lost.
+
+`run` starts them on this machine; those that `server.elsewhere` names are started by `join`, on machines that have the
+run's folder, too.
+"""
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from shoal.job import Job, parse
-from shoal.job.server import ROUNDS
+import msgspec
+
+from shoal.errors import JobError
+from shoal.job import Job, parse, write
+from shoal.job.check import nearest
+from shoal.job.server import ROUNDS, pushed_batch
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
+from shoal.observe import files
+from shoal.observe.log import speaker
 
 _ROOM = "shoal.training.server"
 # What its processes run.
 ENTRIES = [f"{_ROOM}.{name}" for name in ("settle", "begin", "coordinate", "hold", "work", "evaluate")]
-# Of the run's folder, with journal and logs: `shoal.sync.server.node.book`.
-_FOLDER = "server"
+# Of the run's folder, with journal and logs: `shoal.sync.server.node.book`. And in it, what whoever joins needs.
+_FOLDER, _START = "server", "start.json"
+# Seconds between two looks for a run that has not begun.
+_AGAIN = 0.2
+
+
+class _Start(msgspec.Struct, frozen=True):
+    """job: TOML, with every `auto` resolved. nonce: of this start of the run."""
+
+    job: str
+    prepared: str
+    nonce: str
 
 
 def run(
     job: Job, arguments: dict[str, Any], ranks: Ranks, say: Callable[[str], None], stopping: Callable[[str], None]
 ) -> dict[str, Any]:
     """From the job to its figures, as `training.worker.main` gives them. arguments: of that, too."""
-    assert job.layout is not None
-    command = arguments.pop("command")
+    folder, started = arguments["folder"], arguments["started"]
     here = {name: arguments[name] for name in ("folder", "job", "prepared")}
-    minutes = not job.train.steps
-    world = job.layout.world
+    threads, minutes = job.run.threads, not job.train.steps
+    _known(job)
+    # Of an earlier start.
+    (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
     if _undecided(job):
-        told = {**here, "started": arguments["started"]}
-        here["job"] = local.run(f"{_ROOM}.settle:main", told, world, job.run.threads, stopping, ranks)["job"]
+        told = {**here, "job": _of_this_machine(here["job"]), "started": started}
+        found = local.run(f"{_ROOM}.settle:main", told, _world(job), threads, stopping, ranks)["job"]
+        here["job"] = _of_all_machines(found, job)
         job = parse(here["job"])
-    assert job.layout is not None
-    local.run(f"{_ROOM}.begin:main", {"folder": here["folder"], "job": here["job"]}, 1, ranks=ranks)
+    local.run(f"{_ROOM}.begin:main", {"folder": folder, "job": here["job"]}, 1, ranks=ranks)
+    start = _Start(here["job"], here["prepared"], f"{round(started * 1e6):x}")
+    files.replace(Path(folder) / _FOLDER / _START, msgspec.json.encode(start))
     if job.server.local_steps > 1 and job.server.mode not in ROUNDS and job.server.compensation == "none":
         say("warning: each push alone moves the weights with full momentum; --compensation delayed-nesterov shares it")
-    lead = {**here, "started": arguments["started"], "minutes": minutes, "command": command}
-    group = world // job.layout.replicas
-    threads = threads_per_rank(job.run.threads, world)
-    nonce = f"{round(arguments['started'] * 1e6):x}"
-    parts = [Role("coordinator", f"{_ROOM}.coordinate:main", lead)]
-    parts += [
-        _shard(job, {**_without_text(here), "nonce": nonce}, number, copy)
-        for number in range(job.server.shards)
-        for copy in range(job.server.copies)
-    ]
-    parts += [
-        Role(
-            f"worker {number}", f"{_ROOM}.work:main", {**here, "number": number}, ranks=group, first=number * group,
-            neighbours=world, threads=threads,
-        )
-        for number in range(job.layout.replicas)
-    ]  # fmt: skip
-    figures = roles.run(ranks, parts, say=say, on_signal=stopping)
+    lead = {**here, "started": started, "minutes": minutes, "command": arguments["command"]}
+    parts = [part for part in _roles(job, folder, start, job.server.host) if part.name not in job.server.elsewhere]
+    if job.server.elsewhere:
+        for name in job.server.elsewhere:
+            say(f"to be started elsewhere: shoal join {folder} '{name}'")
+    first = Role("coordinator", f"{_ROOM}.coordinate:main", lead)
+    figures = roles.run(ranks, [first, *parts], say=say, on_signal=stopping)
     if not figures["stopped_by"]:
-        told = {**here, "job": figures["job"], "step": figures["step"]}
-        figures["validation"] = local.run(f"{_ROOM}.evaluate:main", told, world, job.run.threads, ranks=ranks)
+        told = {**here, "job": _of_this_machine(figures["job"]), "step": figures["step"]}
+        figures["validation"] = local.run(f"{_ROOM}.evaluate:main", told, _world(job), threads, ranks=ranks)
         if (found := figures["validation"]) is not None:
             say(f"validation loss {found['nats']:.4f} nats per token, over {found['tokens']:,} tokens")
     return figures
+
+
+def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> None:
+    """Takes one part in a run that another machine leads, until the run is over.
+
+    name: `worker 2`, `server 0`. host: of this machine, on which a shard listens; empty = server.host. patience:
+    seconds to wait for the run to begin. Raises JobError where there is no such run or part.
+    """
+    start = _wait(folder, patience)
+    job = parse(start.job)
+    parts = {part.name: part for part in _roles(job, str(folder.absolute()), start, host or job.server.host)}
+    if name not in job.server.elsewhere:
+        what = f"this run has no part '{name}' for another machine"
+        fix = nearest(name, list(job.server.elsewhere)) if job.server.elsewhere else "name it in server.elsewhere there"
+        raise JobError(what, where=str(folder), fix=fix)
+    say = speaker()
+    ranks = Ranks(ENTRIES)
+    try:
+        say(f"{name} of {folder}")
+        roles.run(ranks, [parts[name]], say=say)
+    finally:
+        ranks.close()
+
+
+def _wait(folder: Path, patience: float) -> _Start:
+    """What the run's first machine has written, once it has."""
+    deadline, path = time.monotonic() + patience, folder / _FOLDER / _START
+    while not path.is_file():
+        if time.monotonic() > deadline:
+            what = f"no run with a parameter server has begun here within {patience:g} s"
+            raise JobError(what, where=str(folder), fix="start `shoal train --sync server --run-dir FOLDER` first")
+        time.sleep(_AGAIN)
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Start)
+    except msgspec.DecodeError:
+        raise JobError("the run's start.json is damaged", where=str(path), fix="start the run again") from None
+
+
+def _roles(job: Job, folder: str, start: _Start, host: str) -> list[Role]:
+    """All parts of the job but the coordinator."""
+    assert job.layout is not None
+    world, workers = job.layout.world, job.layout.replicas
+    group, here = world // workers, _world(job)
+    threads = threads_per_rank(job.run.threads, here)
+    text = {"folder": folder, "job": start.job}
+    shards = [
+        _shard(job, {**text, "nonce": start.nonce, "host": host}, number, copy)
+        for number in range(job.server.shards)
+        for copy in range(job.server.copies)
+    ]
+    at_work = {**text, "prepared": start.prepared}
+    return shards + [
+        Role(
+            f"worker {number}", f"{_ROOM}.work:main", {**at_work, "number": number}, ranks=group,
+            first=number * group % here, neighbours=here, threads=threads,
+        )
+        for number in range(workers)
+    ]  # fmt: skip
 
 
 def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:
@@ -69,14 +141,51 @@ def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:
     return Role(name, f"{_ROOM}.hold:main", {**args, "number": number, "copy": copy})
 
 
-def _undecided(job: Job) -> bool:
+def _known(job: Job) -> None:
+    """Raises JobError for a part that the job does not have."""
+    known = [part.name for part in _roles(job, "", _Start("", "", ""), "")]
+    for name in job.server.elsewhere:
+        if name not in known:
+            raise JobError(f"server.elsewhere: the job has no '{name}'", fix=nearest(name, known))
+
+
+def _local_workers(job: Job) -> int:
+    """Workers of this machine; at least one, for measuring and the last validation."""
     assert job.layout is not None
+    elsewhere = sum(name.startswith("worker ") for name in job.server.elsewhere)
+    return max(1, job.layout.replicas - elsewhere)
+
+
+def _world(job: Job) -> int:
+    """Ranks of this machine's workers."""
+    assert job.layout is not None
+    return job.layout.ranks_per_replica * _local_workers(job)
+
+
+def _of_this_machine(text: str) -> str:
+    """The job with its share of the batch for the workers that are here."""
+    job = parse(text)
+    assert job.layout is not None
+    here = _local_workers(job)
+    if here == job.layout.replicas:
+        return text
+    batch = pushed_batch(job) // job.layout.replicas * here
+    layout = replace(job.layout, replicas=here)
+    return write(replace(job, layout=layout, train=replace(job.train, global_batch=batch)))
+
+
+def _of_all_machines(text: str, job: Job) -> str:
+    """What was measured here, of the whole job."""
+    found = parse(text)
+    assert found.layout is not None
+    assert job.layout is not None
+    layout = replace(found.layout, replicas=job.layout.replicas)
+    return write(replace(found, layout=layout, train=replace(found.train, global_batch=job.train.global_batch)))
+
+
+def _undecided(job: Job) -> bool:
     autos = (job.train.precision, job.train.compile, job.sync.codec)
     return not job.train.steps or "auto" in autos or not job.train.validate_every or not job.checkpoint.every
-
-
-def _without_text(here: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in here.items() if name != "prepared"}
 
 
 def forget(folder: Path) -> None:

@@ -35,11 +35,11 @@ _PARTS = 60.0
 _CLONED = 60.0
 
 
-def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: str, life: int) -> None:
+def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: str, host: str, life: int) -> None:
     """Holds a copy of shard `number` until the job is over.
 
-    copy: which of its copies. nonce: of this start of the run. life: how often it was started before; where there are
-    several copies, a new life is a new one, which takes all from another.
+    copy: which of its copies. nonce: of this start of the run. host: to listen on. life: how often it was
+    started before; where there are several copies, a new life is a new one, which takes all from another.
     """
     run, given = Path(folder), parse(job)
     rules, options = plan.rules(given), given.server
@@ -62,7 +62,7 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
             Saver(run / "checkpoints", number, options.shards, given.checkpoint.keep, nonce=nonce, timeout=_PARTS)
         )
         station = ending.enter_context(plan.station(given, run, machine.address, ("coordinator", "shard")))
-        station.listen(options.host)
+        station.listen(host)
         if cloned:
             join(machine, station, _CLONED)
         part = _Part(number, held, saver)

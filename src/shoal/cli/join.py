@@ -1,0 +1,48 @@
+"""`shoal join`: one part of a run with a parameter server, on another machine than the run's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from shoal.cli import flags
+from shoal.cli.answer import Answer
+from shoal.errors import JobError
+from shoal.job.check import positive
+
+
+@dataclass(frozen=True)
+class JoinOptions:
+    """Takes a part in a run with a parameter server that another machine leads; both have the run's folder.
+
+    $ shoal train --sync server --workers 3 --server.host 10.0.0.1 --server.token job.token
+          --server.elsewhere "worker 1" "worker 2" --run-dir /shared/run       on the first machine
+    $ shoal join /shared/run "worker 1"                                        on the second
+    """
+
+    run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
+    """Folder of the run, which all machines see."""
+    part: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PART")] = ""
+    """`worker 1`, `server 0`: one of those that server.elsewhere names."""
+    host: str = ""
+    """Address of this machine on which a server listens; empty = server.host of the job."""
+    wait: float = 60.0
+    """Seconds to wait for the run to begin."""
+    format: str = "text"
+    """`json` prints one JSON object as the last line on standard output: `run` and `part`."""
+
+
+def run(args: list[str]) -> Answer:
+    """Returns when the run is over."""
+    options = flags.parse(JoinOptions, args, "shoal join")
+    if not options.run or not options.part:
+        raise JobError("a run and a part of it are to be named", fix="shoal join RUN 'worker 1'")
+    positive("--wait", options.wait)
+
+    from shoal.launch.server import join
+
+    join(Path(options.run), options.part, options.host, options.wait)
+    return Answer({"run": options.run, "part": options.part})
