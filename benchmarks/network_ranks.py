@@ -140,7 +140,8 @@ class Shoal:
 
     def loss(self, rows: int) -> float:
         with self.parts.sync.agreed():
-            return validate(self.parts, self.held_out, rows).nats
+            parts = self.parts
+            return validate(parts.job, parts.replica, parts.objective, self.held_out, rows).nats
 
 
 class ByHand:

@@ -139,7 +139,7 @@ def validated(seat: Seat, folder: str, prepared: str, rows: int, bug: bool = Fal
             return loader.rows(batch.sample_B.numpy())
 
         with mock.patch.object(validate, "on_device", heavy) if bug else contextlib.nullcontext():
-            found = validate.validate(parts, loader, rows)
+            found = validate.validate(parts.job, parts.replica, parts.objective, loader, rows)
         return [found.nats, found.tokens]
     finally:
         ranks.close()

@@ -33,7 +33,7 @@ def run(monkeypatch, optim: OptimOptions, planned: int, pace, ends: float, final
     while len(rates) < parts.job.train.steps:
         rates.append(learning_rate(parts.job.optim, len(rates), parts.job.train.steps))
         now[0] += pace(len(rates))
-        parts.job = fits.follow(parts, len(rates)) or parts.job
+        parts.job = fits.follow(parts.job, len(rates), parts.mesh.largest) or parts.job
     return now[0], parts.job, rates
 
 
