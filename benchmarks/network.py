@@ -60,6 +60,7 @@ METHODS = [
     BASELINE,
     *(f"ddp/powersgd:{rank}" for rank in (1, 2, 4, 8)),
     *(f"allreduce/{c}" for c in ("none", "bf16", "fp16", "int8", "int4", "topk:0.05+int2", "topk:0.01+int2")),
+    *(f"allreduce/powersgd:{rank}" for rank in (1, 2, 4, 8)),
     *(f"local:every=50/{c}" for c in ("none", "int8")),
 ]
 TIMED = 20

@@ -24,6 +24,7 @@ from shoal.job.sync import SyncOptions
         ("randomk:0.1:unbiased", [Part("randomk", 0.1, unbiased=True)]),
         ("randomk:.5:unbiased + int8:unbiased", [Part("randomk", 0.5, unbiased=True), Part("int8", unbiased=True)]),
         ("dct:5e-2+bf16", [Part("dct", 0.05), Part("bf16")]),
+        ("powersgd:4", [Part("powersgd", rank=4)]),
     ],
 )
 def test_what_is_asked_for(text: str, parts: list[Part]):
@@ -64,6 +65,17 @@ def test_error_feedback_of_what_is_no_contraction_is_refused():
         ("int8+int4", "int8 and int4 both round", "int8 or int4 alone"),
         ("topk:0.1+int8+sign", "what is kept is rounded twice", "e.g. topk:0.1+int8"),
         ("topk:0.1+", "'' is unknown", "known: bf16"),
+        ("powersdg:4", "'powersdg' is unknown", "did you mean 'powersgd'?"),
+        ("powersgd", "powersgd needs the rank of what it sends", "a whole number from 1 on, e.g. powersgd:4"),
+        ("powersgd:0", "'0' is not a rank", "from 1 on"),
+        ("powersgd:-1", "'-1' is not a rank", "from 1 on"),
+        ("powersgd:1.5", "'1.5' is not a rank", "from 1 on"),
+        ("powersgd:1_0", "'1_0' is not a rank", "from 1 on"),
+        ("powersgd:9999999", "'9999999' is not a rank", "from 1 on"),
+        ("powersgd:4:unbiased", "'unbiased' says nothing to powersgd", "give powersgd:4 alone"),
+        ("powersgd:4+int8", "int8 cannot come after powersgd", "powersgd:4 alone"),
+        ("topk:0.1+powersgd:2", "powersgd cannot come after topk", "powersgd:2 alone, or leave it out"),
+        ("powersgd:2+powersgd:4", "powersgd cannot come after powersgd", "powersgd:2 alone"),
     ],
 )
 def test_what_cannot_be_is_refused(text: str, what: str, fix: str):
@@ -74,7 +86,17 @@ def test_what_cannot_be_is_refused(text: str, what: str, fix: str):
     assert fix in caught.value.fix
 
 
-WORDS = st.sampled_from([*KEEPING, *ROUNDING, "none", "+", ":", "0.1", "unbiased", " ", "1e-3", "-1", "ä"])
+@pytest.mark.parametrize("name", ["local", "gossip", "server"])
+def test_powersgd_is_for_gradients_only(name: str):
+    with pytest.raises(JobError, match="powersgd:4' excludes sync") as caught:
+        replace(Job(), sync=SyncOptions(name=name, codec="powersgd:4")).validate()
+    assert f"sync.name={name}" in caught.value.what
+    assert "sync.name=allreduce" in caught.value.fix
+
+
+WORDS = st.sampled_from(
+    [*KEEPING, *ROUNDING, "powersgd", "none", "+", ":", "0.1", "unbiased", " ", "1e-3", "-1", "4", "ä"]
+)
 
 
 @given(st.text() | st.lists(WORDS).map("".join))
@@ -84,5 +106,6 @@ def test_any_text_is_a_codec_or_a_mistake_of_the_user(text: str):
     except JobError:
         return
     assert (first.name in KEEPING) == (first.share > 0)
+    assert (first.name == "powersgd") == (first.rank > 0)
     assert [part.name in ROUNDING for part in second] in ([], [True])
     assert not second or first.name in KEEPING

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,22 +15,25 @@ from shoal import mesh as meshes
 from shoal.membership.agree import next_view
 from shoal.parallel.flat import Flat
 from shoal.sync import AllReduce
+from shoal.sync.lowrank import LowRank, LowRankSum
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 from tests.sync.feedback_cases import Coarse
 
+CODECS = {"coarse": Coarse, "lowrank": partial(LowRank, 2)}
 
-def survive(
-    seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: bool = False
-) -> dict[str, Any]:
+
+def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: str = "") -> dict[str, Any]:
     """Trains; `victim` is killed in step `at`, in the middle of its backward pass; the others go on without it.
 
-    behind: a member that is cut off before its update, while the victim dies only after its own. codec: gradients go
-    through one that loses much, with feedback; then `kept` is what is kept of that right after the loss.
+    behind: a member that is cut off before its update, while the victim dies only after its own. codec: of `CODECS`;
+    gradients go through it, with feedback; then `kept` is what is kept, right after the loss, of what it lost, and
+    `known` what is the same on all.
     """
     torch.set_num_threads(1)
     parts = _parts(seat, steps, codec)
     kept: list[Any] = []
+    known: list[Any] = []
     losses, ledger, worlds = [0.0] * steps, [[] for _ in range(steps)], [0] * steps
     step = 0
     while step < steps:
@@ -38,7 +42,7 @@ def survive(
             parts.sync.begin(step)
             tally = parts.replica.gradients(batches, _dying(parts, seat, victim, step == at and behind < 0))
             if step == at and seat.member == behind:
-                parts.update.apply = _cut_off
+                parts.update.apply = partial(_cut_off, parts)
             applied = parts.sync.end(tally)
             if step == at and behind >= 0:
                 if seat.member == victim:
@@ -54,6 +58,7 @@ def survive(
             parts.mesh = parts.sync.reconfigure(next_view(seat, parts.mesh.view, grace=3))
             step = parts.update.done
             kept = _kept(parts) if codec else []
+            known = [s.local.tolist() for s in parts.sync._common()]
             continue
         losses[step] = applied.loss_sum / applied.weight
         ledger[step] = [int(sample) for batch in batches for sample in batch.sample_B]
@@ -64,25 +69,26 @@ def survive(
     parts.mesh.close()
     return {
         "losses": losses, "ledger": ledger, "worlds": worlds, "weights": weights, "view": number, "kept": kept,
+        "known": known,
     }  # fmt: skip
 
 
-def undisturbed(seat: meshes.Seat, steps: int, stop: int) -> list[Any]:
+def undisturbed(seat: meshes.Seat, steps: int, stop: int, codec: str) -> list[Any]:
     """What each rank keeps of what was lost in the steps before `stop`, when nobody is killed."""
     torch.set_num_threads(1)
-    parts = _parts(seat, steps, codec=True)
+    parts = _parts(seat, steps, codec)
     cases.take_steps(parts, stop)
     kept = _kept(parts)
     parts.mesh.close()
     return kept
 
 
-def _parts(seat: meshes.Seat, steps: int, codec: bool) -> Parts:
+def _parts(seat: meshes.Seat, steps: int, codec: str) -> Parts:
     what = cases.job("replicas=3,micro_batch=2", steps, "adamw")
     assert what.layout is not None
     parts = assemble(what, meshes.build(what.layout, seat, timeout=60))
     if codec:
-        parts.sync = AllReduce(parts.mesh, what.optim.clip, Coarse())
+        parts.sync = AllReduce(parts.mesh, what.optim.clip, CODECS[codec]())
         parts.sync.attach(parts.replica, parts.update)
     return parts
 
@@ -116,7 +122,10 @@ def _dying(parts: Parts, seat: meshes.Seat, victim: int, now: bool) -> Any:
     return parts.objective
 
 
-def _cut_off(scale: float) -> float:
+def _cut_off(parts: Parts, scale: float) -> float:
+    if isinstance(parts.sync._encoded, LowRankSum):
+        # Nor has it seen the last sums, of which the next directions are made.
+        parts.sync._encoded._after.clear()
     raise RuntimeError("Connection closed by peer")
 
 

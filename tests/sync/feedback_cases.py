@@ -15,6 +15,7 @@ from shoal.parallel.flat import Flat
 from shoal.sync import AllReduce
 from shoal.sync.codec import Codec
 from shoal.sync.encoded import EncodedSum
+from shoal.sync.lowrank import LowRank
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 
@@ -46,7 +47,12 @@ class Coarse:
 
 @contextmanager
 def running(
-    seat: meshes.Seat, layout: str, steps: int, feedback: bool = True, codec: Codec | None = None, **options: Any
+    seat: meshes.Seat,
+    layout: str,
+    steps: int,
+    feedback: bool = True,
+    codec: Codec | LowRank | None = None,
+    **options: Any,
 ) -> Iterator[Parts]:
     """The job of `tests.equivalence.cases`, its gradients through `Coarse` or another codec."""
     torch.set_num_threads(1)

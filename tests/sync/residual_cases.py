@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,22 @@ from shoal.checkpoint import Saver, manifest
 from shoal.parallel.flat import Flat
 from shoal.shard import Shard, State
 from shoal.sync import AllReduce
+from shoal.sync.lowrank import LowRank
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 from tests.sync.feedback_cases import Signs, running
+
+CODECS = {"signs": Signs, "lowrank": partial(LowRank, 2, seed=5)}
 
 # After so many a checkpoint is written; and all.
 SAVED, STEPS = 3, 5
 
 
-def train(seat: meshes.Seat, layout: str, root: str, **options: Any) -> dict[str, Any]:
-    """All steps, with a checkpoint on the way; this rank's weights, and its residuals as they were saved."""
+def train(seat: meshes.Seat, layout: str, root: str, codec: str = "signs", **options: Any) -> dict[str, Any]:
+    """All steps, with a checkpoint on the way; this rank's weights, and its residuals as they were saved. codec: of
+    `CODECS`."""
     with (
-        running(seat, layout, STEPS, codec=Signs(), **options) as parts,
+        running(seat, layout, STEPS, codec=CODECS[codec](), **options) as parts,
         Saver(Path(root), seat.member, seat.world, 1, nonce="one") as saver,
     ):
         before = residuals(parts)
@@ -38,22 +43,24 @@ def train(seat: meshes.Seat, layout: str, root: str, **options: Any) -> dict[str
         saved = residuals(parts)
         pending.wait()
         assert pending.error is None, pending.error
-        return {"before": before, "saved": saved} | cases.take_steps(parts, STEPS, first=SAVED)
+        return {"before": before, "saved": saved, "known": directions(parts)} | cases.take_steps(
+            parts, STEPS, first=SAVED
+        )
 
 
-def go_on(seat: meshes.Seat, layout: str, folder: str, **options: Any) -> dict[str, Any]:
+def go_on(seat: meshes.Seat, layout: str, folder: str, codec: str = "signs", **options: Any) -> dict[str, Any]:
     """The steps that were left; and the residuals with which they began."""
-    with running(seat, layout, STEPS, codec=Signs(), **options) as parts:
+    with running(seat, layout, STEPS, codec=CODECS[codec](), **options) as parts:
         load(parts, folder)
-        return {"loaded": residuals(parts)} | cases.take_steps(parts, STEPS, first=SAVED)
+        return {"loaded": residuals(parts), "known": directions(parts)} | cases.take_steps(parts, STEPS, first=SAVED)
 
 
-def only_load(seat: meshes.Seat, layout: str, folders: list[str], **options: Any) -> list[Any]:
+def only_load(seat: meshes.Seat, layout: str, folders: list[str], codec: str = "signs", **options: Any) -> list[Any]:
     """The residuals after each checkpoint."""
-    with running(seat, layout, STEPS, codec=Signs(), **options) as parts:
+    with running(seat, layout, STEPS, codec=CODECS[codec](), **options) as parts:
         found = []
         for folder in folders:
-            parts.sync = AllReduce(parts.mesh, 0.0, Signs())
+            parts.sync = AllReduce(parts.mesh, 0.0, CODECS[codec]())
             parts.sync.attach(parts.replica, parts.update)
             load(parts, folder)
             found.append(residuals(parts))
@@ -69,6 +76,12 @@ def residuals(parts: Parts) -> list[tuple[str, tuple[int, ...], list[Any]]]:
     return [(s.name, s.offsets, s.local.tolist()) for s in kept(parts)]
 
 
+def directions(parts: Parts) -> list[tuple[str, tuple[int, ...], list[Any]]]:
+    """The same of PowerSGD's, and of whoever saves them."""
+    found = [shard for shard in parts.sync.state().shards if shard.name.startswith("lowrank-q")]
+    return [(s.name, s.offsets, s.local.tolist()) for s in found]
+
+
 def kept(parts: Parts) -> list[Shard]:
     """Of the state, what is residual."""
     return [shard for shard in parts.sync.state().shards if shard.name.startswith("residual")]
@@ -78,6 +91,8 @@ def totals(results: list[list[Any]], like: dict[str, torch.Tensor]) -> dict[str,
     """Of each parameter the sum of all ranks' residuals."""
     out = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
     for name, offsets, numbers in chain.from_iterable(results):
+        if not numbers:
+            continue  # of a rank without rows
         piece = torch.tensor(numbers, dtype=torch.float64)
         out[name.partition(".")[2]][cases.place(offsets, piece)] += piece
     return out
@@ -112,9 +127,9 @@ def pay(seat: meshes.Seat, layout: str, folder: str, **options: Any) -> list[Any
         mesh.close()
 
 
-def keep_books(seat: meshes.Seat, layout: str, **options: Any) -> tuple[list[Any], list[Any]]:
+def keep_books(seat: meshes.Seat, layout: str, codec: str = "signs", **options: Any) -> tuple[list[Any], list[Any]]:
     """This rank's part of all gradients before they were sent; and of all that was applied, with its residuals."""
-    with running(seat, layout, STEPS, codec=Signs(), clip=0.0, **options) as parts:
+    with running(seat, layout, STEPS, codec=CODECS[codec](), clip=0.0, **options) as parts:
         sent: dict[Flat, Tensor] = {}
         applied: dict[int, Tensor] = {}
 

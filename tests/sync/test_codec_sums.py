@@ -66,7 +66,14 @@ def test_so_many_fewer_bytes_go_through_the_sockets(ranks, text, most):
 
 @pytest.mark.parametrize(
     ("text", "feedback"),
-    [("int8", True), ("topk:0.05+int2", True), ("randomk:0.1", True), ("randomk:0.1:unbiased", False)],
+    [
+        ("int8", True),
+        ("topk:0.05+int2", True),
+        ("randomk:0.1", True),
+        ("randomk:0.1:unbiased", False),
+        ("powersgd:2", True),
+        ("powersgd:2", False),
+    ],
 )
 def test_a_job_trains_with_it_and_replicas_stay_equal(ranks, text, feedback):
     options = {"steps": 4, "layout": "replicas=3,micro_batch=2", "optimizer": "sgd", "model": "even"}

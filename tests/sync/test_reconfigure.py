@@ -42,14 +42,25 @@ def test_a_survivor_that_had_finished_the_broken_step_brings_the_others_along(ra
             )
 
 
-@pytest.mark.parametrize("behind", [-1, pytest.param(2, marks=pytest.mark.nightly)])
-def test_survivors_keep_what_a_codec_has_lost_of_theirs(ranks, behind):
-    """Once in each step that was applied, whoever applied it first; and they go on with the same weights."""
-    killed = {"victim": 1, "at": 3, "behind": behind, "steps": STEPS, "codec": True}
+@pytest.mark.parametrize(
+    ("codec", "behind"),
+    [
+        ("coarse", -1),
+        ("lowrank", 2),
+        pytest.param("coarse", 2, marks=pytest.mark.nightly),
+        pytest.param("lowrank", -1, marks=pytest.mark.nightly),
+    ],
+)
+def test_survivors_keep_what_a_codec_has_lost_of_theirs(ranks, codec, behind):
+    """Once in each step that was applied, whoever applied it first; and they go on with the same weights, and with the
+    same directions."""
+    killed = {"victim": 1, "at": 3, "behind": behind, "steps": STEPS, "codec": codec}
     results = ranks.run("tests.sync.cases:survive", 3, lost={1}, **killed)
     stop = 3 if behind < 0 else 4
-    expected = ranks.run("tests.sync.cases:undisturbed", 3, steps=STEPS, stop=stop)
+    expected = ranks.run("tests.sync.cases:undisturbed", 3, steps=STEPS, stop=stop, codec=codec)
     assert results[0]["kept"] == expected[0] != []
     assert results[2]["kept"] == expected[2]
     assert results[0]["weights"] == results[2]["weights"]
+    assert results[0]["known"] == results[2]["known"]
+    assert bool(results[0]["known"]) == (codec == "lowrank")
     assert results[0]["losses"][-1] < 0.9 * results[0]["losses"][0]

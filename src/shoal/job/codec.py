@@ -1,4 +1,4 @@
-"""The words in which a codec is asked for: `int8`, `topk:0.05+int2`, `randomk:0.1:unbiased` (docs/codecs.md)."""
+"""The words in which a codec is asked for: `int8`, `topk:0.05+int2`, `powersgd:4` (docs/codecs.md)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ KEEPING = {"topk": 1 / 4096, "randomk": 1 / 256, "dct": 1 / 4096}
 ROUNDING = ("bf16", "fp16", "int8", "int4", "int2", "sign")
 """Codecs that write every number in fewer bits: alone, or what another keeps."""
 
+POWERSGD = "powersgd"
+"""Writes each matrix as a product of two thin ones; alone."""
+
 _MOST = 0.5
 """Of a larger share, what is kept and where it lay take more bytes than all numbers in fewer bits each."""
 
@@ -23,11 +26,19 @@ _UNBIASED = ("int8", "int4", "randomk")
 
 @dataclass(frozen=True)
 class Part:
-    """share: of the numbers, how many are kept; 0 = all. unbiased: right on average over what is drawn at random."""
+    """share: of the numbers, how many are kept; 0 = all. unbiased: right on average over what is drawn at random.
+    rank: of the matrices that are sent; 0 = numbers are."""
 
     name: str
     share: float = 0.0
     unbiased: bool = False
+    rank: int = 0
+
+    @property
+    def known(self) -> str:
+        """The part without `:unbiased`."""
+        setting = f"{self.share:g}" if self.share else f"{self.rank}" if self.rank else ""
+        return f"{self.name}:{setting}" if setting else self.name
 
 
 def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
@@ -38,6 +49,10 @@ def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
     parts = tuple(_part(word, text, option) for word in text.split("+"))
     first, *others = parts
     for part in others:
+        if POWERSGD in (first.name, part.name):
+            of_matrices = first if first.name == POWERSGD else part
+            what = f"{part.name} cannot come after {first.name}"
+            _refuse(text, option, what, f"{of_matrices.known} alone, or leave it out")
         if part.name in KEEPING:
             fix = f"e.g. {part.name}:{part.share:g}+{first.name}" if first.name in ROUNDING else "leave one of them out"
             _refuse(text, option, f"{part.name} cannot come after {first.name}", fix)
@@ -51,16 +66,17 @@ def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
 
 def _part(word: str, text: str, option: str) -> Part:
     name, *settings = word.strip().split(":")
-    if name not in (*KEEPING, *ROUNDING):
+    if name not in (*KEEPING, *ROUNDING, POWERSGD):
         alone = ("none",) if name == text else ()
-        _refuse(text, option, f"{name!r} is unknown", nearest(name, (*alone, *ROUNDING, *KEEPING)))
+        _refuse(text, option, f"{name!r} is unknown", nearest(name, (*alone, *ROUNDING, *KEEPING, POWERSGD)))
     share = _share(name, settings.pop(0) if settings else "", text, option) if name in KEEPING else 0.0
+    rank = _rank(settings.pop(0) if settings else "", text, option) if name == POWERSGD else 0
     unbiased = settings[:1] == ["unbiased"] and name in _UNBIASED
     for setting in settings[unbiased:]:
-        known = f"{name}:{share:g}" if share else name
+        known = Part(name, share, rank=rank).known
         fix = f"{known} or {known}:unbiased" if name in _UNBIASED and not unbiased else f"give {known} alone"
         _refuse(text, option, f"{setting!r} says nothing to {name}", fix)
-    return Part(name, share, unbiased)
+    return Part(name, share, unbiased, rank)
 
 
 def _share(name: str, setting: str, text: str, option: str) -> float:
@@ -75,6 +91,14 @@ def _share(name: str, setting: str, text: str, option: str) -> float:
         what = f"{name} cannot keep a share of {setting}"
         _refuse(text, option, what, f"give 1/{1 / KEEPING[name]:.0f} = {KEEPING[name]:.6g} to {_MOST}")
     return share
+
+
+def _rank(setting: str, text: str, option: str) -> int:
+    """At most six digits: of a larger matrix, none of whose products is smaller, nobody has heard."""
+    if setting.isascii() and setting.isdecimal() and len(setting) <= 6 and int(setting):
+        return int(setting)
+    what = f"{POWERSGD} needs the rank of what it sends" if not setting else f"{setting!r} is not a rank"
+    _refuse(text, option, what, f"a whole number from 1 on, e.g. {POWERSGD}:4")
 
 
 def _refuse(text: str, option: str, what: str, fix: str) -> NoReturn:

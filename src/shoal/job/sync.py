@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shoal.job.check import at_least, one_of, positive, require
-from shoal.job.codec import parse
+from shoal.job.codec import POWERSGD, parse
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class SyncOptions:
     by what an exchange takes at the start of the run; `bf16` or `fp16` = in half the
     bytes, `int8`, `int4`, `int2`, `sign` = in 8, 4, 2, 1 bits and a scale for every 64 numbers; `topk:SHARE` = the
     largest, `randomk:SHARE` = some, `dct:SHARE` = the largest of their cosine transform, each also rounded, as in
-    `topk:0.05+int2`. With `:unbiased`, `int8`, `int4` and `randomk:SHARE` are right on average (docs/codecs.md).
+    `topk:0.05+int2`; `powersgd:RANK` = each matrix as a product of two that have RANK columns, with `allreduce` only.
+    With `:unbiased`, `int8`, `int4` and `randomk:SHARE` are right on average (docs/codecs.md).
     Numbers are encoded once on the way there and once on the way back. Sums are made in full precision. With
     `local`, what replicas have learned; with `server`, what workers push and pull."""
     feedback: bool = True
@@ -80,6 +81,11 @@ class SyncOptions:
 
     def _validate_codec(self) -> None:
         kept = parse(self.codec)[0]
+        require(
+            kept.name != POWERSGD or self.name == "allreduce",
+            f"sync.codec={self.codec!r} excludes sync.name={self.name}: it sums gradients, whole matrices every step",
+            "sync.name=allreduce, or e.g. sync.codec=topk:0.01+int2",
+        )
         require(
             not (self.feedback and kept.name == "randomk" and kept.unbiased),
             f"sync.codec={self.codec!r} with sync.feedback: what is lost would be more in every step",

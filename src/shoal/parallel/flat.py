@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from math import prod
 
+import torch
 from torch import Tensor, nn
 
 
@@ -35,6 +36,11 @@ class Flat:
         flat = cls([])
         flat.size, flat.gaps = size, [(size, sys.maxsize)]
         return flat
+
+    def zeros(self, numbers: int) -> Tensor:
+        """So many, of the parameters' kind and on their device."""
+        parameter = next(iter(self.starts))
+        return torch.zeros(numbers, dtype=parameter.dtype, device=parameter.device)
 
     def clear_gaps(self, stretch_N: Tensor, first: int = 0) -> Tensor:
         """Zeros in the gaps of a stretch of such a tensor, which begins at place `first` and may reach beyond its

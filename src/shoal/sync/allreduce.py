@@ -24,6 +24,7 @@ from shoal.sync import saved
 from shoal.sync.codec import Codec, Draws
 from shoal.sync.encoded import EncodedSum
 from shoal.sync.feedback import Owed
+from shoal.sync.lowrank import LowRank, LowRankSum
 from shoal.sync.step import Applied, Version, apply, totals_of
 
 
@@ -34,21 +35,26 @@ class AllReduce:
         self,
         mesh: Mesh,
         clip: float,
-        codec: Codec | None = None,
+        codec: Codec | LowRank | None = None,
         feedback: bool = True,
         draws: Draws | None = None,
     ):
         """clip: largest gradient norm, 0 = none. codec: how gradients are written on their way, None = as they are.
         feedback: whether what it loses is added to the next ones. draws: whence the codec has its random numbers."""
         self.mesh, self.clip = mesh, clip
+        self._codec, self._feedback = codec, feedback
         self._draws = draws or Draws()
         self._works: list[dist.Work] = []
-        alone = mesh.layout.replicas == 1
-        self._encoded = None if codec is None or alone else EncodedSum(codec, feedback)
+        self._encoded: EncodedSum | LowRankSum | None = None
         self._owed = Owed()
 
     def attach(self, replica: Replica, update: Update) -> None:
         self.replica, self.update = replica, update
+        alone = self.mesh.layout.replicas == 1
+        if isinstance(self._codec, LowRank) and not alone:
+            self._encoded = LowRankSum(self._codec, self._feedback, replica)
+        elif self._codec is not None and not isinstance(self._codec, LowRank) and not alone:
+            self._encoded = EncodedSum(self._codec, self._feedback)
         replica.on_bucket(self._send)
 
     def _send(self, flat: Tensor, place: Flat) -> None:
@@ -143,7 +149,7 @@ class AllReduce:
         if self._encoded is not None and self._encoded.feedback is not None:
             self._encoded.feedback.keep_sums()
         if done.min() < done.max():
-            for shard in (*self.replica.held(), *self.update.state()):
+            for shard in (*self.replica.held(), *self.update.state(), *self._common()):
                 source = int(done.argmax())
                 self.mesh.wait(dist.broadcast(shard.local, source, group=self.mesh.everyone, async_op=True))
             self.update.restore({"updates": int(done.max())})
@@ -156,24 +162,24 @@ class AllReduce:
 
     def alike(self) -> list[Shard]:
         """What must be equal to the last bit on all replicas."""
-        return self.replica.held()
+        return [*self.replica.held(), *self._common()]
+
+    def _common(self) -> list[Shard]:
+        """What a codec knows that is the same on all replicas."""
+        return [] if self._encoded is None else self._encoded.common(self.replica)
 
     def state(self) -> State:
-        """Weights and optimizer; replicas are equal after every step. And what a codec has lost."""
-        feedback = self._encoded.feedback if self._encoded is not None else None
-        lost = self._owed.state() if feedback is None else feedback.state(self.replica)
-        return State([*self.replica.held(), *self.update.state(), *lost])
+        """Weights and optimizer; replicas are equal after every step. And what a codec has lost, or needs to go on."""
+        own = [] if self._encoded is None else self._encoded.state(self.replica)
+        return State([*self.replica.held(), *self.update.state(), *self._owed.state(), *own])
 
     def wanted(self, what: Manifest) -> Iterator[Shard]:
         """What to fill from a checkpoint, before `restore`: each shard before the next is asked for."""
         yield from saved.equal(self.replica, self.update, what.values)
-        encoded = self._encoded
-        if encoded is not None and encoded.feedback is not None:
-            group = self.mesh.across_replicas
-            chunks = {place: encoded.owned(place, group) for place in self.replica.flats()}
-            yield from encoded.feedback.wanted(self.replica, what.tensors, chunks)
-        else:
+        if self._encoded is None or self._encoded.feedback is None:
             yield from self._owed.wanted(self.replica, what.tensors)
+        if self._encoded is not None:
+            yield from self._encoded.wanted(self.replica, what.tensors)
 
     def restore(self, values: dict[str, Any]) -> None:
         """After the tensors that were `wanted` have been filled."""

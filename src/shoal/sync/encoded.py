@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from shoal.parallel.collectives import ALL_GATHER
 from shoal.parallel.flat import Flat
+from shoal.parallel.replica import Replica
+from shoal.shard import Shard
 from shoal.sync.codec import Codec
 from shoal.sync.feedback import Feedback, Stretch
 
@@ -107,11 +109,25 @@ class EncodedSum:
         if self.feedback is not None:
             self.feedback.settle(applied)
 
-    def owned(self, place: Flat, group: dist.ProcessGroup) -> Stretch:
+    def common(self, replica: Replica) -> list[Shard]:
+        """What of its state is the same on all replicas."""
+        return []
+
+    def state(self, replica: Replica) -> list[Shard]:
+        """What it needs to go on: residuals."""
+        return [] if self.feedback is None else self.feedback.state(replica)
+
+    def wanted(self, replica: Replica, saved: Collection[str]) -> Iterator[Shard]:
+        """Of a checkpoint with tensors of these names, what to fill: each shard before the next is asked for."""
+        if self.feedback is not None:
+            group = replica.mesh.across_replicas
+            chunks = {place: self._owned(place, group) for place in replica.flats()}
+            yield from self.feedback.wanted(replica, saved, chunks)
+
+    def _owned(self, place: Flat, group: dist.ProcessGroup) -> Stretch:
         """Zeros for the part of such a tensor whose sum this rank encodes."""
-        parameter = next(iter(place.starts))
         first, stop = self.owned_part(place.size, group)
-        return Stretch(first, torch.zeros(stop - first, dtype=parameter.dtype, device=parameter.device))
+        return Stretch(first, place.zeros(stop - first))
 
     def owned_part(self, numbers: int, group: dist.ProcessGroup) -> tuple[int, int]:
         """First number and last one + 1 of a tensor of so many whose sum this rank encodes."""

@@ -51,13 +51,21 @@ class Residuals:
 
         values: rows of a flat tensor, one behind the other, from `first` on; they may reach beyond its end.
         """
-        if (kept := self.kept.get(place)) is not None:
-            values_RN.view(-1)[: len(kept.numbers_N)] += kept.numbers_N
+        self.add_to(values_RN.view(-1), place)
         payload_RB = codec.encode(values_RN)
         lost_N = (values_RN - codec.decode(payload_RB, values_RN.dtype)).view(-1)[: max(0, place.size - first)]
+        self.lose(lost_N, place, first)
+        return payload_RB
+
+    def add_to(self, values_N: Tensor, place: Flat) -> None:
+        """Adds what was lost of this tensor before."""
+        if (kept := self.kept.get(place)) is not None:
+            values_N[: len(kept.numbers_N)] += kept.numbers_N
+
+    def lose(self, lost_N: Tensor, place: Flat, first: int = 0) -> None:
+        """What is lost of this tensor now, from `first` on."""
         # What is between parameters belongs to none, and would not be in a checkpoint.
         self._after[place] = Stretch(first, place.clear_gaps(lost_N, first))
-        return payload_RB
 
     def newest(self, place: Flat) -> Stretch | None:
         """What was lost of this tensor, also where it is not known yet whether that counts."""
@@ -108,20 +116,21 @@ class Feedback:
 
         With however many replicas, the sum of all residuals stays what it was: that of replica r goes to r modulo their
         number. Without any in the checkpoint they begin at zero. chunks: of each flat tensor, zeros for the chunk that
-        this rank owns.
+        this rank owns; empty where nobody owns any, and the first replica gets what was lost of sums.
         """
         found = _found(saved)
         if not found:
             return
         self.sums.kept = dict(chunks)
-        for place, (_, zeros_N) in chunks.items():
-            self.own.kept[place] = Stretch(0, zeros_N.new_zeros(place.size))
+        self.own.kept = {place: Stretch(0, place.zeros(place.size)) for place in replica.flats()}
         mesh = replica.mesh
         for residuals, piece, shard in self._pieces(replica):
             names = []
             for name, whose, copy in found.get(piece.shard.name, ()):
-                of_sums = residuals is self.sums
-                to = whose is None if of_sums else whose is not None and whose % mesh.layout.replicas == mesh.replica
+                if whose is None:
+                    to = residuals is self.sums if chunks else mesh.replica == 0
+                else:
+                    to = residuals is self.own and whose % mesh.layout.replicas == mesh.replica
                 if to and copy % piece.cut.copies == piece.cut.copy:
                     names.append(name)
             yield from added_up(shard, names)

@@ -22,11 +22,13 @@ CODECS: dict[str, Callable[..., SizedCodec]] = {
 
 
 def codec_of(text: str, draws: Draws | None = None) -> SizedCodec:
-    """The codec of which `sync.codec` speaks, e.g. `int8` or `topk:0.05+int2`. Raises JobError.
+    """The codec of which `sync.codec` speaks, e.g. `int8` or `topk:0.05+int2`, but not `powersgd:4`, which is none of
+    single numbers (`sync.lowrank`). Raises JobError.
 
     draws: where it gets its random numbers; as by seed 0 and rank 0 if not given.
     """
     first, *second = parse(text)
+    assert first.name in CODECS, f"{text} writes matrices, not numbers"
     draws = draws or Draws()
     if not first.share:
         return _rounding(first, draws)
