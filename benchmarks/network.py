@@ -4,7 +4,8 @@
                                  [--lr 1e-3,2e-3,4e-3] [--confirm] [--out FOLDER] [--format json]
 
 A method is `SYNC/CODEC`: `allreduce/none`, `allreduce/bf16`; options of [sync] follow the first word, as in
-`local:every=50/none`. By hand, with torch's DistributedDataParallel on the same model, data and optimizer: `ddp/none`,
+`local:every=50/none`. `server:mode=asp,shards=2/none` takes options of [server]. By hand, with torch's
+DistributedDataParallel on the same model, data and optimizer: `ddp/none`,
 and `ddp/powersgd:RANK` with torch's hook. `ddp/none` always runs: it sets the target.
 
 Workload: text of `shoal train` (the source of Python's library; --data for another), a Llama of 10 M parameters, a row
@@ -18,6 +19,10 @@ for at most twice --steps; mean of seeds. Where a method does not send in every 
 periods, at least 20 steps. --confirm: also once from the start to the target on the limited network, with the first
 seed; what looking for the loss takes is left out. final_loss is that of step --steps, mean of seeds. bytes_per_token:
 sent by all workers in the timed steps, counted by the kernel at their sockets, for each token of these steps.
+
+Methods with a server are run as they are, on the limited network, with `shoal train` and `shoal join`, for staleness
+depends on it: seconds_to_loss is time that has passed, with the looks at the loss (by the first worker, with what it
+pulled), mean of seeds; rates are chosen on loopback; bytes_per_token: sent and received by workers.
 
 Hosts are network namespaces with `tc tbf` at both ends of every link (benchmarks/hosts.py): Linux, root, iproute2;
 else it says why not, and ends. What has been measured lies in --out and is not measured again, so a long benchmark can
@@ -34,13 +39,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import network_server
 from benchmarks.hosts import Hosts, terminable, why_not
 
 from shoal.data.prepare import Prepared, prepare
@@ -62,6 +68,9 @@ METHODS = [
     *(f"allreduce/{c}" for c in ("none", "bf16", "fp16", "int8", "int4", "topk:0.05+int2", "topk:0.01+int2")),
     *(f"allreduce/powersgd:{rank}" for rank in (1, 2, 4, 8)),
     *(f"local:every=50/{c}" for c in ("none", "int8")),
+    "server:mode=bsp,shards=4/none",
+    "server:mode=ssp,staleness=4,shards=4/none",
+    "server:mode=asp,compensation=look-ahead,shards=4/none",
 ]
 TIMED = 20
 _DAY = 86400.0
@@ -93,9 +102,15 @@ class Method(NamedTuple):
         if self.by_hand:
             return base.validate()
         plain = r"[+-]?[0-9.]+(e[+-]?\d+)?|true|false"
-        given = {"name": self.sync, "codec": self.codec, **self.options}
-        lines = [f"{k} = {v if re.fullmatch(plain, v) else json.dumps(v)}" for k, v in given.items()]
-        return parse("\n".join(["[sync]", *lines]), self.text, base).validate()
+        given = {"sync": {"name": self.sync, "codec": self.codec}}
+        given.setdefault("server" if self.sync == "server" else "sync", {}).update(self.options)
+        lines = []
+        for table, values in given.items():
+            lines += [
+                f"[{table}]",
+                *(f"{k} = {v if re.fullmatch(plain, v) else json.dumps(v)}" for k, v in values.items()),
+            ]
+        return parse("\n".join(lines), self.text, base).validate()
 
     def period(self, what: Job) -> int:
         """Steps after which what is sent repeats itself."""
@@ -180,12 +195,38 @@ class Bench:
         hosts, pool = self._started[rate]
         return pool.run(entry, world, timeout=_DAY, names=hosts, **how)
 
+    def serve(
+        self, method: Method, lr: float, seed: int, target: float | None, longest: int, rate: str
+    ) -> dict[str, Any]:
+        """A run with a parameter server. rate: of the hosts' links, empty = on loopback."""
+        asked = self.asked
+        job = method.job(self.base)
+        tokens = asked.rows * job.data.sequence_length
+        train = replace(job.train, seed=seed, validate_every=asked.every, validate_tokens=tokens)
+        warmup = min(1.0, job.optim.warmup * job.train.steps / longest)
+        checkpoints = replace(job.checkpoint, every=10 * longest)
+        job = replace(job, optim=replace(job.optim, lr=lr, warmup=warmup), train=train, checkpoint=checkpoints)
+        key = {"method": method.text, "rate": rate, "job": write(job), "target": target, "steps": longest}
+
+        def run() -> dict[str, Any]:
+            with Hosts(asked.workers, rate) if rate else nullcontext() as hosts:
+                return network_server.train(job, hosts, longest, asked.steps, target)
+
+        return self.measured("serve", key, run)
+
     def best_rate(self, method: Method) -> float:
         """Of the grid, with the first seed."""
-        return min(
-            self.asked.lr,
-            key=lambda lr: loss_at(self.train(method, lr, 0, None, self.asked.steps), self.asked.steps),
-        )
+        steps = self.asked.steps
+
+        def loss(lr: float) -> float:
+            served = method.sync == "server"
+            return (
+                last(self.serve(method, lr, 0, None, steps, ""))
+                if served
+                else loss_at(self.train(method, lr, 0, None, steps), steps)
+            )
+
+        return min(self.asked.lr, key=loss)
 
     def targets(self) -> list[float]:
         """DDP's loss with each seed."""
@@ -193,8 +234,28 @@ class Bench:
         lr = self.best_rate(method)
         return [loss_at(self.train(method, lr, seed, None, steps), steps) for seed in range(self.asked.seeds)]
 
+    def served_row(self, method: Method, targets: list[float]) -> dict[str, Any]:
+        """Of a method with a server."""
+        steps, lr, rate = self.asked.steps, self.best_rate(method), self.asked.rate
+        runs = [self.serve(method, lr, seed, target, 2 * steps, rate) for seed, target in enumerate(targets)]
+        reached = [at for run, target in zip(runs, targets, strict=True) if (at := first(run, target)) is not None]
+        final = [near(run, steps) for run in runs]
+        all_reached = len(reached) == len(targets)
+        return {
+            "sync": method.text.partition("/")[0], "codec": method.codec,
+            "seconds_to_loss": statistics.fmean(at["seconds"] for at in reached) if all_reached else None,
+            "bytes_per_token": sum(run["moved"] for run in runs) / sum(run["tokens"] for run in runs),
+            "final_loss": statistics.fmean(final),
+            "steps_to_loss": [at["step"] for at in reached] if all_reached else None,
+            "seconds_per_step": sum(run["total_seconds"] for run in runs) / sum(run["steps"] for run in runs),
+            "lr": lr, "final_losses": final, "rate": rate, "workers": self.asked.workers,
+            "staleness": [run["staleness"] for run in runs], "rejected": [run["rejected"] for run in runs],
+        }  # fmt: skip
+
     def row(self, method: Method, targets: list[float]) -> dict[str, Any]:
         """speedup_vs_ddp comes later."""
+        if method.sync == "server":
+            return self.served_row(method, targets)
         steps, lr = self.asked.steps, self.best_rate(method)
         found, final = [], []
         for seed, target in enumerate(targets):
@@ -223,6 +284,15 @@ class Bench:
 
 def loss_at(run: dict[str, Any], step: int) -> float:
     return dict(map(tuple, run["losses"]))[step]
+
+
+def near(run: dict[str, Any], step: int) -> float:
+    """The loss at the look that is nearest: a server's first worker looks where its own samples come to another one."""
+    return min(run["losses"], key=lambda look: abs(look[0] - step))[1]
+
+
+def last(run: dict[str, Any]) -> float:
+    return run["losses"][-1][1]
 
 
 def first(run: dict[str, Any], target: float) -> dict[str, float] | None:
