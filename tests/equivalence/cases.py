@@ -31,6 +31,7 @@ from shoal.optim.schedule import learning_rate
 from shoal.training.feed import micro_batches
 from shoal.training.parts import Parts, assemble
 from tests.models import experts
+from tests.optim import reference as muon
 
 GLOBAL_BATCH, LENGTH, VOCAB = 12, 24, 61
 
@@ -109,7 +110,7 @@ def job(
     options = replace(MODELS[model], tie_word_embeddings=tied)
     if layers:
         options = replace(options, num_hidden_layers=layers)
-    lr = 1e-2 if optimizer == "adamw" else 0.3
+    lr = 0.3 if optimizer == "sgd" else 1e-2
     return Job(
         layout=Layout.parse(layout),
         model=options,
@@ -222,11 +223,13 @@ def _reference(steps: int, stop: int, replicas: int, codec: str, feedback: bool,
     vectors = [p for p in model.parameters() if p.ndim == 1]
     o = what.optim
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer_ = (
-        torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=False)
-        if o.name == "adamw"
-        else torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
-    )
+    optimizer_: Any
+    if o.name == "muon":
+        optimizer_ = muon.OfModel(model, o)
+    elif o.name == "adamw":
+        optimizer_ = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, foreach=False)
+    else:
+        optimizer_ = torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
     losses, norms, gradients = [], [], {}
     # Of every replica, and behind them of the sum: what has been lost.
     lost = [[torch.zeros_like(p) for p in model.parameters()] for _ in range(replicas + 1)]

@@ -28,8 +28,8 @@ Piece = tuple[str, list[int], list[int]]
 """(name, offsets, shape)."""
 
 
-# With two moments where there are few tensors.
-OPTIMIZERS = {"even": "adamw", "few experts": "sgd"}
+# With two moments where there are few tensors; with other state for matrices than for the rest.
+OPTIMIZERS = {"even": "adamw", "few experts": "sgd", "borders": "muon"}
 
 
 def job(layout: str, model: str) -> Job:

@@ -50,10 +50,11 @@ EXPERT = [
     "tensor=4,expert=4",
 ]
 # few experts: with stored experts, and a bias that no gradient reaches; even: key heads on several ranks, stored as one
-# with queries and values.
+# with queries and values; borders: trained with Muon, other state for matrices than for the rest.
 OF = {
     "few experts": (*LAYOUTS, *EXPERT),
     "even": ("replicas=3", "fsdp=2,zero=1", "fsdp=3", "tensor=2", "tensor=4", "pipeline=2,schedule=zbv"),
+    "borders": ("replicas=2", "fsdp=2,tensor=2"),
 }
 ALL = [(model, layout) for model, layouts in OF.items() for layout in layouts]
 # Each goes on from what the next one saved.
@@ -63,6 +64,7 @@ TRAINED = {
         "pipeline=2,schedule=zbv", "fsdp=4,expert=4",
     ],
     "even": ["fsdp=3", "tensor=4", "pipeline=2,schedule=zbv", "fsdp=2,tensor=2"],
+    "borders": ["fsdp=2,tensor=2", "pipeline=2"],
 }  # fmt: skip
 TEXTS = [(model, layout) for model, layouts in TRAINED.items() for layout in layouts]
 ONWARD = [

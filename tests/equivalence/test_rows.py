@@ -17,10 +17,11 @@ from tests.equivalence import (
     test_data_parallel,
     test_experts,
     test_layouts,
+    test_muon,
     test_overlap,
 )  # fmt: skip
 
-MODULES = (test_data_parallel, test_layouts, test_attention_dropout, test_overlap, test_experts)
+MODULES = (test_data_parallel, test_layouts, test_attention_dropout, test_overlap, test_experts, test_muon)
 
 
 def rows(module: ModuleType) -> set[str]:

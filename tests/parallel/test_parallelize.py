@@ -198,6 +198,7 @@ def alone(layout: str = "replicas=1", module=None, plan=None, **options):
         (LayoutError, "compute gradients of inputs and of weights apart", {"layout": "pipeline=2,schedule=zbv"}),
         (JobError, "no option 'momentun'", {"momentun": 0.9}),
         (JobError, "needs to know how long", {"schedule": "cosine"}),
+        (JobError, "muon is for matrices inside blocks", {"optimizer": "muon"}),
         (ModelError, "on meta", {"module": torch.nn.Linear(2, 2, device="meta")}),
         (ModelError, "no shape before the first forward pass", {"module": torch.nn.LazyLinear(2)}),
         (ModelError, "its gradient is sparse", {"module": torch.nn.Embedding(3, 2, sparse=True)}),

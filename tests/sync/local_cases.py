@@ -20,6 +20,7 @@ from shoal.training.feed import micro_batches
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 from tests.models import experts
+from tests.optim import reference as muon
 
 
 def job(layout: str, steps: int, sync: dict[str, Any], **options: Any) -> Job:
@@ -150,8 +151,10 @@ def _model(what: Job) -> torch.nn.Module:
     return model
 
 
-def _optimizer(what: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
+def _optimizer(what: Job, model: torch.nn.Module) -> Any:
     o = what.optim
+    if o.name == "muon":
+        return muon.OfModel(model, o)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": o.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if o.name == "adamw":
@@ -159,7 +162,7 @@ def _optimizer(what: Job, model: torch.nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=o.lr, momentum=o.momentum)
 
 
-def _update(what: Job, model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int, steps: int) -> None:
+def _update(what: Job, model: torch.nn.Module, optimizer: Any, step: int, steps: int) -> None:
     o = what.optim
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
     lr = learning_rate(o, step, steps)

@@ -76,6 +76,7 @@ def test_the_largest_pull_is_where_the_variance_of_random_pairs_stops_to_shrink(
 LAYOUTS = [
     ("replicas=3,micro_batch=2", "adamw"), ("replicas=4,micro_batch=3", "sgd"), ("replicas=1,micro_batch=6", "sgd"),
     ("replicas=2,fsdp=2,micro_batch=1", "sgd"), ("replicas=2,pipeline=2,micro_batch=2", "adamw"),
+    ("replicas=2,tensor=2,micro_batch=2", "muon"),
 ]  # fmt: skip
 
 

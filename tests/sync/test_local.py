@@ -27,6 +27,8 @@ CASES = [
     ("replicas=2,pipeline=2,micro_batch=2", STREAMING, "adamw", "even"),
     ("replicas=2,context=2,micro_batch=2", AVERAGING, "sgd", "even"),
     ("replicas=2,fsdp=2,expert=2,micro_batch=1", DILOCO, "sgd", "deepseek"),
+    ("replicas=3,micro_batch=2", DILOCO, "muon", "even"),
+    ("replicas=2,fsdp=2,micro_batch=1", STREAMING, "muon", "even"),
 ]
 
 

@@ -9,18 +9,21 @@ from shoal.job.check import at_least, one_of, positive, require
 
 @dataclass(frozen=True)
 class OptimOptions:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019)."""
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019), or another optimizer."""
 
     name: str = "adamw"
-    """Optimizer: `adamw`, or `sgd` (with `momentum`)."""
+    """Optimizer: `adamw`; `sgd` (with `momentum`); `muon`: matrices inside blocks by Muon (docs/muon.md), all else by
+    AdamW, with the same learning rate."""
     lr: float = 2e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """AdamW: decay of the first and second moment."""
+    """AdamW, also beside Muon: decay of the first and second moment."""
     eps: float = 1e-8
-    """AdamW: added to the root of the second moment."""
+    """AdamW, also beside Muon: added to the root of the second moment."""
     momentum: float = 0.9
     """SGD: decay of the velocity."""
+    muon_momentum: float = 0.95
+    """Muon: decay of its momentum, which is Nesterov's."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices (norms and biases have none), times the learning rate."""
     schedule: str = "wsd"
@@ -35,7 +38,7 @@ class OptimOptions:
     """Largest norm of the whole gradient; larger ones are scaled down to it. 0 = never."""
 
     def validate(self) -> None:
-        one_of("optim.name", self.name, ("adamw", "sgd"))
+        one_of("optim.name", self.name, ("adamw", "sgd", "muon"))
         one_of("optim.schedule", self.schedule, ("cosine", "wsd", "constant"))
         positive("optim.lr", self.lr)
         positive("optim.eps", self.eps)
@@ -43,5 +46,6 @@ class OptimOptions:
             at_least(f"optim.{name}", getattr(self, name), 0)
         for name in ("warmup", "decay"):
             require(getattr(self, name) <= 1, f"optim.{name}={getattr(self, name)} is not a share", "from 0 to 1")
-        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), ("momentum", self.momentum)):
+        momenta = [(name, getattr(self, name)) for name in ("momentum", "muon_momentum")]
+        for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), *momenta):
             require(0 <= value < 1, f"optim.{name}: {value} is not in [0, 1)", "e.g. 0.9")

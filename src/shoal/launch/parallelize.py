@@ -93,6 +93,9 @@ def _update(optimizer: str, lr: float, steps: int, options: dict[str, Any]) -> O
     for name in options:
         if name not in known:
             raise JobError(f"parallelize has no option '{name}'", fix=nearest(name, known))
+    if optimizer == "muon":
+        what = "muon is for matrices inside blocks, and nobody knows which of a module's parameters are such"
+        raise JobError(what, fix="optimizer adamw or sgd, or a model of shoal's own")
     update = OptimOptions(name=optimizer, lr=lr, **(_PLAIN | options))
     update.validate()
     if not steps and (update.schedule != "constant" or update.warmup):

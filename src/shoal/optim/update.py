@@ -10,6 +10,8 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from shoal.job.optim import OptimOptions
+from shoal.mesh import Mesh
+from shoal.optim.muon import Muon, is_hidden
 from shoal.optim.schedule import learning_rate
 from shoal.shard import Shard
 
@@ -17,14 +19,25 @@ _SLOTS = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum",)}
 
 
 class Update:
-    """AdamW or SGD with momentum, with decoupled weight decay on matrices. Its state is shards, too."""
+    """AdamW, or SGD with momentum, or Muon with AdamW for what is no matrix inside a block; decoupled weight decay on
+    matrices. Its state is shards, too.
 
-    def __init__(self, shards: list[Shard], options: OptimOptions, steps: int):
-        """steps: length of the run, for the schedule."""
+    shards, slots: of what is updated element by element.
+    """
+
+    def __init__(self, shards: list[Shard], options: OptimOptions, steps: int, mesh: Mesh | None = None):
+        """steps: length of the run, for the schedule. mesh: for Muon, of the ranks that have the rest of the shards'
+        tensors, all of which call this and `apply`; None where nobody has any: the shards are whole."""
         self.options, self.steps = options, steps
         self.done = 0
         self.shards = [s for s in shards if s.local.numel()]
-        self.slots = {slot: [torch.zeros_like(s.local) for s in self.shards] for slot in _SLOTS[options.name]}
+        self._muon: Muon | None = None
+        if options.name == "muon":
+            hidden = [s for s in self.shards if is_hidden(s)]
+            self.shards = [s for s in self.shards if not is_hidden(s)]
+            self._muon = Muon(hidden, options, shards[0].local, mesh)
+        self._elementwise = "sgd" if options.name == "sgd" else "adamw"
+        self.slots = {slot: [torch.zeros_like(s.local) for s in self.shards] for slot in _SLOTS[self._elementwise]}
         self._counts = [torch.zeros((), dtype=torch.float32, device=s.local.device) for s in self.shards]
         matrices = [i for i, s in enumerate(self.shards) if len(s.global_shape) > 1]
         vectors = [i for i, s in enumerate(self.shards) if len(s.global_shape) <= 1]
@@ -44,6 +57,8 @@ class Update:
         lr = learning_rate(self.options, self.done, self.steps) if lr is None else lr
         for chosen, decay in self._groups:
             self._step(chosen, scale, lr, decay)
+        if self._muon is not None:
+            self._muon.apply(scale, lr)
         self.done += 1
         return lr
 
@@ -53,7 +68,7 @@ class Update:
         assert len(gradients) == len(values), "a parameter got no gradient"
         torch._foreach_mul_(gradients, scale)
         state = {slot: [tensors[i] for i in chosen] for slot, tensors in self.slots.items()}
-        if self.options.name == "adamw":
+        if self._elementwise == "adamw":
             beta1, beta2 = self.options.betas
             adamw(
                 values, gradients, state["exp_avg"], state["exp_avg_sq"], [], [self._counts[i] for i in chosen],
@@ -70,6 +85,9 @@ class Update:
 
     def state(self) -> list[Shard]:
         """The optimizer's tensors: `<slot>.<parameter>`."""
+        held = [(slot, self.shards, tensors) for slot, tensors in self.slots.items()]
+        if self._muon is not None:
+            held.append(("momentum", self._muon.shards, self._muon.momentum))
         return [
             Shard(
                 f"{slot}.{shard.name}",
@@ -79,8 +97,8 @@ class Update:
                 owner=shard.owner,
                 counted=shard.counted,
             )
-            for slot, tensors in self.slots.items()
-            for shard, tensor in zip(self.shards, tensors, strict=True)
+            for slot, shards, tensors in held
+            for shard, tensor in zip(shards, tensors, strict=True)
         ]
 
     def values(self) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def assemble(job: Job, mesh: Mesh, fresh: bool = True) -> Parts:
     fresh: False where a checkpoint replaces all weights. A folder that they once came from need not exist any more.
     """
     replica, objective = spread(job, mesh, fresh)
-    update = Update(replica.shards(), job.optim, job.train.steps)
+    update = Update(replica.shards(), job.optim, job.train.steps, mesh)
     sync = build_sync(job, mesh)
     sync.attach(replica, update)
     return Parts(job, mesh, replica, update, sync, objective)

@@ -23,7 +23,13 @@ from shoal.sync.server.worker import Pushed
 from shoal.sync.simulate.scenario import Fault, Scenario
 from shoal.sync.simulate.world import World
 
-SHAPES = {"embed": (40, 7), "layers.10.weight": (9, 7), "layers.2.weight": (7, 9), "norm": (7,), "head": (33, 7)}
+SHAPES = {
+    "embed": (40, 7),
+    "model.layers.10.weight": (9, 7),
+    "model.layers.2.weight": (7, 9),
+    "norm": (7,),
+    "head": (33, 7),
+}
 SHARE, STEPS = 3, 5
 
 
@@ -112,6 +118,7 @@ OPTIMIZERS = {
     "sgd": OptimOptions(name="sgd", lr=0.05, momentum=0.0),
     "momentum": OptimOptions(name="sgd", lr=0.05),
     "adamw": OptimOptions(lr=0.01),
+    "muon": OptimOptions(name="muon", lr=0.01),
 }
 
 

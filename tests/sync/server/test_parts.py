@@ -63,7 +63,7 @@ def test_of_a_job_every_learned_row_has_its_shard():
     job = Job(model=model, server=ServerOptions(shards=2))
     shapes = {name: spec.shape for name, spec in parameters(model).items() if spec.learned}
     assert len(shapes) < len(parameters(model)), "a router's bias is not learned"
-    for optimizer, on_shards in (("adamw", 2), ("sgd", 2), ("of whole matrices", 1)):
+    for optimizer, on_shards in (("adamw", 2), ("sgd", 2), ("muon", 1)):
         placed = of_job(replace(job, optim=OptimOptions(name=optimizer)))
         rows = sorted((b.name, row) for blocks in placed for b in blocks for row in range(b.start, b.stop))
         assert rows == sorted((name, row) for name, shape in shapes.items() for row in range(shape[0]))

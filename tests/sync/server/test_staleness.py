@@ -137,6 +137,11 @@ def test_delayed_nesterov_goes_on_from_its_saved_state():
     assert all(torch.equal(a.local, b.local) for a, b in zip(one.shards, two.shards, strict=True))
 
 
+def test_where_muon_goes_without_a_gradient_nobody_says():
+    with pytest.raises(JobError, match=r"look-ahead does not know where optim\.name=muon goes"):
+        look_ahead(Update(shards(), OptimOptions(name="muon"), 10), 1, 0.1)
+
+
 def test_delayed_nesterov_is_not_adamw():
     with pytest.raises(JobError, match="delayed-nesterov is an optimizer of its own"):
         optimizer(Rules("asp", compensation="delayed-nesterov"), shards(), OptimOptions(name="adamw"), 10)

@@ -69,17 +69,17 @@ def look_ahead(update: Update, updates: int, lr: float) -> list[Tensor]:
     computes its gradient at the place where momentum will have taken the weights); for Adam's moments as Guan et al.
     2019, "XPipe", section 3. Weight decay is left out.
     """
+    if update.options.name not in ("sgd", "adamw"):
+        raise JobError(
+            f"look-ahead does not know where optim.name={update.options.name} goes without a gradient",
+            fix="optimizer sgd or adamw, or another compensation",
+        )
     values = [shard.local.clone() for shard in update.shards]
     if "momentum" in update.slots:
         beta = update.options.momentum
         way = sum(beta**step for step in range(1, updates + 1))
         torch._foreach_add_(values, update.slots["momentum"], alpha=-lr * way)
         return values
-    if "exp_avg" not in update.slots:
-        raise JobError(
-            f"look-ahead does not know where optim.name={update.options.name} goes without a gradient",
-            fix="optimizer sgd or adamw, or another compensation",
-        )
     if not update.done:
         return values
     (beta1, beta2), done = update.options.betas, update.done
