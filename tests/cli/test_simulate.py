@@ -44,6 +44,11 @@ def test_workers_may_do_as_much_as_they_are_fast(capsys: pytest.CaptureFixture):
     assert max(answer["wait"]) < 0.1
 
 
+def test_a_codec_is_in_the_table(capsys: pytest.CaptureFixture):
+    assert main([*SMALL, "--mode", "asp", "--workers", "2", "--codec", "int4"]) == 0
+    assert "asp int4 " in capsys.readouterr().out
+
+
 def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
     kill = "worker:1@3,shard:0@5,coordinator@7"
     assert main([*SMALL, "--mode", "asp", "--workers", "2", "--copies", "2", "--kill", kill, "--format", "json"]) == 0
@@ -71,6 +76,9 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
         (["--mode", "quorum", "--quorum", "5"], "error: quorum=5 of 4 workers"),
         (["--compensation", "dc", "--level", "shard"], "compensation=dc with level=shard"),
         (["--compensation", "delayed-nesterov", "--optimizer", "adamw"], "delayed-nesterov is an optimizer of its own"),
+        (["--codec", "int9"], "codec='int9': 'int9' is unknown"),
+        (["--codec", "powersgd:4"], "codec=powersgd:4 with a server: its matrices"),
+        (["--codec", "int8", "--level", "hogwild"], "codec=int8 with level=hogwild"),
         (["--patience", "3"], "after 3 simulated seconds the job has not ended"),
         (["--stalenes", "3"], "unknown option --stalenes"),
     ],

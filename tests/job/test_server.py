@@ -135,6 +135,19 @@ def test_torn_reads_have_no_changes_to_encode(codec: str):
         parse(f"[sync]\nname = 'server'\ncodec = '{codec}'\n[server]\nmode = 'asp'\nlevel = 'hogwild'").validate()
 
 
+def test_each_copy_of_a_shard_has_sent_other_weights():
+    with pytest.raises(JobError, match=r"sync.codec=int8 with server.compensation=dc: each copy of a shard"):
+        parse("[sync]\nname = 'server'\ncodec = 'int8'\n[server]\nmode = 'asp'\ncompensation = 'dc'").validate()
+
+
+def test_what_a_pull_loses_must_not_grow():
+    text = "[sync]\nname = 'server'\nfeedback = false\ncodec = 'randomk:0.1"
+    with pytest.raises(JobError, match=r"sync.codec=randomk:0.1:unbiased with a server: what a pull loses") as caught:
+        parse(f"{text}:unbiased'").validate()
+    assert caught.value.fix == "randomk:0.1"
+    parse(f"{text}'").validate()
+
+
 def test_balancing_biases_move_by_use_and_not_on_servers():
     job = parse(EXPERTS + "bias_update_rate = 0.001").validate()
     with pytest.raises(JobError, match=r"model.bias_update_rate=0.001 with sync.name=server"):

@@ -10,7 +10,7 @@ from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
-from shoal.job.server import ServerOptions
+from shoal.job.server import ServerOptions, check_codec
 
 if TYPE_CHECKING:
     from shoal.sync.simulate.scenario import Fault
@@ -51,6 +51,8 @@ class SimulateOptions:
     """What a pull may see: `snapshot` = one version on all shards, `shard` = one on each, `hogwild` = torn reads."""
     compensation: str = "none"
     """Of staleness: `rate`, `age`, `dc`, `look-ahead`, `delayed-nesterov` (docs/parameter-server.md)."""
+    codec: str = "none"
+    """How gradients are pushed and weights are pulled, e.g. `int8`, `topk:0.05+int2` (docs/codecs.md)."""
     strength: float = -1.0
     """Of the compensation: power of `rate` and `age`, λ of `dc`; -1 = its default."""
     servers: int = 2
@@ -119,7 +121,7 @@ def run(args: list[str]) -> Answer:
 
     rules = Rules.of(
         _server(options), workers=options.workers, micro_batch=options.micro_batch, clip=options.clip,
-        retry=options.retry,
+        retry=options.retry, codec=options.codec,
     )  # fmt: skip
     batch = sum(shares) * options.micro_batch
     scenario = Scenario(
@@ -150,6 +152,7 @@ def _server(options: SimulateOptions) -> ServerOptions:
         lease=options.lease,
     )
     given.check("")
+    check_codec(options.codec, given, "codec", "")
     return replace(given, quorum=given.closing(options.workers, ""))
 
 

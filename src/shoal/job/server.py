@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.codec import POWERSGD, parse
 from shoal.job.sync import SyncOptions
 
 if TYPE_CHECKING:
@@ -171,9 +172,7 @@ def check_server(job: Job) -> None:
         "by gradients, and balancing biases move by how many tokens each expert got",
         "model.bias_update_rate=0 (balance by model.router_aux_loss_coef), or sync.name=allreduce",
     )
-    if options.level == "hogwild":
-        what = f"sync.codec={job.sync.codec} with server.level=hogwild: a pull has no version to tell the changes since"
-        require(job.sync.codec == "none", what, "server.level=snapshot, or sync.codec=none")
+    check_codec(job.sync.codec, options)
     if job.layout is not None:
         options.closing(job.layout.replicas)
 
@@ -187,6 +186,26 @@ def check_optimizer(compensation: str, optimizer: str) -> None:
             "look-ahead": f"look-ahead does not know where optim.name={optimizer} goes without a gradient",
         }
         raise JobError(what[compensation], fix=f"optim.name={' or '.join(known)}, or another server.compensation")
+
+
+def check_codec(codec: str, options: ServerOptions, name: str = "sync.codec", table: str = "server.") -> None:
+    """Gradients can be pushed and weights pulled in it. Raises JobError.
+
+    name: of its option. table: before the names of the server's.
+    """
+    if codec == "none":
+        return
+    what = f"{name}={codec} with {table}level=hogwild: a pull has no version to tell the changes since"
+    require(options.level != "hogwild", what, f"{table}level=snapshot, or {name}=none")
+    what = f"{name}={codec} with {table}compensation=dc: each copy of a shard has sent workers other weights"
+    require(options.compensation != "dc", what, f"another {table}compensation, or {name}=none")
+    kept = parse(codec, name)[0] if codec != "auto" else None
+    if kept is not None and kept.name == POWERSGD:
+        what = f"{name}={codec} with a server: its matrices are of all replicas' gradients together"
+        raise JobError(what, fix=f"{name}=int8, or another that writes numbers")
+    if kept is not None and kept.name == "randomk" and kept.unbiased:
+        what = f"{name}={codec} with a server: what a pull loses of the weights would be more each time"
+        raise JobError(what, fix=codec.replace(":unbiased", "", 1))
 
 
 def pushed_batch(job: Job) -> int:

@@ -49,6 +49,16 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Chain(NamedTuple):
+    """Names one shadow of the weights (`shadow`). copy: of the shard. drawn: by its process, another one each time."""
+
+    copy: int
+    drawn: int
+
+
+NO_CHAIN = Chain(-1, 0)
+
+
 class Square(NamedTuple):
     """Sum of squares, in float64, of the rows of a gradient that one shard holds. row: the first of them."""
 
@@ -236,21 +246,37 @@ class Pull(Message, frozen=True):
     """Give me weights of `version` (`shard`, `hogwild`: of what is there, but not older). pieces: None = all.
 
     master: the weights that updates move, not those that workers compute on where these look ahead of them.
+    chain, held: the shadow that the worker holds of these pieces, and its version; −1 = none.
     """
 
     key: Key
     version: int
     pieces: tuple[Piece, ...] | None = None
     master: bool = False
+    chain: Chain = NO_CHAIN
+    held: int = -1
 
 
 class Pulled(Message, frozen=True):
-    """With the tensors of `pieces`."""
+    """With the tensors of `pieces`.
+
+    chain: where a codec is used, what the weights are the shadow of. base: −1, or the version that the deltas begin
+    from; then the tensors are bytes, for each of `links`, the versions where a delta ends, those of all `pieces`, which
+    are whole blocks of the shard.
+    """
 
     key: Key
     shard: int
     version: int
     pieces: tuple[Piece, ...]
+    chain: Chain = NO_CHAIN
+    base: int = -1
+    links: tuple[int, ...] = ()
+
+    @property
+    def encoded(self) -> bool:
+        """Whether the tensors are bytes."""
+        return self.base >= 0
 
 
 class Gone(Message, frozen=True):
@@ -265,7 +291,7 @@ class Gone(Message, frozen=True):
 class Stage(Message, frozen=True):
     """With the tensors of `pieces`: sums over tokens of the gradient, of one of the worker's `parts` ranks.
 
-    forwarded: by the shard's first copy, to the others.
+    forwarded: by the shard's first copy, to the others. encoded: as bytes of the job's codec, a tensor for each piece.
     """
 
     key: Key
@@ -273,6 +299,7 @@ class Stage(Message, frozen=True):
     parts: int
     pieces: tuple[Piece, ...]
     forwarded: bool = False
+    encoded: bool = False
 
 
 # Between a shard and the coordinator.

@@ -13,7 +13,10 @@ from shoal.job.optim import OptimOptions
 from shoal.optim.norm import sum_of_squares
 from shoal.optim.update import Update
 from shoal.shard import Shard, State
+from shoal.sync.codec import codec_of
 from shoal.sync.server.messages import Apply, Piece, Square
+from shoal.sync.server.payload import from_bytes
+from shoal.sync.server.pieces import cut, lies_in
 from shoal.sync.server.placement import Block
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.staleness import DelayedNesterov, delay_compensated, look_ahead, optimizer
@@ -33,6 +36,7 @@ class Parameters:
         if empty := [shard.name for shard in self.shards if not shard.local.numel()]:
             raise JobError(f"parameter {empty[0]} has no elements", fix="leave it out of the model")
         self.rules = rules
+        self.codec = codec_of(rules.codec) if rules.codec != "none" else None
         self.optimizer: Update | DelayedNesterov = optimizer(rules, self.shards, options, steps)
         self.lr = 0.0
         self._place: dict[str, list[int]] = {}
@@ -42,11 +46,21 @@ class Parameters:
     def blank(self) -> Gradient:
         return [torch.zeros_like(shard.local) for shard in self.shards]
 
-    def put(self, into: Gradient, pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
-        """Copies what one rank pushed, each piece to where it belongs."""
+    def put(self, into: Gradient, pieces: Sequence[Piece], tensors: Sequence[Tensor], encoded: bool = False) -> None:
+        """Copies what one rank pushed, each piece to where it belongs. encoded: the tensors are the codec's bytes."""
         for piece, tensor in zip(pieces, tensors, strict=True):
             i = self._holding(piece)
-            self._view(into[i], self.shards[i], piece).copy_(tensor)
+            if encoded:
+                tensor = self._decoded(tensor, piece, into[i].dtype)
+            cut(into[i], self.shards[i].offsets, piece).copy_(tensor)
+
+    def _decoded(self, payload: Tensor, piece: Piece, dtype: torch.dtype) -> Tensor:
+        if self.codec is None:
+            raise JobError(
+                f"{piece.name} came encoded, and the job has no codec",
+                fix="start all workers and servers from the same job.toml",
+            )
+        return from_bytes(self.codec, payload, piece, dtype)
 
     def squares(self, gradient: Gradient) -> tuple[Square, ...]:
         """Of each block."""
@@ -101,8 +115,12 @@ class Parameters:
 
     def cut(self, weights: Gradient, pieces: Sequence[Piece]) -> tuple[Tensor, ...]:
         """Views of `weights`, for a pull."""
-        places = [(self._holding(piece), piece) for piece in pieces]
-        return tuple(self._view(weights[i], self.shards[i], piece) for i, piece in places)
+        found = [(self._holding(piece), piece) for piece in pieces]
+        return tuple(cut(weights[i], self.shards[i].offsets, piece) for i, piece in found)
+
+    def places(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+        """Which of the blocks these pieces lie in, in order, each once."""
+        return tuple(sorted({self._holding(piece) for piece in pieces}))
 
     def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Tensor, ...]]:
         """All that is held here, in tensors of their own: what it is, the optimizer's values, the tensors."""
@@ -129,19 +147,12 @@ class Parameters:
     def _holding(self, piece: Piece) -> int:
         for i in self._place.get(piece.name, ()):
             shard = self.shards[i]
-            ends = zip(piece.offsets, piece.shape, shard.offsets, shard.local.shape, strict=True)
-            if all(low <= start and start + size <= low + held for start, size, low, held in ends):
+            if lies_in(piece, shard.offsets, shard.local.shape):
                 return i
         raise JobError(
             f"{piece.name} {list(piece.offsets)} + {list(piece.shape)} is not on this shard",
             fix="start all workers and servers from the same job.toml",
         )
-
-    @staticmethod
-    def _view(whole: Tensor, shard: Shard, piece: Piece) -> Tensor:
-        for dimension, (start, low, size) in enumerate(zip(piece.offsets, shard.offsets, piece.shape, strict=True)):
-            whole = whole.narrow(dimension, start - low, size)
-        return whole
 
 
 def blocks(values: dict[str, Tensor], held: Sequence[Block]) -> list[Shard]:

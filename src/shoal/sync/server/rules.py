@@ -39,15 +39,19 @@ class Rules:
     """What is done about stale gradients: `shoal.sync.server.staleness`."""
     strength: float | None = None
     """Of the compensation: the power p of `rate` (None = 1) and `age` (½), λ of `dc` (0.04)."""
-
+    codec: str = "none"
+    """In which gradients are pushed and weights are pulled; `none` = as they are."""
     outer: bool = False
     """What workers push is how far steps of their own took them, not a gradient."""
 
     @classmethod
-    def of(cls, options: ServerOptions, *, workers: int, micro_batch: int, clip: float, retry: float = 1.0) -> Rules:
+    def of(
+        cls, options: ServerOptions, *, workers: int, micro_batch: int, clip: float, retry: float = 1.0,
+        codec: str = "none",
+    ) -> Rules:  # fmt: skip
         """What options that have been checked mean for so many workers. Raises JobError for a quorum that they are not.
 
-        micro_batch: samples. clip: `optim.clip`. retry: seconds.
+        micro_batch: samples. clip: `optim.clip`. retry: seconds. codec: `sync.codec`.
         """
         return cls(
             mode=options.mode,
@@ -65,6 +69,7 @@ class Rules:
             compensation=options.compensation,
             strength=None if options.strength < 0 else options.strength,
             outer=options.local_steps > 1,
+            codec=codec,
         ).validate()
 
     def validate(self) -> Rules:

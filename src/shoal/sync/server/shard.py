@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import COORDINATOR, Address, Apply, Effect, Key, Message, Piece, Send, Square, Write
+
+if TYPE_CHECKING:
+    from shoal.sync.server.shadow import Shadow
 
 
 class Held(Protocol):
     """What a shard holds: `Parameters`, or what a test puts in their place. A gradient is whatever `blank` makes."""
 
     def blank(self) -> Any: ...
-    def put(self, into: Any, pieces: Sequence[Piece], tensors: Sequence[Any]) -> None: ...
+    def put(self, into: Any, pieces: Sequence[Piece], tensors: Sequence[Any], encoded: bool = False) -> None: ...
     def squares(self, gradient: Any) -> tuple[Square, ...]: ...
     def total(self, gradients: Sequence[Any]) -> Any: ...
     def apply(self, gradient: Any, order: Apply, pulled: Any) -> None: ...
@@ -23,6 +26,7 @@ class Held(Protocol):
     def live(self) -> Any: ...
     def master(self) -> Any: ...
     def pieces(self) -> tuple[Piece, ...]: ...
+    def places(self, pieces: Sequence[Piece]) -> Sequence[int]: ...
     def cut(self, weights: Any, pieces: Sequence[Piece]) -> tuple[Any, ...]: ...
     def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Any, ...]]: ...
     def fill(self, values: bytes, tensors: Sequence[Any]) -> None: ...
@@ -45,7 +49,7 @@ class ServerShard:
     are; `shard` from the latest; `hogwild` from the weights themselves, which may change while they are being sent
     (Recht et al. 2011, "Hogwild!": lock-free, updates lost or torn in single elements only).
     Memory: weights, optimizer state, one staged gradient a worker; `snapshot` at most two more copies of the weights,
-    with `dc` one for each version that some worker computes on besides.
+    with `dc` one for each version that some worker computes on besides. With a `shadow` one, and what that takes.
     """
 
     def __init__(
@@ -60,14 +64,18 @@ class ServerShard:
         logged: bool = False,
         retry: float = 1.0,
         backups: bool = False,
+        shadow: Shadow | None = None,
     ):
         """others: copies to which this one, the first, passes on what workers push. version: of the weights in `held`.
 
         logged: staged bytes go to a durable log. retry: seconds. backups: keep what each worker pulled, for `dc`.
+        shadow: what is served in place of the weights, where there is a codec; not with `hogwild`, nor with `backups`.
         """
         self.number, self.copy, self.held, self.level, self.version = number, copy, held, level, version
         self.refused: m.Refused | None = None
         self.others, self.logged, self.retry, self.backups = tuple(others), logged, retry, backups
+        assert shadow is None or (level != "hogwild" and not backups)
+        self.shadow = shadow
         self._epoch = 0
         self.staged: dict[Key, _Staged] = {}
         self._applied: dict[int, Key] = {}
@@ -161,7 +169,7 @@ class ServerShard:
         if self._over(message.key):
             return
         if not message.forwarded:
-            forward = m.Stage(message.key, message.part, message.parts, message.pieces, True)
+            forward = m.Stage(message.key, message.part, message.parts, message.pieces, True, message.encoded)
             self._out += [Send(Address("shard", self.number, copy), forward, tuple(tensors)) for copy in self.others]
         new = self._put(message, tensors)
         staged = self.staged[message.key]
@@ -180,7 +188,7 @@ class ServerShard:
             staged = self.staged[message.key] = _Staged(self.held.blank())
         if message.part in staged.parts:
             return False
-        self.held.put(staged.gradient, message.pieces, tensors)
+        self.held.put(staged.gradient, message.pieces, tensors, message.encoded)
         staged.parts.add(message.part)
         if len(staged.parts) == message.parts:
             staged.squares = self.held.squares(staged.gradient)
@@ -225,7 +233,7 @@ class ServerShard:
         return all(key in self.staged and self.staged[key].squares is not None for key in order.keys)
 
     def _apply_next(self, order: Apply) -> None:
-        if self.level == "snapshot" or order.holders:
+        if self._may_be_pulled() or order.holders:
             self._freeze()
         self._backup |= dict.fromkeys(order.holders, self._frozen.get(self.version))
         self._frozen = {v: kept for v, kept in self._frozen.items() if v == self.version and self.level == "snapshot"}
@@ -250,6 +258,11 @@ class ServerShard:
             self._out.append(m.Keep(self.version, values))
         self._saves = {version: values for version, values in self._saves.items() if version > self.version}
 
+    def _may_be_pulled(self) -> bool:
+        """Whether these weights may yet be asked for when the next commit has been applied."""
+        reached = self.shadow is not None and self.shadow.version >= self.version
+        return self.level == "snapshot" and not reached
+
     def _freeze(self) -> Any:
         if self.version not in self._frozen:
             self._frozen[self.version] = self.held.freeze()
@@ -260,6 +273,9 @@ class ServerShard:
         version = message.version if self.level == "snapshot" else max(message.version, self.version)
         if version > self.version:
             self._waiting[sender] = message
+            return
+        if self.shadow is not None and not message.master:
+            self._pull_shadow(self.shadow, sender, message, version)
             return
         if message.master:
             weights = self.held.master() if version == self.version else None
@@ -276,8 +292,26 @@ class ServerShard:
         pulled = m.Pulled(message.key, self.number, version, pieces)
         self._out.append(Send(sender, pulled, self.held.cut(weights, pieces)))
 
+    def _pull_shadow(self, shadow: Shadow, sender: Address, message: m.Pull, version: int) -> None:
+        if version > shadow.version:
+            weights = self._freeze() if version == self.version else self._frozen.get(version)
+            if weights is not None:
+                shadow.reach(version, weights, self.held.pieces())
+                del self._frozen[version]
+        base = message.held if message.chain == shadow.chain else -1
+        pieces = self.held.pieces() if message.pieces is None else message.pieces
+        served = shadow.serve(self.held, pieces, base, version)
+        if served is None:
+            self._out.append(Send(sender, m.Gone(message.key, self.number, version, self.version)))
+            return
+        pieces, base, links, tensors = served
+        pulled = m.Pulled(message.key, self.number, version, pieces, shadow.chain, base, links)
+        self._out.append(Send(sender, pulled, tensors))
+
     def clone(self, copy: int) -> ServerShard:
         """Another copy with the same weights, optimizer state and staged pushes, none of it shared."""
         other = deepcopy(self)
         other.copy, other.others, other._waiting, other._out = copy, (), {}, []
+        if other.shadow is not None:
+            other.shadow.forget(other.shadow.chain._replace(copy=copy))
         return other

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import COORDINATOR, Address, Effect, Key, Message, Piece, Range, Send
 
+if TYPE_CHECKING:
+    from shoal.sync.server.follower import Follower
+
 
 @dataclass(frozen=True)
 class Pushed:
-    """What one rank pushes to one shard: sums over tokens. The tensors must stay as they are until the answer."""
+    """What one rank pushes to one shard: sums over tokens. The tensors must stay as they are until the answer.
+
+    encoded: they are bytes of the job's codec (`encoding`).
+    """
 
     pieces: tuple[Piece, ...]
     tensors: tuple[Any, ...]
+    encoded: bool = False
 
 
 class Worker:
@@ -29,14 +38,15 @@ class Worker:
     def __init__(
         self, number: int, share: int, shards: int, *, model: str = "", tokenizer: str = "", retry: float = 1.0,
         heartbeat: float = 1.0, wanted: Mapping[int, tuple[Piece, ...]] | None = None,
+        follower: Follower | None = None,
     ):  # fmt: skip
         """share: micro-batches a clock. retry, heartbeat: seconds (heartbeat: less than a third of the lease).
 
-        wanted: pieces to pull from each shard; None = all that it holds.
+        wanted: pieces to pull from each shard; None = all that it holds. follower: holds them, where there is a codec.
         """
         self.number, self.share, self.shards = number, share, shards
         self.model, self.tokenizer, self.retry, self.heartbeat = model, tokenizer, retry, heartbeat
-        self.wanted = dict(wanted or {})
+        self.wanted, self.follower = dict(wanted or {}), follower
         self.state = "left"
         self.nonce = self.incarnation = self.clock = 0
         self.grant: m.Grant | None = None
@@ -152,11 +162,14 @@ class Worker:
 
     def _pull(self, shard: int) -> Send:
         assert self.grant is not None
-        return Send(self._shard(shard), m.Pull(self.key, self.grant.version, self.wanted.get(shard)))
+        wanted = self.wanted.get(shard)
+        chain, held = self.follower.holds(shard, wanted) if self.follower is not None else (m.NO_CHAIN, -1)
+        return Send(self._shard(shard), m.Pull(self.key, self.grant.version, wanted, chain=chain, held=held))
 
     def _stage(self, shard: int) -> Send:
         pushed = self._pushed[shard]
-        return Send(self._shard(shard), m.Stage(self.key, self._part, self._parts, pushed.pieces), pushed.tensors)
+        stage = m.Stage(self.key, self._part, self._parts, pushed.pieces, encoded=pushed.encoded)
+        return Send(self._shard(shard), stage, pushed.tensors)
 
     def _shard(self, shard: int) -> Address:
         return Address("shard", shard, self._primaries[shard])
@@ -183,6 +196,11 @@ class Worker:
             return
         if message.version < self.grant.version or message.shard in self.pulled:
             return
+        if self.follower is not None:
+            taken = self.follower.take(message, tensors, self.wanted.get(message.shard))
+            if taken is None:
+                return
+            message, tensors = msgspec.structs.replace(message, pieces=taken[0], base=-1, links=()), taken[1]
         self.pulled[message.shard] = (message, tensors)
         if len(self.pulled) == self.shards:
             self.state = "computing"

@@ -23,7 +23,7 @@ class Ledger:
     def blank(self) -> list[Token]:
         return []
 
-    def put(self, into: list[Token], pieces: Sequence[Piece], tensors: Sequence[Any]) -> None:
+    def put(self, into: list[Token], pieces: Sequence[Piece], tensors: Sequence[Any], encoded: bool = False) -> None:
         into += tensors
 
     def squares(self, gradient: list[Token]) -> tuple[Square, ...]:
@@ -43,6 +43,9 @@ class Ledger:
 
     def pieces(self) -> tuple[Piece, ...]:
         return _PIECE
+
+    def places(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
+        return (0,)
 
     def cut(self, weights: int, pieces: Sequence[Piece]) -> tuple[int]:
         """How many commits are in these weights."""

@@ -141,4 +141,5 @@ def _name(rules: Rules) -> str:
     """The mode with its options."""
     detail = {"ssp": f"({rules.staleness})", "quorum": f"({rules.quorum}, {rules.grace:g} s)"}.get(rules.mode, "")
     compensated = "" if rules.compensation == "none" else f" {rules.compensation}"
-    return rules.mode + detail + compensated
+    encoded = "" if rules.codec == "none" else f" {rules.codec}"
+    return rules.mode + detail + compensated + encoded

@@ -11,8 +11,11 @@ from typing import Any
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.encoding import Encoder
+from shoal.sync.server.follower import Follower
 from shoal.sync.server.journal import MAGIC, decode, encode
-from shoal.sync.server.messages import COORDINATOR, Address, Effect, Key, Send
+from shoal.sync.server.messages import COORDINATOR, Address, Chain, Effect, Key, Send
+from shoal.sync.server.shadow import Shadow
 from shoal.sync.server.shard import ServerShard
 from shoal.sync.server.worker import Worker
 from shoal.sync.simulate.scenario import Fault, Problem, Scenario
@@ -20,9 +23,13 @@ from shoal.sync.simulate.scenario import Fault, Problem, Scenario
 
 @dataclass
 class _Host:
-    """A process. life: how often it was started. fuse: effects until it is killed. asleep: hangs until then."""
+    """A process. life: how often it was started. fuse: effects until it is killed. asleep: hangs until then.
+
+    encoder: of a worker, where there is a codec.
+    """
 
     machine: Any
+    encoder: Encoder | None = None
     life: int = 0
     up: bool = True
     fuse: int | None = None
@@ -55,7 +62,7 @@ class World:
         self.scenario, self.problem, self.rules = scenario, problem, scenario.rules
         self.make = coordinator
         self.rng = random.Random(scenario.seed)
-        self.now, self._count = 0.0, 0
+        self.now, self._count, self._chains = 0.0, 0, 0
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.journal: list[r.AnyRecord] = [r.Opened("")]
         self.durable = 1
@@ -125,19 +132,31 @@ class World:
         return ServerShard(
             number, self.problem.held(number), copy=copy, others=others, level=self.rules.level,
             logged=self.scenario.copies == 1, retry=self.rules.retry, backups=self.rules.compensation == "dc",
+            shadow=self._shadow(number, copy),
         )  # fmt: skip
+
+    def _shadow(self, number: int, copy: int) -> Shadow | None:
+        if self.rules.codec == "none":
+            return None
+        self._chains += 1
+        return Shadow(self.rules.codec, Chain(copy, self._chains), seed=self.scenario.seed, shard=number)
 
     def _start_worker(self, number: int, host: _Host) -> None:
         """A new process in the place of the old one."""
         host.machine = Worker(
             number, self.scenario.shares[number] if self.scenario.shares else 1, self.scenario.shards,
             retry=self.rules.retry, heartbeat=self.rules.lease / 4,
+            follower=Follower(self.rules.codec) if self.rules.codec != "none" else None,
         )  # fmt: skip
+        if self.rules.codec != "none":
+            host.encoder = Encoder(self.rules, seed=self.scenario.seed, worker=number)
         self._join(number, host)
 
     def _join(self, number: int, host: _Host) -> None:
         if (old := self.live_workers.pop(number, None)) is not None:
             self.hosts.pop(old, None)
+        if host.encoder is not None:
+            host.encoder.settle(False)
         effects = host.machine.start(self.rng.getrandbits(32), self.now)
         address = self.live_workers[number] = host.machine.address
         host.busy = None
@@ -224,6 +243,8 @@ class World:
         if worker.answer is not before:
             assert worker.answer is not None
             self._answered(worker, nonce)
+            if host.encoder is not None:
+                host.encoder.settle(worker.answer.accepted)
         self._do(address, host, effects)
 
     def _answered(self, worker: Worker, nonce: int) -> None:
@@ -250,6 +271,8 @@ class World:
         seen.since = self.now
         weights = {shard: tensors for shard, (_, tensors) in worker.pulled.items()}
         gradients, weight, loss = self.problem.gradient(weights, worker.grant.samples, token)
+        if host.encoder is not None:
+            gradients = host.encoder.encode(gradients, weight, worker.clock)
         self._do(address, host, worker.push(gradients, weight, loss, self.now))
 
     def _on_tick(self, address: Address) -> None:
