@@ -59,7 +59,7 @@ class Server:
         self._pulls = cuts(held, placement)
         self._pushes = cuts([shard for shard in held if shard.counted], placement)
         self._alone = mesh.world == 1
-        machine.wanted = {number: tuple(cut.piece for cut in found) for number, found in self._pulls.items()}
+        machine.wanted = {n: tuple(dict.fromkeys(cut.piece for cut in found)) for n, found in self._pulls.items()}
         self._client: Client | None = None
         self._station: Station | None = None
         if mesh.rank == 0:
