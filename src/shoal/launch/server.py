@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import shutil
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from shoal.job import Job, parse
+from shoal.job.server import too_many
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
+from shoal.models.spec import parameters
 
 _ROOM = "shoal.training.server"
 # What its processes run.
@@ -59,6 +62,20 @@ def run(
         if (found := figures["validation"]) is not None:
             say(f"validation loss {found['nats']:.4f} nats per token, over {found['tokens']:,} tokens")
     return figures
+
+
+def check(job: Job) -> None:
+    """Raises JobError for what its processes would refuse, while there is no run yet. job: its vocabulary is known."""
+    learned = sum(spec.learned for spec in parameters(job.model).values())
+    if job.server.shards > learned:
+        raise too_many(job.server.shards, learned)
+    if job.server.token or job.server.certificate:
+        # Here and not above: it imports torch.
+        from shoal.sync.server.wire import Credentials
+
+        credentials = Credentials.of(job.server)
+        if credentials.tls:
+            credentials.context(ssl.Purpose.CLIENT_AUTH)
 
 
 def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:

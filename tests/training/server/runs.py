@@ -26,20 +26,24 @@ from shoal.sync.server import records as r
 from tests.launch import sockets
 from tests.training.server.watched import OLD, TOLD
 
-def run(pool: Pool, job: Job, *, resume: bool = False, network: dict[str, Any] | None = None, **lines: Any) -> Any:
+def run(
+    pool: Pool, job: Job, *, resume: bool = False, said: list[str] | None = None, restarts: int = 20,
+    network: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """What `shoal train` does with a server job, without its end; gives its figures. Nothing is left of it.
 
-    lines: said, a list of what is said to the user.
+    said: what is said to the user comes in there. restarts: of a role. network: see `watched`.
     """
+    said = [] if said is None else said
     folder = job.run.dir
     job, arguments = ready(read(Path(folder) / "job.toml") if resume else job, folder if resume else None, time.time())
     real = roles.run
 
     def watched(ranks: Any, parts: list[roles.Role], **options: Any) -> Any:
         extra = {"network": network} if network else {}
-        return real(ranks, [replace(p, entry=_watched(p.entry), args=p.args | extra) for p in parts], **options)
+        disturbed = [replace(part, entry=_watched(part.entry), args=part.args | extra) for part in parts]
+        return real(ranks, disturbed, restarts=restarts, **options)
 
-    said: list[str] = lines.get("said", [])
     with mock.patch.object(roles, "run", watched):
         try:
             return server.run(job, arguments, pool.start(), said.append, lambda name: None)
@@ -65,9 +69,15 @@ def pids(name: str, of: int | None = None) -> list[int]:
     return found
 
 
+ALL = "all"
+
+
 @dataclass
 class Killer:
-    """Kills one process of a role after each of these numbers of steps. waits: seconds until the next row came."""
+    """Kills one process of a role, or all of all, when so many steps are done, in this order.
+
+    victims: steps, and how its name begins. waits: seconds until the next step was done, of each.
+    """
 
     folder: Path
     victims: list[tuple[int, str]]
@@ -91,10 +101,12 @@ class Killer:
                 return
             rows = steps(self.folder)
             before = time.monotonic()
+            names = ["shoal-coordinat", "shoal-server", "shoal-worker"] if name == ALL else [name]
             # One that was killed before is being started again.
-            if not self._until(lambda name=name: bool(pids(name))):
+            if not self._until(lambda names=names: all(map(pids, names))):
                 return
-            os.kill(pids(name)[0], self.number)
+            for pid in [pid for each in names for pid in pids(each)][: None if name == ALL else 1]:
+                os.kill(pid, self.number)
             if not self._until(lambda rows=rows: steps(self.folder) > rows):
                 return
             self.waits.append(time.monotonic() - before)

@@ -13,6 +13,8 @@ from typing import Any
 from unittest import mock
 
 from shoal.mesh import Seat
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import Address
 from shoal.sync.server.node.journal_file import JournalFile
 from shoal.sync.server.node.station import Station
 from shoal.sync.server.worker import Worker
@@ -23,6 +25,8 @@ from shoal.training.server import work as real_work
 
 # Beside a run's journal: what it was before each checkpoint made it short again; and what workers were told.
 OLD, TOLD = "old-journal", "told"
+# What is said once, because it is lost only with a connection, after which shards greet the coordinator again.
+_ONCE = m.Save | m.Saved | m.Kept | m.Over
 
 
 def coordinate(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
@@ -67,8 +71,9 @@ def _bad(network: dict[str, Any] | None, who: str) -> Iterator[None]:
         return
     chance, real, rules = random.Random(f"{network['seed']} {who}"), Station.send, plan.rules
 
-    def send(self: Station, *message: Any) -> None:
-        fate, odds = chance.random(), network["odds"]
+    def send(self: Station, to: Address, what: m.Message, tensors: Any = ()) -> None:
+        message = to, what, tensors
+        fate, odds = chance.random() if not isinstance(what, _ONCE) else 1.0, network["odds"]
         if fate < odds:
             return
         if fate < 2 * odds:
