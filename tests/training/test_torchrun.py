@@ -103,6 +103,12 @@ def test_ctrl_c_before_the_first_step_ends_all(arguments, tmp_path):
             "  → torchrun --nproc-per-node 3, or layout replicas=2\n",
         ),
         pytest.param(
+            ["--sync", "server"],
+            "error: a job with sync.name=server is not one of torchrun's\n"
+            "  → shoal train without torchrun: it starts coordinator, servers and workers, on this machine\n",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(
             ["--data", "/nowhere.txt"],
             "error: /nowhere.txt: no such file or folder\n  → check the path, from the working directory\n",
             marks=pytest.mark.nightly,
@@ -115,7 +121,7 @@ def test_ctrl_c_before_the_first_step_ends_all(arguments, tmp_path):
             marks=pytest.mark.nightly,
         ),
     ],
-    ids=["option", "layout", "data", "batch"],
+    ids=["option", "layout", "server", "data", "batch"],
 )
 def test_a_mistake_is_said_once_and_leaves_nothing(arguments, tmp_path, words, sentence):
     done = torchrun(*arguments, "--steps", "2", "--run-dir", str(tmp_path / "run"), *words)

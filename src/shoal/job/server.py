@@ -227,3 +227,9 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def too_many(shards: int, parameters: int) -> JobError:
+    """For more server shards than there are parameters."""
+    what = f"{shards} server shards for {parameters} parameters: some would hold nothing"
+    return JobError(what, where="--servers", fix=f"at most {parameters}")

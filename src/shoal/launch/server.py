@@ -7,6 +7,7 @@ run's folder, too.
 from __future__ import annotations
 
 import shutil
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +19,12 @@ import msgspec
 from shoal.errors import JobError
 from shoal.job import Job, parse, write
 from shoal.job.check import nearest
-from shoal.job.server import ROUNDS, pushed_batch
+from shoal.job.server import ROUNDS, pushed_batch, too_many
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
+from shoal.models.spec import parameters
 from shoal.observe import files
 from shoal.observe.log import speaker
 
@@ -134,6 +136,20 @@ def _roles(job: Job, folder: str, start: _Start, host: str) -> list[Role]:
         )
         for number in range(workers)
     ]  # fmt: skip
+
+
+def check(job: Job) -> None:
+    """Raises JobError for what its processes would refuse, while there is no run yet. job: its vocabulary is known."""
+    learned = sum(spec.learned for spec in parameters(job.model).values())
+    if job.server.shards > learned:
+        raise too_many(job.server.shards, learned)
+    if job.server.token or job.server.certificate:
+        # Here and not above: it imports torch.
+        from shoal.sync.server.wire import Credentials
+
+        credentials = Credentials.of(job.server)
+        if credentials.tls:
+            credentials.context(ssl.Purpose.CLIENT_AUTH)
 
 
 def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:

@@ -129,6 +129,9 @@ def _afterwards(arguments: dict[str, Any], figures: dict[str, Any]) -> dict[str,
 
 def _fits(job: Job, world: int) -> None:
     assert job.layout is not None
+    if job.sync.name == "server":
+        fix = "shoal train without torchrun: it starts coordinator, servers and workers, on this machine"
+        raise JobError("a job with sync.name=server is not one of torchrun's", fix=fix)
     if job.layout.world != world:
         near = of_world(job.layout, world, lambda layout: replace(job, layout=layout).validate())
         raise JobError(
@@ -155,6 +158,8 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
         prepared = resumable(job, folder, say)
     job = vocabulary(job, prepared)
     job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
+    if job.sync.name == "server":
+        server.check(job)
     try:
         if resume is None:
             folder = folder if job.run.dir else _reserved(folder)

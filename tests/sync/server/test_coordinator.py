@@ -224,6 +224,22 @@ def test_a_silent_worker_is_fenced_and_its_samples_go_to_others():
     assert set(bench.coordinator.at.members) == {1}
     bench.do(bench.coordinator.tick(6.5))
     assert not bench.coordinator.at.members
+    assert r.Left(1, 0, "lost") in bench.journal
+
+
+def test_a_run_that_begins_anew_waits_for_all_workers_again():
+    """In bsp, updates are then of all of them, as they were before."""
+    bench = Bench(workers=2)
+    for worker in (0, 1):
+        bench.join(worker)
+    samples = bench.granted(Key(0, 0, 0)).samples
+    bench.do(bench.coordinator.anew(0.0))
+    assert not bench.coordinator.at.members
+    bench.join(0)
+    assert bench.ask(Key(0, 1, 0)) is None, "worker 1 is not there"
+    bench.join(1)
+    assert bench.granted(Key(0, 1, 0)).samples == samples
+    assert bench.granted(Key(1, 1, 0)).samples.start == samples.stop
 
 
 def test_without_a_time_to_reconnect_a_worker_is_given_up_at_once():

@@ -90,7 +90,7 @@ class Coordinator:
         self.at.now = now
         for member in list(self.at.members.values()):
             if now >= member.until:
-                self._give_up(member, "expired")
+                self._give_up(member, "lost" if member.broken else "expired")
         self._out += self.at.copies.tick(now)
         self._combine()
         return self._done()
@@ -101,7 +101,7 @@ class Coordinator:
         if address.role == "worker":
             member = self.at.members.get(address.number)
             if member is not None and member.nonce == address.copy:
-                member.until = min(member.until, now + self.rules.reconnect)
+                member.until, member.broken = min(member.until, now + self.rules.reconnect), True
                 if not self.rules.reconnect:
                     self._give_up(member, "lost")
         else:
@@ -110,6 +110,14 @@ class Coordinator:
             # The only copy of a shard is waited for: it comes back with its log.
             if left and left != copies:
                 self._change(address.number, left)
+        return self._done()
+
+    def anew(self, now: float) -> list[Effect]:
+        """All processes of the job are new: gives up the workers of before, and waits for as many as at first."""
+        self.at.now = now
+        for member in list(self.at.members.values()):
+            self._give_up(member, "replaced")
+        self.at.started = False
         return self._done()
 
     def drain(self, now: float) -> list[Effect]:
@@ -169,7 +177,7 @@ class Coordinator:
             incarnation = self.at.incarnations.get(message.worker, -1) + 1
             self._write(r.Entered(message.worker, message.nonce, incarnation, clock, message.share))
             member = self.at.members[message.worker]
-        member.until = self.at.now + self.rules.lease
+        member.heard(self.at.now + self.rules.lease)
         copies = self.at.copies
         joined = m.Joined(
             message.worker, message.nonce, member.incarnation, member.clock, copies.epoch, copies.primaries()
@@ -182,7 +190,7 @@ class Coordinator:
         if member is None or member.incarnation != who.incarnation:
             self._say(sender, m.Fenced(who.worker, who.incarnation))
             return
-        member.until = self.at.now + self.rules.lease
+        member.heard(self.at.now + self.rules.lease)
         if isinstance(message, m.Ask):
             self._ask(member, message)
         elif isinstance(message, m.Push):

@@ -16,7 +16,7 @@ class Member:
     rejected: gradients rejected in a row for coming late. asked, grant, push: how far the current clock has come.
     staged: which copies of shards have all bytes of the push. answer: to the clock before.
     peers: incarnations that may commit between the grant and its own commit.
-    until: when it is given up unless it is heard of.
+    until: when it is given up unless it is heard of. broken: its connection is, since it was.
     """
 
     worker: int
@@ -33,6 +33,7 @@ class Member:
     staged: dict[tuple[int, int], tuple[Square, ...]] = field(default_factory=dict)
     answer: Answer | None = None
     peers: int = 0
+    broken: bool = False
 
     @classmethod
     def of(cls, record: Entered, until: float) -> Member:
@@ -63,6 +64,10 @@ class Member:
         self.rejected += 1
         if self.rejected == 2:
             self.size = max(1, self.size // 2)
+
+    def heard(self, until: float) -> None:
+        """It lives."""
+        self.until, self.broken = until, False
 
     @property
     def starved(self) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from shoal.errors import JobError
 from shoal.job import Job
+from shoal.job.server import too_many
 from shoal.models.spec import parameters
 
 ELEMENTWISE = ("adamw", "sgd")
@@ -42,7 +42,7 @@ def place(
         for block in _cut(name, shape, math.ceil(sizes[name] / part) if split_rows and part else 1)
     ]  # fmt: skip
     if len(blocks) < shards:
-        raise _too_many(shards, len(blocks))
+        raise too_many(shards, len(blocks))
 
     def size(block: Block) -> int:
         rows = shapes[block.name][0] if shapes[block.name] else 1
@@ -65,13 +65,8 @@ def of_job(job: Job) -> list[list[Block]]:
     """
     shapes = {name: spec.shape for name, spec in parameters(job.model).items() if spec.learned}
     if job.server.shards > len(shapes):
-        raise _too_many(job.server.shards, len(shapes))
+        raise too_many(job.server.shards, len(shapes))
     return place(shapes, job.server.shards, split_rows=job.optim.name in ELEMENTWISE)
-
-
-def _too_many(shards: int, parameters: int) -> JobError:
-    what = f"{shards} server shards for {parameters} parameters: some would hold nothing"
-    return JobError(what, where="--servers", fix=f"at most {parameters}")
 
 
 def _cut(name: str, shape: tuple[int, ...], count: int) -> list[Block]:

@@ -69,7 +69,9 @@ def main(
             show.say(
                 f"the coordinator was started again: it goes on from its journal, version {lead.machine.version:,}"
             )
-        elif lead.machine.version:
+        else:
+            lead.anew()
+        if lead.machine.version and not life:
             show.say(f"goes on from version {lead.machine.version:,}: step {lead.rows.step:,}")
         folders.fill(run, given, corpus)
         world = given.layout.world if given.layout else 1
@@ -126,6 +128,10 @@ class _Lead:
         self._kept = self.machine.version if len(journal.records) == 1 and self.machine.version else -1
         self._times = max(_LOG_LEAST, _LOG_BYTES // (4 * count(job.model)))
         self._conductor = Conductor(self.machine, station, journal, written=self._written, noted=self._noted)
+
+    def anew(self) -> None:
+        """Not only the coordinator was started again, but the whole run: no worker of before is there any more."""
+        self._conductor.do(self.machine.anew(time.monotonic()))
 
     def run_on(self) -> bool:
         """Until the samples are used up, or somebody asks it to stop; whether it was the former. All is saved then.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from shoal.ops.initialise import initialise_
 from shoal.shard import Shard, State
 from shoal.sync import saved
 from shoal.sync.server import messages as m
+from shoal.sync.server.messages import Chain
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.serve import Serving, join
 from shoal.sync.server.node.shard_log import ShardLog
 from shoal.sync.server.parameters import Parameters
 from shoal.sync.server.placement import Block
+from shoal.sync.server.shadow import Shadow
 from shoal.sync.server.shard import ServerShard
 from shoal.training.precision import stored
 from shoal.training.server import plan
@@ -50,7 +53,7 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
     machine = ServerShard(
         number, held, copy=copy if alone else copy + options.copies * life, level=rules.level, version=version,
         others=range(1, options.copies) if copy == 0 and not cloned else (), logged=alone, retry=rules.retry,
-        backups=rules.compensation == "dc",
+        backups=rules.compensation == "dc", shadow=_shadow(given, number, copy),
     )  # fmt: skip
     with contextlib.ExitStack() as ending:
         log = None
@@ -67,6 +70,13 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
             join(machine, station, _CLONED)
         part = _Part(number, held, saver)
         Serving(machine, station, log, save=part.save, poll=part.poll).run()
+
+
+def _shadow(job: Job, number: int, copy: int) -> Shadow | None:
+    """What workers follow, where there is a codec: in each life another one."""
+    if job.sync.codec == "none":
+        return None
+    return Shadow(job.sync.codec, Chain(copy, secrets.randbits(62)), seed=job.train.seed, shard=number)
 
 
 def _empty(job: Job, blocks: list[Block]) -> list[Shard]:

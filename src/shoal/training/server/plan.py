@@ -65,7 +65,9 @@ def samples(job: Job, steps: int) -> int:
 
 def rules(job: Job) -> Rules:
     assert job.layout is not None
-    return Rules.of(job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=optim(job).clip)
+    return Rules.of(
+        job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=optim(job).clip, codec=job.sync.codec
+    )
 
 
 def placement(job: Job) -> list[list[Block]]:

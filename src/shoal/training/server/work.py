@@ -15,6 +15,8 @@ from shoal.data.prepare import Prepared
 from shoal.job import Job, parse
 from shoal.mesh import Mesh, Seat
 from shoal.sync.server import messages as m
+from shoal.sync.server.encoding import Encoder
+from shoal.sync.server.follower import Follower
 from shoal.sync.server.messages import Range
 from shoal.sync.server.node.work import Server
 from shoal.sync.server.worker import Worker
@@ -39,10 +41,15 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = held_out(corpus, given) if number == 0 else None
         replica, objective = spread(given, ranks, fresh=False)
-        rules = plan.rules(whole)
+        rules, train = plan.rules(whole), given.train
+        encoded = rules.codec != "none"
+        encoder = None
+        if encoded:
+            encoder = Encoder(rules, seed=train.seed, worker=number, part=ranks.rank, feedback=given.sync.feedback)
         machine = Worker(
             number, plan.share(whole), given.server.shards, model=plan.model_hash(whole),
             tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,
+            follower=Follower(rules.codec) if encoded else None,
         )  # fmt: skip
         sync = ending.enter_context(
             Server(
@@ -50,6 +57,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
                 replica,
                 plan.placement(whole),
                 machine=machine,
+                encoder=encoder,
                 station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
             )
         )

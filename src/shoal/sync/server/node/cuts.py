@@ -54,8 +54,7 @@ def _box(block: Block, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 
 @torch.no_grad()
 def fill(cuts: Sequence[Cut], pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
-    """Copies what was pulled to where it belongs."""
-    where: Mapping[Piece, Cut] = {cut.piece: cut for cut in cuts}
-    for piece, tensor in zip(pieces, tensors, strict=True):
-        cut = where[piece]
-        cut.of(cut.shard.local).copy_(tensor)
+    """Copies what was pulled to where it belongs: a rank with two stages of a pipeline may hold a piece twice."""
+    pulled: Mapping[Piece, Tensor] = dict(zip(pieces, tensors, strict=True))
+    for cut in cuts:
+        cut.of(cut.shard.local).copy_(pulled[cut.piece])

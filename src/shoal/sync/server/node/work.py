@@ -12,15 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal import operations
 from shoal.errors import RankError
 from shoal.mesh import Mesh
 from shoal.parallel.replica import Replica, Tally
 from shoal.sync.server import messages as m
+from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.messages import Address, Key, Range
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.cuts import Cut, cuts, fill
@@ -51,15 +52,19 @@ class Server:
 
     def __init__(
         self, mesh: Mesh, replica: Replica[Any], placement: Sequence[Sequence[Block]], *,
-        station: Callable[[Address], Station], machine: Worker,
+        station: Callable[[Address], Station], machine: Worker, encoder: Encoder | None = None,
     ):  # fmt: skip
-        """mesh: of this worker alone. station: for an address, one that calls coordinator and shards."""
+        """mesh: of this worker alone. station: for an address, one that calls coordinator and shards.
+
+        encoder: of this rank, where the job has a codec; `machine` has a follower then.
+        """
         self.mesh, self.replica, self.shards = mesh, replica, len(placement)
         held = replica.shards()
         self._pulls = cuts(held, placement)
         self._pushes = cuts([shard for shard in held if shard.counted], placement)
         self._alone = mesh.world == 1
-        machine.wanted = {number: tuple(cut.piece for cut in found) for number, found in self._pulls.items()}
+        self._encoder, self._follower = encoder, machine.follower
+        machine.wanted = {n: tuple(dict.fromkeys(cut.piece for cut in found)) for n, found in self._pulls.items()}
         self._client: Client | None = None
         self._station: Station | None = None
         if mesh.rank == 0:
@@ -97,7 +102,6 @@ class Server:
                 assert found is not None
                 for shard, (pulled, tensors) in found.items():
                     fill(self._pulls[shard], pulled.pieces, tensors)
-                operations.step(command.samples.start)
                 self._waited = time.perf_counter() - self._since
                 self._began = time.perf_counter()
                 return Work(command.key, command.version, command.samples)
@@ -132,7 +136,7 @@ class Server:
             if now - said > _RETRY:
                 said = now
                 for shard in set(range(self.shards)) - found.keys():
-                    pull = m.Pull(command.key, command.version, self._wanted[shard])
+                    pull = self._asks(command, shard)
                     self._station.send(Address("shard", shard, primaries[shard]), pull)
             event = self._station.next(_RETRY)
             if isinstance(event, Lost):
@@ -142,8 +146,26 @@ class Server:
                 if isinstance(event.message, m.Gone):
                     return None
                 if isinstance(event.message, m.Pulled) and event.message.version >= command.version:
-                    found[event.message.shard] = event.message, event.tensors
+                    self._take(event.message, event.tensors, found)
         return found
+
+    def _asks(self, command: _Command, shard: int) -> m.Pull:
+        wanted = self._wanted[shard]
+        if self._follower is None:
+            return m.Pull(command.key, command.version, wanted)
+        chain, held = self._follower.holds(shard, wanted)
+        return m.Pull(command.key, command.version, wanted, chain=chain, held=held)
+
+    def _take(
+        self, message: m.Pulled, tensors: Sequence[Any], found: dict[int, tuple[m.Pulled, Sequence[Any]]]
+    ) -> None:
+        """Weights from one shard; what a repeated question brought again goes nowhere."""
+        if message.shard in found:
+            return
+        if self._follower is None:
+            found[message.shard] = message, tensors
+        elif (taken := self._follower.take(message, tensors, self._wanted[message.shard])) is not None:
+            found[message.shard] = msgspec.structs.replace(message, pieces=taken[0], base=-1, links=()), taken[1]
 
     # Pushing.
 
@@ -166,6 +188,8 @@ class Server:
         sent, received = self._moved()
         spent = m.Spent(self._waited, now - self._began, memory_gib, sent, received)
         gradients = {shard: self._gradient(found) for shard, found in self._pushes.items()}
+        if self._encoder is not None:
+            gradients = self._encoder.encode(gradients, weight, key.clock)
         self._since = time.perf_counter()
 
         def push() -> tuple[_Command, tuple[int, ...]]:
@@ -176,24 +200,31 @@ class Server:
 
         command, primaries = self._hear(push)
         if command.kind == _DONE:
+            self._settle(False)
             return None
         self._stage(gradients, key, [(shard, primaries[shard]) for shard in range(self.shards)])
         while command.kind != _DONE:
             command, copies = self._hear(lambda: self._follow(key))
             if command.kind == _AGAIN:
                 self._stage(gradients, key, [(i, copy) for i, copy in enumerate(copies) if copy >= 0])
+        self._settle(command.version > 0)
         return self._client.answer(key) if self._client is not None else None
 
+    def _settle(self, accepted: bool) -> None:
+        if self._encoder is not None:
+            self._encoder.settle(accepted)
+
     def _follow(self, key: Key) -> tuple[_Command, tuple[int, ...]]:
-        """What becomes of the push, as the lead hears it."""
+        """What becomes of the push, as the lead hears it; when that is over, `version` is 1 if it was accepted."""
         assert self._client is not None
         state = self._client.wait("asking", "joining", "pulling", "computing", "finished", timeout=_NEWS)
         copies = [-1] * self.shards
         for shard, copy in self._client.missing():
             copies[shard] = copy
-        if state == "pushing" and self._client.answer(key) is None:
+        answer = self._client.answer(key)
+        if state == "pushing" and answer is None:
             return _Command(_AGAIN, key), tuple(copies)
-        return _Command(_DONE, key), ()
+        return _Command(_DONE, key, int(answer is not None and answer.accepted)), ()
 
     def _stage(self, gradients: dict[int, Pushed], key: Key, to: Sequence[tuple[int, int]]) -> None:
         """This rank's part of a push; the lead's machine sends its own."""
@@ -201,7 +232,7 @@ class Server:
             return
         for shard, copy in to:
             pushed = gradients[shard]
-            stage = m.Stage(key, self.mesh.rank, self.mesh.world, pushed.pieces)
+            stage = m.Stage(key, self.mesh.rank, self.mesh.world, pushed.pieces, encoded=pushed.encoded)
             self._station.send(Address("shard", shard, copy), stage, pushed.tensors)
 
     def _gradient(self, found: Sequence[Cut]) -> Pushed:

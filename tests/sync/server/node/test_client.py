@@ -1,0 +1,143 @@
+"""A worker's side of the connections: fenced, it joins again by itself, and what it was computing is void."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.errors import JobError, RankError
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece, Range
+from shoal.sync.server.node import client as clients
+from shoal.sync.server.node.book import Book
+from shoal.sync.server.node.client import Client
+from shoal.sync.server.node.station import Said, Station
+from shoal.sync.server.worker import Pushed, Worker
+from tests.sync.server.peers import TRUSTED
+
+PATIENCE = 30.0
+PIECES = (Piece("w", (0,), (2,)),)
+WEIGHTS, GRADIENT = torch.tensor([1.0, 2.0]), torch.tensor([0.5, -0.5])
+
+
+class Peers:
+    """Coordinator and the only shard, played by the test."""
+
+    def __init__(self, folder: Path):
+        self.book = Book(folder)
+        self.lead, self.shard = (self._station(who) for who in (COORDINATOR, Address("shard", 0, 0)))
+
+    def _station(self, who: Address) -> Station:
+        station = Station(who, self.book, TRUSTED, torch.float32, ())
+        station.listen("127.0.0.1")
+        return station
+
+    def client(self) -> Client:
+        call = ("coordinator", "shard")
+        return Client(
+            Worker(0, 4, 1, model="m", tokenizer="t", retry=0.5, heartbeat=60.0, wanted={0: PIECES}),
+            lambda nonce: Station(Address("worker", 0, nonce), self.book, TRUSTED, torch.float32, call),
+        )
+
+    def hear(self, station: Station, kind: type[m.Message]) -> Said:
+        """The next message of this kind; others, which may be repeated, are passed over."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            event = station.next(1.0)
+            if isinstance(event, Said) and isinstance(event.message, kind):
+                return event
+        raise AssertionError(f"no {kind.__name__}")
+
+    def join(self, incarnation: int) -> m.Join:
+        """Lets the worker in, until it has weights of version 0 and samples 0 … 3."""
+        sender, join, _ = self.hear(self.lead, m.Join)
+        assert isinstance(join, m.Join)
+        assert sender.copy == join.nonce
+        self.lead.send(sender, m.Joined(0, join.nonce, incarnation, 0, 0, (0,)))
+        key = Key(0, incarnation, 0)
+        assert self.hear(self.lead, m.Ask).message == m.Ask(key)
+        self.lead.send(sender, m.Grant(key, 0, Range(0, 4)))
+        asker, pull, _ = self.hear(self.shard, m.Pull)
+        assert isinstance(pull, m.Pull)
+        assert (pull.key, pull.pieces) == (key, PIECES)
+        self.shard.send(asker, m.Pulled(key, 0, 0, PIECES), (WEIGHTS,))
+        return join
+
+
+@pytest.fixture
+def peers(tmp_path) -> Iterator[Peers]:
+    peers = Peers(tmp_path)
+    yield peers
+    for station in (peers.lead, peers.shard):
+        station.close(flush=0.0)
+
+
+def push(client: Client, key: Key) -> bool:
+    return client.push(key, {0: Pushed(PIECES, (GRADIENT,))}, 3.0, 1.0, Range(0, 4), 1, m.UNKNOWN)
+
+
+def test_a_fenced_worker_joins_again_and_its_work_is_void(peers):
+    client = peers.client()
+    try:
+        first = peers.join(0)
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        old = Key(0, 0, 0)
+        pulled = client.pulled(old)
+        assert pulled is not None
+        assert torch.equal(pulled[0][1][0], WEIGHTS)
+        peers.lead.send(Address("worker", 0, first.nonce), m.Fenced(0, 0))
+        second = peers.join(1)
+        assert second.nonce != first.nonce
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        assert client.pulled(old) is None
+        assert not push(client, old)
+        assert client.answer(old) is None
+        new = Key(0, 1, 0)
+        assert push(client, new)
+        sender, stage, (gradient,) = peers.hear(peers.shard, m.Stage)
+        assert isinstance(stage, m.Stage)
+        assert (stage.key, sender.copy) == (new, second.nonce)
+        assert torch.equal(gradient, GRADIENT)
+        answer = m.Answer(new, True, 1, 0)
+        peers.lead.send(sender, answer)
+        assert client.wait("asking", timeout=PATIENCE) == "asking"
+        assert client.answer(new) == answer
+        assert client.answer(old) is None
+    finally:
+        client.close()
+    assert peers.hear(peers.lead, m.Leave).message == m.Leave(0, 1)
+
+
+@pytest.mark.parametrize("by", ["coordinator", "shard"])
+def test_a_refusal_is_raised_where_one_waits(peers, by):
+    client = peers.client()
+    try:
+        if by == "coordinator":
+            sender, join, _ = peers.hear(peers.lead, m.Join)
+            assert isinstance(join, m.Join)
+            peers.lead.send(sender, m.Refused(join.nonce, "worker 0 has another model", "take this one"))
+        else:
+            peers.join(0)
+            assert client.wait("computing", timeout=PATIENCE) == "computing"
+            assert push(client, Key(0, 0, 0))
+            sender, _, _ = peers.hear(peers.shard, m.Stage)
+            peers.shard.send(sender, m.Refused(0, "worker 0 has another model", "take this one"))
+        with pytest.raises(JobError, match="another model") as caught:
+            client.wait("finished", timeout=PATIENCE)
+        assert caught.value.fix == "take this one"
+    finally:
+        client.close()
+
+
+def test_without_a_coordinator_it_gives_up_in_the_end(peers, monkeypatch):
+    monkeypatch.setattr(clients, "_ALONE", 0.3)
+    client = peers.client()
+    try:
+        with pytest.raises(RankError, match="has not been heard of"):
+            client.wait("asking", timeout=PATIENCE)
+    finally:
+        client.close()

@@ -1,0 +1,176 @@
+"""Whole runs with a parameter server, in processes of the tests' fork server; and the audit of what they did."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from shoal import checkpoint
+from shoal.checkpoint import manifest
+from shoal.job import Job, read
+from shoal.launch import roles, server
+from shoal.launch.pool import Pool
+from shoal.launch.train import ready
+from shoal.observe import metrics
+from shoal.sync.server import journal
+from shoal.sync.server import records as r
+from tests.launch import sockets
+from tests.training.server.watched import OLD, TOLD
+
+def run(
+    pool: Pool, job: Job, *, resume: bool = False, said: list[str] | None = None, restarts: int = 20,
+    network: dict[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """What `shoal train` does with a server job, without its end; gives its figures. Nothing is left of it.
+
+    said: what is said to the user comes in there. restarts: of a role. network: see `watched`.
+    """
+    said = [] if said is None else said
+    folder = job.run.dir
+    job, arguments = ready(read(Path(folder) / "job.toml") if resume else job, folder if resume else None, time.time())
+    real = roles.run
+
+    def watched(ranks: Any, parts: list[roles.Role], **options: Any) -> Any:
+        extra = {"network": network} if network else {}
+        disturbed = [replace(part, entry=_watched(part.entry), args=part.args | extra) for part in parts]
+        return real(ranks, disturbed, restarts=restarts, **options)
+
+    with mock.patch.object(roles, "run", watched):
+        try:
+            return server.run(job, arguments, pool.start(), said.append, lambda name: None)
+        finally:
+            left = [pid for name in ("coordinat", "server", "worker") for pid in pids(f"shoal-{name}")]
+            assert not left, "processes of the run are left"
+
+
+def _watched(entry: str) -> str:
+    module = entry.rpartition(":")[0].rpartition(".")[2]
+    return f"tests.training.server.watched:{module}"
+
+
+def pids(name: str, of: int | None = None) -> list[int]:
+    """Of live processes below this one, or below another, those whose name begins so."""
+    found = []
+    for pid in sockets.family(of or os.getpid()):
+        try:
+            if Path(f"/proc/{pid}/comm").read_text().startswith(name) and sockets.alive(pid):
+                found.append(pid)
+        except OSError:
+            continue
+    return found
+
+
+ALL = "all"
+
+
+@dataclass
+class Killer:
+    """Kills one process of a role, or all of all, when so many steps are done, in this order.
+
+    victims: steps, and how its name begins. waits: seconds until the next step was done, of each.
+    """
+
+    folder: Path
+    victims: list[tuple[int, str]]
+    number: signal.Signals = signal.SIGKILL
+    waits: list[float] = field(default_factory=list)
+    error: str = ""
+
+    def __enter__(self) -> Killer:
+        self._over = False
+        self._thread = threading.Thread(target=self._kill, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over = True
+        self._thread.join()
+
+    def _kill(self) -> None:
+        for step, name in self.victims:
+            if not self._until(lambda step=step: steps(self.folder) >= step):
+                return
+            rows = steps(self.folder)
+            before = time.monotonic()
+            names = ["shoal-coordinat", "shoal-server", "shoal-worker"] if name == ALL else [name]
+            # One that was killed before is being started again.
+            if not self._until(lambda names=names: all(map(pids, names))):
+                return
+            for pid in [pid for each in names for pid in pids(each)][: None if name == ALL else 1]:
+                os.kill(pid, self.number)
+            if not self._until(lambda rows=rows: steps(self.folder) > rows):
+                return
+            self.waits.append(time.monotonic() - before)
+
+    def _until(self, condition: Callable[[], bool]) -> bool:
+        while not self._over:
+            try:
+                if condition():
+                    return True
+            except (OSError, IndexError):
+                pass
+            time.sleep(0.005)
+        return False
+
+
+def steps(folder: Path) -> int:
+    """Of its metrics' last whole row."""
+    rows = metrics.read(folder)
+    return rows[-1]["step"] if rows else 0
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    newest = checkpoint.newest(folder / "checkpoints", print)
+    assert newest is not None
+    return {name: tensor.clone() for name, tensor in checkpoint.tensors(newest)}
+
+
+def version(folder: Path) -> int:
+    """Of the newest checkpoint."""
+    newest = checkpoint.newest(folder / "checkpoints", print)
+    assert newest is not None
+    return int(manifest.read(newest).values["update"]["updates"])
+
+
+def history(folder: Path) -> tuple[dict[int, r.Committed], list[r.Rejected]]:
+    """All that its journals say was committed, by version, and rejected. They agree where they overlap."""
+    commits: dict[int, r.Committed] = {}
+    rejected: dict[Any, r.Rejected] = {}
+    here = folder / "server"
+    for path in [*sorted(here.glob(f"{OLD}-*")), here / "journal"]:
+        for record in journal.decode(path.read_bytes(), str(path))[0]:
+            if isinstance(record, r.Committed):
+                assert commits.setdefault(record.version, record) == record, "a version is two"
+            elif isinstance(record, r.Rejected):
+                assert rejected.setdefault(record.key, record) == record, "a push was decided on twice"
+    return commits, list(rejected.values())
+
+
+def audit(folder: Path, samples: int, first: int = 0) -> list[r.Committed]:
+    """Of a run's commits, in their order: none is missing, no push is in two, every sample was used exactly once, and
+    what workers were told is so. samples: used up by its end. first: by its beginning."""
+    commits, rejected = history(folder)
+    found = [commits[version] for version in sorted(commits)]
+    assert list(commits) == sorted(commits) == list(range(found[0].version, found[0].version + len(found)))
+    keys = [key for record in found for key in record.keys]
+    assert len(set(keys)) == len(keys), "a push was applied twice"
+    used = [samples for record in found for samples in record.samples] + [record.skipped for record in rejected]
+    flat = sorted(number for start, stop in used for number in range(start, stop))
+    assert flat == list(range(first, samples)), "a sample was used twice, or not at all"
+    where = {key: record.version for record in found for key in record.keys}
+    told = [line.split() for path in (folder / "server").glob(f"{TOLD}-*") for line in path.read_text().splitlines()]
+    assert told, "nobody was told anything"
+    for worker, incarnation, clock, accepted, version in (map(int, words) for words in told):
+        key = (worker, incarnation, clock)
+        assert (where.get(key) == version) if accepted else (key not in where), f"{key} was told what is not so"
+    return found

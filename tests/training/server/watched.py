@@ -1,0 +1,94 @@
+"""Roles of a server job as they always run, but watched or disturbed: entries for `tests.training.server.runs`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from shoal.mesh import Seat
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import Address
+from shoal.sync.server.node.journal_file import JournalFile
+from shoal.sync.server.node.station import Station
+from shoal.sync.server.worker import Worker
+from shoal.training.server import coordinate as real_coordinate
+from shoal.training.server import hold as real_hold
+from shoal.training.server import plan
+from shoal.training.server import work as real_work
+
+# Beside a run's journal: what it was before each checkpoint made it short again; and what workers were told.
+OLD, TOLD = "old-journal", "told"
+# What is said once, because it is lost only with a connection, after which shards greet the coordinator again.
+_ONCE = m.Save | m.Saved | m.Kept | m.Over
+
+
+def coordinate(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
+    """Keeps each journal that gives way to a shorter one."""
+    real = JournalFile.restart
+
+    def restart(self: JournalFile, version: int) -> None:
+        number = len(list(self.path.parent.glob(f"{OLD}-*")))
+        os.link(self.path, self.path.parent / f"{OLD}-{number:03}")
+        real(self, version)
+
+    with mock.patch.object(JournalFile, "restart", restart), _bad(network, "coordinator"):
+        return real_coordinate.main(seat, **args)
+
+
+def hold(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
+    """A copy of a shard."""
+    with _bad(network, f"shard {args['number']} {args['copy']}"):
+        return real_hold.main(seat, **args)
+
+
+def work(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
+    """Writes down every answer that this worker gets: `worker incarnation clock accepted version`."""
+    real = Worker._answered
+
+    def answered(self: Worker, message: Any, now: float) -> None:
+        new = self.state == "pushing" and message.key == self.key
+        real(self, message, now)
+        if new:
+            with (Path(args["folder"]) / "server" / f"{TOLD}-{self.number}").open("a") as file:
+                file.write(" ".join(map(str, [*message.key, int(message.accepted), message.version])) + "\n")
+
+    with mock.patch.object(Worker, "_answered", answered), _bad(network, f"worker {args['number']}"):
+        return real_work.main(seat, **args)
+
+
+@contextlib.contextmanager
+def _bad(network: dict[str, Any] | None, who: str) -> Iterator[None]:
+    """A part of this side's messages, `odds` each, is lost, comes late, or comes twice."""
+    if network is None:
+        yield
+        return
+    chance, real, rules = random.Random(f"{network['seed']} {who}"), Station.send, plan.rules
+
+    def send(self: Station, to: Address, what: m.Message, tensors: Any = ()) -> None:
+        message = to, what, tensors
+        fate, odds = chance.random() if not isinstance(what, _ONCE) else 1.0, network["odds"]
+        if fate < odds:
+            return
+        if fate < 2 * odds:
+            _later(lambda: real(self, *message))
+            return
+        real(self, *message)
+        if fate < 3 * odds:
+            real(self, *message)
+
+    impatient = mock.patch.object(plan, "rules", lambda job: replace(rules(job), retry=0.1))
+    with mock.patch.object(Station, "send", send), impatient:
+        yield
+
+
+def _later(do: Callable[[], None]) -> None:
+    timer = threading.Timer(0.03, do)
+    timer.daemon = True
+    timer.start()
