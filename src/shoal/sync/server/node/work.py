@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +99,7 @@ class Server:
             if command.kind != _PULL:
                 continue
             found = self._pull(command, primaries)
-            if self._all(found is not None):
+            if self._agreed(found):
                 assert found is not None
                 for shard, (pulled, tensors) in found.items():
                     fill(self._pulls[shard], pulled.pieces, tensors)
@@ -274,13 +275,18 @@ class Server:
         words: list[int] = told.tolist()
         return _Command.of(words[:_WORDS]), tuple(words[_WORDS:])
 
-    def _all(self, fine: bool) -> bool:
-        """Whether it is so on all ranks."""
+    def _agreed(self, found: dict[int, tuple[m.Pulled, Sequence[Any]]] | None) -> bool:
+        """Whether all ranks have what they asked for, and of the same shadows: what several hold must be the same."""
         if self._alone:
-            return fine
-        bad: Tensor = torch.tensor([0 if fine else 1], device=self.mesh.device)
-        self.mesh.wait(dist.all_reduce(bad, group=self.mesh.everyone, async_op=True))
-        return not bad.item()
+            return found is not None
+        told = [pulled.chain.drawn for _, (pulled, _) in sorted((found or {}).items())]
+        # By the largest of both signs, which is one number where all say the same.
+        number = zlib.crc32(repr(told).encode())
+        largest: Tensor = torch.tensor([found is None, number, -number], dtype=torch.int64, device=self.mesh.device)
+        work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.everyone, async_op=True)
+        self.mesh.wait(work)
+        missing, high, low = largest.tolist()
+        return not missing and high == -low
 
 
 _NO_KEY = Key(0, 0, 0)
