@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from shoal.job.optim import OptimOptions
+from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.follower import Follower
 from shoal.sync.server.messages import Key
 from shoal.sync.server.parameters import Parameters
@@ -152,3 +153,19 @@ def test_it_trains_with_a_codec(mode, codec, lr, most):
 
 def test_it_trains_with_a_codec_looking_ahead():
     assert trained("asp", "int8", 0.01, compensation="look-ahead") < 0.03
+
+
+def test_residuals_of_rejected_pushes_are_as_they_were(monkeypatch):
+    settled, settle = Counter(), Encoder.settle
+
+    def counted(encoder: Encoder, accepted: bool) -> None:
+        settled[accepted] += encoder._after is not None
+        settle(encoder, accepted)
+
+    monkeypatch.setattr(Encoder, "settle", counted)
+    rules = Rules("asp", workers=3, max_staleness=1, clip=0.0, codec="sign")
+    scenario = Scenario(rules, (0.5, 0.5, 4.0), 60)
+    world = World(scenario, Recording(scenario)).run()
+    answers = Counter(answer.accepted for seen in world.seen for answer, _ in seen.answers)
+    assert settled == answers
+    assert answers[False] > 0
