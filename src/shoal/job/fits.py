@@ -69,11 +69,11 @@ EXCLUDED = (
         ),
     ),
     Excluded(
-        "sync.name=gossip or server",
+        "sync.name=gossip",
         "replica_share",
-        "there all replicas count alike: pairs take the plain mean, and workers are granted equally many samples",
-        "sync.name=allreduce or local, or leave out replica_share",
-        lambda job, layout: job.sync.name in ("gossip", "server") and bool(layout.replica_share),
+        "there all replicas count alike: pairs take the plain mean",
+        "another sync.name, or leave out replica_share",
+        lambda job, layout: job.sync.name == "gossip" and bool(layout.replica_share),
     ),
 )
 """All pairs that are refused; docs/layouts.md lists them, and a test counts them there."""

@@ -217,7 +217,7 @@ def pushed_batch(job: Job) -> int:
     batch, layout = job.train.global_batch, job.layout
     if job.sync.name != "server" or job.server.mode in ROUNDS or layout is None:
         return batch
-    unit = layout.readers * max(1, layout.micro_batch)
+    unit = layout.pieces * max(1, layout.micro_batch)
     return batch // unit * unit or batch
 
 

@@ -20,6 +20,7 @@ from shoal.errors import JobError
 from shoal.job import Job, parse, write
 from shoal.job.check import nearest
 from shoal.job.server import ROUNDS, pushed_batch, too_many
+from shoal.job.shares import AUTO
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
@@ -160,6 +161,10 @@ def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:
 def _known(job: Job) -> None:
     """Raises JobError for a part that the job does not have."""
     known = [part.name for part in _roles(job, "", _Start("", "", ""), "")]
+    assert job.layout is not None
+    if job.server.elsewhere and job.layout.replica_share == AUTO:
+        what = "replica_share=auto with server.elsewhere: other machines cannot be measured before they are there"
+        raise JobError(what, fix="give the shares, e.g. replica_share=2+1")
     for name in job.server.elsewhere:
         if name not in known:
             raise JobError(f"server.elsewhere: the job has no '{name}'", fix=nearest(name, known))
@@ -186,7 +191,7 @@ def _of_this_machine(text: str) -> str:
     if here == job.layout.replicas:
         return text
     batch = pushed_batch(job) // job.layout.replicas * here
-    layout = replace(job.layout, replicas=here)
+    layout = replace(job.layout, replicas=here, replica_share="")
     return write(replace(job, layout=layout, train=replace(job.train, global_batch=batch)))
 
 
@@ -196,11 +201,14 @@ def _of_all_machines(text: str, job: Job) -> str:
     assert found.layout is not None
     assert job.layout is not None
     layout = replace(found.layout, replicas=job.layout.replicas)
+    if job.server.elsewhere:
+        layout = replace(layout, replica_share=job.layout.replica_share)
     return write(replace(found, layout=layout, train=replace(found.train, global_batch=job.train.global_batch)))
 
 
 def _undecided(job: Job) -> bool:
-    autos = (job.train.precision, job.train.compile, job.sync.codec)
+    assert job.layout is not None
+    autos = (job.train.precision, job.train.compile, job.sync.codec, job.layout.replica_share)
     return not job.train.steps or "auto" in autos or not job.train.validate_every or not job.checkpoint.every
 
 

@@ -26,26 +26,27 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 def of_worker(job: Job) -> Job:
     """The job as one worker computes it: a single replica."""
     assert job.layout is not None
-    return replace(job, layout=replace(job.layout, replicas=1))
+    return replace(job, layout=replace(job.layout, replicas=1, replica_share=""))
 
 
 def unit(job: Job) -> int:
     """Samples in a micro-batch of a worker, over all of its ranks: it is granted whole ones."""
     layout = job.layout
     assert layout is not None
-    part = pushed_batch(job) // layout.readers
-    return (layout.micro_batch or part) * (layout.readers // layout.replicas)
+    part = pushed_batch(job) // layout.pieces
+    return (layout.micro_batch or part) * layout.fsdp
 
 
-def share(job: Job) -> int:
+def share(job: Job, worker: int) -> int:
     """Micro-batches that a worker pushes at a time."""
-    return step_share(job) * job.server.local_steps
+    return step_share(job, worker) * job.server.local_steps
 
 
-def step_share(job: Job) -> int:
-    """Micro-batches that a worker computes a gradient from."""
+def step_share(job: Job, worker: int) -> int:
+    """Micro-batches that a worker computes a gradient from: as its `replica_share` is."""
     assert job.layout is not None
-    return pushed_batch(job) // job.layout.replicas // unit(job)
+    shares = job.layout.shares
+    return pushed_batch(job) * shares[worker] // sum(shares) // unit(job)
 
 
 def optim(job: Job) -> OptimOptions:

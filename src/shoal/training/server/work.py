@@ -47,7 +47,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
         if encoded:
             encoder = Encoder(rules, seed=train.seed, worker=number, part=ranks.rank, feedback=given.sync.feedback)
         machine = Worker(
-            number, plan.share(whole), given.server.shards, model=plan.model_hash(whole),
+            number, plan.share(whole, number), given.server.shards, model=plan.model_hash(whole),
             tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,
             follower=Follower(rules.codec) if encoded else None,
         )  # fmt: skip
@@ -76,7 +76,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
                 batches = _batches(training, ranks, work.samples)
                 loss_sum, weight = sync.collect(replica.gradients(batches, objective))
             else:
-                pieces = _steps(work.samples, plan.step_share(whole) * plan.unit(whole))
+                pieces = _steps(work.samples, plan.step_share(whole, number) * plan.unit(whole))
                 loss_sum, weight = apart.learn((each, _batches(training, ranks, each)) for each in pieces)
             device.synchronize(ranks.device)
             sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30)
