@@ -176,6 +176,18 @@ class Mesh:
         assert group is not None
         return group
 
+    def decide(self, layout: Layout) -> None:
+        """What the layout left to be measured is known; its ranks stay as they are."""
+        assert all(getattr(layout, axis) == getattr(self.layout, axis) for axis in AXES)
+        self.layout = layout
+
+    def of_replicas(self, value: float) -> list[float]:
+        """Of each replica, the largest of what its ranks call this with; 0 or more."""
+        values = torch.zeros(self.layout.replicas, dtype=torch.float64, device=self.device)
+        values[self.replica] = value
+        self.wait(dist.all_reduce(values, op=dist.ReduceOp.MAX, group=self.everyone, async_op=True))
+        return values.tolist()
+
     def largest(self, value: float) -> float:
         """The largest of what the ranks call this with."""
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)

@@ -161,8 +161,16 @@ def global_batch(step: int, order: int = 0) -> Batch:
 
 def rank_batches(mesh: Mesh, step: int, order: int) -> list[Batch]:
     batch = global_batch(step, order)
-    part = GLOBAL_BATCH // mesh.layout.readers
-    mine = micro_batches(batch, part)[mesh.reader]
+    if not mesh.layout.replica_share:
+        mine = micro_batches(batch, GLOBAL_BATCH // mesh.layout.readers)[mesh.reader]
+        return micro_batches(mine, mesh.layout.micro_batch)
+    (replica, place), whole = divmod(mesh.reader, mesh.layout.fsdp), micro_batches(batch, 1)
+    shares = [int(share) for share in mesh.layout.replica_share.split("+")]
+    ends = [GLOBAL_BATCH * sum(shares[:r]) // sum(shares) for r in range(len(shares) + 1)]
+    size = (ends[replica + 1] - ends[replica]) // mesh.layout.fsdp
+    rows = whole[ends[replica] + place * size : ends[replica] + (place + 1) * size]
+    assert len(rows) == size
+    mine = Batch(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(batch)})
     return micro_batches(mine, mesh.layout.micro_batch)
 
 
@@ -347,7 +355,8 @@ def check(ranks: Any, row: Row) -> None:
     options = row.options
     layout = Layout.parse(options.pop("layout"))
     assert layout.micro_batch, "a row has several micro-batches"
-    assert GLOBAL_BATCH // layout.readers >= 2 * layout.micro_batch, "a row has several micro-batches"
+    most = GLOBAL_BATCH * max(layout.shares) // layout.pieces
+    assert most >= 2 * layout.micro_batch, "a row has several micro-batches"
     results = ranks.run("tests.equivalence.cases:run", layout.world, layout=row.layout, **options)
     assert_one_answer(results, reference(**options))
 

@@ -64,6 +64,19 @@ DROPOUT = [
     "context=2,tensor=2,micro_batch=6",
 ]
 
+# Replicas with unequal parts, and so with other numbers of micro-batches, each also beside another axis.
+UNEVEN = [
+    "replicas=2,replica_share=3+1,micro_batch=3",
+    "replicas=3,replica_share=1+3+2,micro_batch=2",
+    "replicas=4,replica_share=1+5+4+2,micro_batch=1",
+    *(f"replicas=2,replica_share=2+1,fsdp=2,zero={zero},micro_batch=2" for zero in (1, 2, 3)),
+    "replicas=2,replica_share=1+2,pipeline=2,micro_batch=2",
+    "replicas=2,replica_share=2+1,pipeline=2,micro_batch=2,schedule=zbv",
+    "replicas=2,replica_share=2+1,pipeline=2,micro_batch=2,schedule=interleaved",
+    "replicas=2,replica_share=3+1,context=2,micro_batch=3",
+    "replicas=2,replica_share=3+1,tensor=2,micro_batch=3",
+]
+
 
 def world(layout: str) -> int:
     return cases.Layout.parse(layout).world
@@ -78,6 +91,20 @@ def world(layout: str) -> int:
     ids=str,
 )
 def test_singles(ranks, row):
+    cases.check(ranks, row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        *map(cases.Row, UNEVEN),
+        cases.Row(UNEVEN[0], dropout=0.2),
+        cases.Row(UNEVEN[1], optimizer="adamw"),
+        cases.Row("replicas=2,replica_share=2+1,fsdp=2,expert=2,micro_batch=2", "deepseek"),
+    ],
+    ids=str,
+)
+def test_uneven_replicas(ranks, row):
     cases.check(ranks, row)
 
 

@@ -47,6 +47,10 @@ layouts = (
         schedule=st.sampled_from(["gpipe", "1f1b"]),
     ).map(lambda layout: replace(layout, stages="+".join(str(n + 1) for n in range(layout.pipeline))))
     | st.builds(Layout, pipeline=st.integers(2, 9), stages=st.just("measured"))
+    | st.builds(Layout, replicas=st.integers(2, 9)).map(
+        lambda layout: replace(layout, replica_share="+".join(str(n + 1) for n in range(layout.replicas)))
+    )
+    | st.builds(Layout, replicas=st.integers(2, 9), fsdp=st.integers(1, 3), replica_share=st.just("auto"))
     | st.builds(Layout, tensor=st.integers(2, 9), tensor_by=st.just("ring"))
     | st.builds(
         Layout, fsdp=st.just(2), context=st.integers(1, 9), tensor=st.just(3), expert=st.sampled_from([1, 2, 3, 6])

@@ -175,6 +175,7 @@ REFUSED = {
         "replicas=2,tensor=2",
         {"sync": {"name": "local", "codec": "int8"}},
     ),
+    "replica_share": ("replicas=2,replica_share=3+1", {"sync": {"name": "gossip"}}),
 }
 
 

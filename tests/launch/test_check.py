@@ -18,6 +18,7 @@ from shoal.job.data import DataOptions
 from shoal.job.every import MOST_PROCESSES, layouts, refusal, small
 from shoal.job.model import ModelOptions
 from shoal.job.optim import OptimOptions
+from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
 from shoal.launch.check import Row
 from tests.launch.wrong import NORM
@@ -67,8 +68,13 @@ def test_layouts_of_a_job_compute_the_same_and_impossible_ones_are_refused(job):
     assert [(r.layout, "heads" in r.reason) for r in report.refused] == [("tensor=3", True)]
 
 
-@pytest.mark.parametrize("only", [["pipeline=2,micro_batch=3"], ["fsdp=3"], ["pipeline=2,stages=5+3", "replicas=2"]])
+@pytest.mark.parametrize(
+    "only",
+    [["replicas=2,replica_share=2+1,micro_batch=4"], ["fsdp=3"], ["pipeline=2,stages=5+3", "pipeline=2,micro_batch=3"]],
+)
 def test_what_the_job_can_have_the_small_one_can_too(job, only):
+    """Whatever its replicas do otherwise."""
+    job = replace(job, sync=SyncOptions(name="local", codec="int8", pace="2+1"))
     report = check(job, only=only, steps=6)
     assert report.ok, report
     assert len(report.rows) == 2 * len(only)

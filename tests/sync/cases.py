@@ -23,15 +23,17 @@ from tests.sync.feedback_cases import Coarse
 CODECS = {"coarse": Coarse, "lowrank": partial(LowRank, 2)}
 
 
-def survive(seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: str = "") -> dict[str, Any]:
+def survive(
+    seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: str = "", share: str = ""
+) -> dict[str, Any]:
     """Trains; `victim` is killed in step `at`, in the middle of its backward pass; the others go on without it.
 
     behind: a member that is cut off before its update, while the victim dies only after its own. codec: of `CODECS`;
     gradients go through it, with feedback; then `kept` is what is kept, right after the loss, of what it lost, and
-    `known` what is the same on all.
+    `known` what is the same on all. share: of the batch, each replica's.
     """
     torch.set_num_threads(1)
-    parts = _parts(seat, steps, codec)
+    parts = _parts(seat, steps, codec, share)
     kept: list[Any] = []
     known: list[Any] = []
     losses, ledger, worlds = [0.0] * steps, [[] for _ in range(steps)], [0] * steps
@@ -83,8 +85,8 @@ def undisturbed(seat: meshes.Seat, steps: int, stop: int, codec: str) -> list[An
     return kept
 
 
-def _parts(seat: meshes.Seat, steps: int, codec: str) -> Parts:
-    what = cases.job("replicas=3,micro_batch=2", steps, "adamw")
+def _parts(seat: meshes.Seat, steps: int, codec: str, share: str = "") -> Parts:
+    what = cases.job(f"replicas=3,micro_batch={1 if share else 2}{f',replica_share={share}' if share else ''}", steps)
     assert what.layout is not None
     parts = assemble(what, meshes.build(what.layout, seat, timeout=60))
     if codec:
@@ -122,7 +124,7 @@ def _dying(parts: Parts, seat: meshes.Seat, victim: int, now: bool) -> Any:
     return parts.objective
 
 
-def _cut_off(parts: Parts, scale: float) -> float:
+def _cut_off(parts: Parts, *_: object) -> float:
     if isinstance(parts.sync._encoded, LowRankSum):
         # Nor has it seen the last sums, of which the next directions are made.
         parts.sync._encoded._after.clear()

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from shoal import mesh as meshes
-from shoal.job import Job
+from shoal.data.batch import Batch
+from shoal.job import Job, shares
 from shoal.models import build
 from shoal.models.spec import parameters
 from shoal.observe.traffic import traffic
 from shoal.ops.initialise import initialise_
 from shoal.optim.schedule import learning_rate
-from shoal.training.feed import micro_batches
+from shoal.training.feed import micro_batches, step_batches
 from shoal.training.parts import Parts, assemble
 from tests.equivalence import cases
 from tests.models import experts
@@ -41,20 +42,42 @@ def train(seat: meshes.Seat, layout: str, steps: int, sync: dict[str, Any], **op
 
 
 def take_steps(parts: Parts, steps: int, first: int = 0) -> dict[str, Any]:
-    told: dict[str, Any] = {"losses": [], "norms": [], "outer": {}, "common": [], "own": []}
-    told["replica"] = parts.mesh.replica
+    told: dict[str, Any] = {"losses": [], "norms": [], "outer": {}, "common": [], "own": [], "tokens": []}
+    told["replica"], position = parts.mesh.replica, first * cases.GLOBAL_BATCH
     for step in range(first, steps):
         parts.objective.step = step
         parts.sync.begin(step)
-        tally = parts.replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective)
-        applied = parts.sync.end(tally)
-        told["losses"].append(applied.loss_sum / applied.weight)
+        taking = shares.taking(parts.job.sync, parts.mesh.layout.replicas, step)
+        batches = step_batches(Stream(), parts.mesh, position, taking)  # type: ignore[arg-type]
+        position += shares.samples(parts.mesh.layout, parts.job.sync, cases.GLOBAL_BATCH, step)
+        applied = parts.sync.end(parts.replica.gradients(batches, parts.objective))
+        assert applied.applied
+        if applied.weight:
+            told["losses"].append(applied.loss_sum / applied.weight)
         told["norms"].append(applied.grad_norm)
+        told["tokens"].append(applied.tokens)
         if applied.outer is not None:
             told["outer"][step + 1] = vars(applied.outer)
         told["common"].append([(s.name, s.offsets, s.local.tolist()) for s in parts.sync.alike()])
         told["own"].append([(s.name, s.offsets, s.local.tolist()) for s in parts.replica.held()])
     return told
+
+
+class Stream:
+    """Of the batches of all steps, one after the other, as a loader gives them."""
+
+    global_batch = cases.GLOBAL_BATCH
+
+    def stretch(self, position: int, count: int) -> Batch:
+        return _stretch(position, count)
+
+
+@functools.cache
+def _stretch(position: int, count: int) -> Batch:
+    whole = cases.GLOBAL_BATCH
+    steps = [cases.global_batch(step) for step in range(position // whole, (position + count - 1) // whole + 1)]
+    first = position % whole
+    return Batch(**{n: torch.cat([getattr(s, n) for s in steps])[first : first + count] for n in vars(steps[0])})
 
 
 @functools.cache
@@ -83,9 +106,17 @@ def _once(replicas: int, steps: int, sync: tuple[Any, ...], codec: str, options:
 
 def _reference(
     replicas: int, steps: int, every: int, outer_lr: float, outer_momentum: float, fragments: int = 1, delay: int = 0,
-    mix: float = 0.0, together: int = 0, codec: str = "", feedback: bool = True, **options: Any,
+    mix: float = 0.0, together: int = 0, codec: str = "", feedback: bool = True, share: tuple[int, ...] = (),
+    pace: str = "", **options: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """together: that many steps at the start are one step on the mean gradient of all."""
+    """together: that many steps at the start are one step on the mean gradient of all. share: of the batch, each
+    replica's. pace: steps that each takes of as many as the largest number."""
+    share = share or (1,) * replicas
+    sizes = [cases.GLOBAL_BATCH * n // sum(share) for n in share]
+    paces = [int(n) for n in pace.split("+")] if pace else [1] * replicas
+    # Of what each has learned, in proportion to what it has learned from.
+    parts = [size * n for size, n in zip(sizes, paces, strict=True)]
+    counts, position = [replicas * n / sum(parts) for n in parts], 0
     what = cases.job("replicas=1", steps, **options)
     models = [_model(what) for _ in range(replicas)]
     inner = [_optimizer(what, model) for model in models]
@@ -99,8 +130,13 @@ def _reference(
     losses: list[list[float]] = [[] for _ in range(replicas)]
     history = []
     for step in range(steps):
-        tokens = [batch.weight_BL.double().sum() for batch in _data(step, replicas)]
-        for r, batch in enumerate(_data(step, replicas)):
+        # Whoever takes n of N steps takes the last of each N / n.
+        taking = [r for r, n in enumerate(paces) if step < together or (step + 1) * n % max(paces) < n]
+        tokens = [torch.zeros(()) for _ in range(replicas)]
+        for r in taking:
+            batch = _stretch(position, sizes[r])
+            position += sizes[r]
+            tokens[r] = batch.weight_BL.double().sum()
             models[r].zero_grad()
             loss = cases._loss(what, models[r], batch, step)
             loss.backward()
@@ -112,7 +148,7 @@ def _reference(
                 total = sum(p.grad * n for p, n in zip(group, tokens, strict=True)) / sum(tokens)
                 for p in group:
                     p.grad = total.clone()
-        for r in range(replicas):
+        for r in taking:
             _update(what, models[r], inner[r], step, steps)
         done = step + 1
         if done <= together:
@@ -121,7 +157,8 @@ def _reference(
             continue
         for i in range(fragments):
             if _due(i, done + delay, every, fragments):
-                sent[i] = {n: _send([common[n] - m[n] for m in named], lost.get(n), codec)
+                sent[i] = {n: _send([c * (common[n] - m[n]) for c, m in zip(counts, named, strict=True)],
+                                    lost.get(n), codec)
                            for n in common if _fragment(n, fragments) == i}  # fmt: skip
         settled = set()
         for i in range(fragments):
@@ -136,7 +173,8 @@ def _reference(
         if done == steps:
             for n in common:
                 if _fragment(n, fragments) not in settled or mix:
-                    common[n] = common[n] - _send([common[n] - m[n] for m in named], lost.get(n), "")[0]
+                    moved = [c * (common[n] - m[n]) for c, m in zip(counts, named, strict=True)]
+                    common[n] = common[n] - _send(moved, lost.get(n), "")[0]
                     for m in named:
                         m[n].copy_(common[n])
         history.append({name: tensor.clone() for name, tensor in common.items()})

@@ -59,6 +59,39 @@ def test_training_is_that_of_one_process_with_a_model_for_each_replica(ranks, la
     assert mean[-1] < 0.95 * mean[0]
 
 
+UNEVEN = [
+    ("replicas=3,replica_share=1+3+2,micro_batch=2", DILOCO, "adamw"),
+    ("replicas=3,micro_batch=2", {**DILOCO, "pace": "2+1+2"}, "adamw"),
+    ("replicas=2,replica_share=2+1,micro_batch=2", {**STREAMING, "pace": "3+5"}, "sgd"),
+    ("replicas=2,micro_batch=2", {**AVERAGING, "pace": "1+2"}, "adamw"),
+    ("replicas=2,replica_share=2+1,fsdp=2,micro_batch=2", {**DILOCO, "pace": "1+2"}, "sgd"),
+    ("replicas=2,replica_share=1+2,pipeline=2,micro_batch=2", {**STREAMING, "pace": "2+1"}, "adamw"),
+]
+
+
+@pytest.mark.parametrize(("layout", "sync", "optimizer"), UNEVEN)
+def test_uneven_replicas_train_as_in_one_process(ranks, layout, sync, optimizer):
+    """With unequal parts of the batch, with unequally many steps, and both."""
+    options, where = {"optimizer": optimizer, "tied": False, "model": "even"}, cases.Layout.parse(layout)
+    results = ranks.run("tests.sync.local_cases:train", where.world, layout=layout, steps=STEPS, sync=sync, **options)
+    expected = local_cases.reference(where.replicas, STEPS, sync, share=where.shares, **options)
+    for result in results:
+        for step in range(STEPS):
+            near(result["common"][step], expected["common"][step], f"common after step {step + 1}")
+        near(result["own"][-1], expected["own"][result["replica"]], "own")
+        apart = slice(sync.get("together", 0), None)
+        for got, right in zip(result["losses"][apart], expected["losses"][result["replica"]][apart], strict=True):
+            assert abs(got - right) < 1e-8 * abs(right)
+
+
+def test_how_uneven_replicas_are_weighed_would_be_seen():
+    options = {"optimizer": "sgd", "tied": False, "model": "even"}
+    for one, other in [({"share": (2, 1)}, {}), ({"share": (2, 1)}, {"pace": "2+1"}), ({"pace": "2+1"}, {})]:
+        both = (local_cases.reference(2, 5, DILOCO | how, **options)["common"][-1] for how in (one, other))
+        first, second = both
+        assert max(cases.apart(first[name], second[name], first[name]) for name in first) > 1e-5
+
+
 @pytest.mark.parametrize("sync", [DILOCO, {**STREAMING, "feedback": False}, {**STREAMING, "delay": 3}])
 def test_rounding_what_is_sent_is_that_of_one_process_too(ranks, sync):
     """With what is lost added to the next exchange, or not."""

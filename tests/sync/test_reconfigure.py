@@ -10,9 +10,10 @@ from tests.equivalence import cases
 STEPS = 8
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.nightly), 2])
-def test_survivors_take_over_the_share_of_a_killed_replica(ranks, victim):
-    results = ranks.run("tests.sync.cases:survive", 3, lost={victim}, victim=victim, at=3, steps=STEPS)
+@pytest.mark.parametrize(("victim", "share"), [(0, ""), pytest.param(1, "", marks=pytest.mark.nightly), (2, "2+1+3")])
+def test_survivors_take_over_the_share_of_a_killed_replica(ranks, victim, share):
+    """Those of uneven replicas in their own proportion, here 8 and 4 of the 12 samples."""
+    results = ranks.run("tests.sync.cases:survive", 3, lost={victim}, victim=victim, at=3, steps=STEPS, share=share)
     expected = cases.reference(STEPS)
     survivors = [result for result in results if result is not None]
     assert len(survivors) == 2
@@ -28,6 +29,7 @@ def test_survivors_take_over_the_share_of_a_killed_replica(ranks, victim):
     for step in range(3, STEPS):
         seen = sorted(sample for result in survivors for sample in result["ledger"][step])
         assert seen == list(range(step * cases.GLOBAL_BATCH, (step + 1) * cases.GLOBAL_BATCH))
+        assert [len(result["ledger"][step]) for result in survivors] == ([8, 4] if share else [6, 6])
 
 
 def test_a_survivor_that_had_finished_the_broken_step_brings_the_others_along(ranks):

@@ -10,6 +10,7 @@ import pytest
 from shoal.job import Job
 from shoal.job.data import DataOptions
 from shoal.job.optim import OptimOptions
+from shoal.job.sync import SyncOptions
 from shoal.job.train import TrainOptions
 from shoal.optim.schedule import learning_rate
 from shoal.training import length
@@ -98,7 +99,7 @@ def test_the_first_estimate_counts_validations(monkeypatch):
     monkeypatch.setattr(length.device, "synchronize", lambda where: None)
     job = Job(data=DataOptions(sequence_length=10), train=TrainOptions(steps=1, global_batch=10))
     parts = types.SimpleNamespace(
-        job=job, mesh=types.SimpleNamespace(largest=lambda value: value, device=None), objective=None,
+        job=job, mesh=types.SimpleNamespace(largest=lambda value: value, device=None, replica=1), objective=None,
         sync=types.SimpleNamespace(begin=lambda step: None, end=lambda tally: None),
         replica=types.SimpleNamespace(gradients=step),
     )  # fmt: skip
@@ -106,6 +107,9 @@ def test_the_first_estimate_counts_validations(monkeypatch):
     assert Length(_START + 1000, glance=3000, final=3000).estimate(parts, []) == 1000 - measured - 9 * 10 - 10
     parts.job = replace(job, train=replace(job.train, validate_every=10))
     assert Length(_START + now[0] + 1005, 3000, 3000).estimate(parts, []) == round((1000 - 10) / (1 + 10 / 10))
+    # A replica that takes every other step of the run, of which eight are measured.
+    paced = types.SimpleNamespace(**vars(parts) | {"job": replace(parts.job, sync=SyncOptions("local", pace="2+1"))})
+    assert Length(_START + now[0] + 1008, 3000, 3000).estimate(paced, []) == round((2000 - 10) / (1 + 10 / 10))
     assert Length(_START + now[0] + 6, 3000, 3000).estimate(parts, []) < 1
 
 

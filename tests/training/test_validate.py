@@ -56,6 +56,8 @@ LAYOUTS = [
     "tensor=2",
     "context=2",
     "pipeline=2,tensor=2,micro_batch=4",
+    "replicas=2,replica_share=1+3",
+    "replicas=2,fsdp=2,replica_share=2+1,micro_batch=2",
 ]
 
 

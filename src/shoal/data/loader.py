@@ -39,14 +39,18 @@ class Loader:
         self._stored = prepared.store(split).tokens
         self._length, self._end = options.sequence_length, prepared.end_token
         self._random, self._seed = options.order == "random", seed
-        self._global_batch = global_batch
+        self.global_batch = global_batch
         self.samples, self.tokens = plan.rows, plan.predictions
 
     def batch(self, position: int, part: int, parts: int) -> Batch:
         """Part `part` of `parts` equal parts of the global batch that starts at global sample `position`."""
-        assert self._global_batch % parts == 0, f"{self._global_batch} samples in {parts} parts"
-        size = self._global_batch // parts
-        return self.rows(self.order(position + part * size + np.arange(size)))
+        assert self.global_batch % parts == 0, f"{self.global_batch} samples in {parts} parts"
+        size = self.global_batch // parts
+        return self.stretch(position + part * size, size)
+
+    def stretch(self, position: int, count: int) -> Batch:
+        """So many global samples, from `position` on."""
+        return self.rows(self.order(position + np.arange(count)))
 
     def order(self, position_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row at each global sample position, 0 ≤ row < samples."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
 from shoal.errors import ShoalError
@@ -12,6 +12,7 @@ from shoal.job.fits import check_model
 from shoal.job.job import Job
 from shoal.job.layout import AXES, SCHEDULES, Layout
 from shoal.job.model import ModelOptions
+from shoal.job.shares import sequences
 
 MOST_PROCESSES = 32
 """Of which `shoal check` tries layouts: of so many ranks there are thousands."""
@@ -75,7 +76,7 @@ def small(job: Job, processes: int, given: list[Layout]) -> Job:
     job = replace(job, model=options, data=replace(job.data, sequence_length=length))
     # Each reader gets equally many sequences, in two micro-batches at least, and every schedule enough of them; four
     # in all can be computed in several ways on one process, which is what the noise of low precision is measured by.
-    readers = lcm(*(layout.readers * max(1, layout.micro_batch) for layout in given))
+    readers = lcm(*(layout.pieces * max(1, layout.micro_batch) for layout in given))
     batches = [_of_batch(job, n * readers) for n in range(2, 2 * deepest + 1) if n * readers >= 4]
     return next((each for each in batches if not any(refusal(each, layout) for layout in given)), batches[-1])
 
@@ -110,5 +111,5 @@ def accumulated(job: Job, layout: Layout) -> Layout:
     """The layout with two micro-batches or more of the job's batch: those of a pipeline as it decides, else as few."""
     if layout.micro_batch or layout.pipeline > 1:
         return layout
-    part = job.train.global_batch // layout.readers
+    part = gcd(*sequences(layout, job.train.global_batch)) // layout.fsdp
     return replace(layout, micro_batch=max((size for size in range(1, part) if part % size == 0), default=0))

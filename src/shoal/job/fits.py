@@ -5,9 +5,9 @@ Pairs of options that exclude each other whatever the sizes are in `EXCLUDED`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import isqrt, lcm
+from math import gcd, isqrt, lcm
 from typing import TYPE_CHECKING
 
 from shoal.errors import JobError, LayoutError
@@ -15,6 +15,7 @@ from shoal.job.check import count
 from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
 from shoal.job.server import pushed_batch
+from shoal.job.shares import AUTO, check_list, grain, in_proportion, sequences, written
 
 if TYPE_CHECKING:
     from shoal.job.job import Job
@@ -67,6 +68,13 @@ EXCLUDED = (
             and max(layout.tensor, layout.pipeline, layout.ranks_per_replica if job.model.num_experts else 1) > 1
         ),
     ),
+    Excluded(
+        "sync.name=gossip or server",
+        "replica_share",
+        "there all replicas count alike: pairs take the plain mean, and workers are granted equally many samples",
+        "sync.name=allreduce or local, or leave out replica_share",
+        lambda job, layout: job.sync.name in ("gossip", "server") and bool(layout.replica_share),
+    ),
 )
 """All pairs that are refused; docs/layouts.md lists them, and a test counts them there."""
 
@@ -81,10 +89,12 @@ def check_layout(job: Job) -> Layout:
     if pair := excluded(job):
         one = f"schedule={layout.schedule}" if pair.one.startswith("schedule=") else pair.one
         raise LayoutError(f"{one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
+    check_list("sync.pace", job.sync.pace, layout.replicas)
     batch = pushed_batch(job)
     check_batch(batch, layout)
     if layout.pipeline > 1:
         layout = _with_micro_batch(batch, layout)
+        check_batch(batch, layout)
     return layout
 
 
@@ -103,29 +113,64 @@ def check_model(model: ModelOptions, sequence_length: int, layout: Layout) -> No
 
 
 def check_batch(global_batch: int, layout: Layout) -> None:
-    """Every reader gets the same number of sequences. Raises JobError that says which batch would do."""
-    readers = layout.readers
+    """Every reader of a replica gets the same number of sequences, and of all as many as its replica's share says.
+
+    Raises JobError that says which batch would do.
+    """
+    if layout.replica_share == AUTO:
+        _check_shareable(global_batch, layout)
+        return
+    readers, pieces = layout.readers, layout.pieces
     who = "workers" if readers == layout.world else "ranks along replicas and fsdp"
-    if global_batch % readers:
-        below, above = global_batch // readers * readers, (global_batch // readers + 1) * readers
-        near = f"{below} or {above}" if below else f"{above}"
+    if global_batch % pieces:
+        parts = f"{readers} {who}" if pieces == readers else f"{pieces} pieces that replica_share × fsdp come to"
         raise JobError(
-            f"train.global_batch={global_batch} is not divisible by the {readers} {who} of layout {layout}",
-            fix=f"take train.global_batch={near}, or a number of workers that divides {global_batch}",
+            f"train.global_batch={global_batch} is not divisible by the {parts} of layout {layout}",
+            fix=f"take train.global_batch={_nearest_multiple(global_batch, pieces)}, or "
+            + ("other shares" if layout.replica_share else f"a number of workers that divides {global_batch}"),
         )
-    part = global_batch // readers
-    if layout.micro_batch and part % layout.micro_batch:
+    parts_R = [n // layout.fsdp for n in sequences(layout, global_batch)]
+    if layout.micro_batch and (part := next((n for n in parts_R if n % layout.micro_batch), 0)):
         raise JobError(
             f"layout micro_batch={layout.micro_batch} does not divide the {count(part, 'sequence')} of a rank "
             f"(train.global_batch={global_batch} over {readers} {who})",
-            fix=f"take {_list(_divisors(part))}",
+            fix=f"take {_list(_divisors(gcd(*parts_R)))}",
         )
+
+
+def _check_shareable(global_batch: int, layout: Layout) -> None:
+    """Whatever `auto` shares turn out to be, there are whole micro-batches for everybody."""
+    size = grain(layout)
+    fewest_of_all = _least(layout) * layout.replicas * size
+    if global_batch % size or global_batch < fewest_of_all:
+        raise JobError(
+            f"train.global_batch={global_batch} cannot be shared in parts of {count(size, 'sequence')}, "
+            f"{_least(layout)} or more for each replica of layout {layout}",
+            fix=f"take train.global_batch={_nearest_multiple(max(global_batch, fewest_of_all), size)}",
+        )
+
+
+def _least(layout: Layout) -> int:
+    """Of a replica, the fewest grains that its pipeline's schedule can run."""
+    return -(-fewest(layout) * layout.fsdp * max(1, layout.micro_batch) // grain(layout))
+
+
+def shared_out(global_batch: int, layout: Layout, speeds: Sequence[float]) -> Layout:
+    """With `replica_share` by the speeds of its replicas, in any unit; for a batch that it has been checked for."""
+    pieces = in_proportion(global_batch // grain(layout), speeds, _least(layout))
+    return replace(layout, replica_share=written(pieces))
+
+
+def _nearest_multiple(number: int, unit: int) -> str:
+    below, rest = number - number % unit, number % unit
+    return _list([n for n in ((below, below + unit) if rest else (number,)) if n])
 
 
 def _with_micro_batch(global_batch: int, layout: Layout) -> Layout:
     """Enough micro-batches for the schedule. Without a size given, the largest that makes twice as many as stages."""
-    part = global_batch // layout.readers
-    good = [size for size in _divisors(part) if enough(part // size, layout)]
+    parts_R = {n // layout.fsdp for n in sequences(layout, global_batch)}
+    part = min(parts_R)
+    good = [size for size in _divisors(gcd(*parts_R)) if all(enough(n // size, layout) for n in parts_R)]
     if not layout.micro_batch and good:
         wanted = [size for size in good if part // size >= 2 * layout.stage_count]
         return replace(layout, micro_batch=max(wanted) if wanted else min(good))
@@ -135,10 +180,13 @@ def _with_micro_batch(global_batch: int, layout: Layout) -> Layout:
     what = f"schedule={layout.schedule} on {layout.pipeline} ranks with {layout.stage_count} stages"
     raise LayoutError(
         f"{what} cannot run {count(number, 'micro-batch')} ({count(part, 'sequence')} a pipeline)",
-        fix=f"take micro_batch={_list(good)}"
-        if good
-        else f"train.global_batch={fewest(layout) * layout.readers * max(1, layout.micro_batch)}",
+        fix=f"take micro_batch={_list(good)}" if good else f"train.global_batch={_fewest_sequences(layout)}",
     )
+
+
+def _fewest_sequences(layout: Layout) -> int:
+    """The smallest batch that is enough for the schedule on every replica."""
+    return -(-fewest(layout) // min(layout.shares)) * layout.pieces * max(1, layout.micro_batch)
 
 
 def enough(micro_batches: int, layout: Layout) -> bool:

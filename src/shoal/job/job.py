@@ -28,8 +28,8 @@ class Job:
     layout: Layout | None = None
     """How the model is laid over ranks, e.g. `replicas=2,pipeline=2,tensor=2`: axes `replicas`, `pipeline`, `fsdp`,
     `context`, `tensor`, and `expert` within the last three; further keys: `zero` (1, 2 or 3), `micro_batch`,
-    `schedule`, `stages`, `context_by`, `tensor_by`, `recompute` (docs/layouts.md). `auto` = one replica per GPU, or on
-    CPU per core (as many, up to 8, as divide the global batch)."""
+    `schedule`, `stages`, `replica_share`, `context_by`, `tensor_by`, `recompute` (docs/layouts.md). `auto` = one
+    replica per GPU, or on CPU per core (as many, up to 8, as divide the global batch)."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from shoal.errors import LayoutError
+from shoal.job import shares
 from shoal.job.check import nearest
 
 AXES = ("replicas", "pipeline", "fsdp", "context", "tensor")
@@ -37,6 +38,9 @@ class Layout:
 
     replicas: int = 1
     """Copies of the model; `sync` adds up their gradients."""
+    replica_share: str = ""
+    """On uneven machines, each replica's part of the global batch in proportion to these numbers, e.g. `3+1`; empty =
+    equal; `auto` = by their speeds, as measured when a run begins."""
     pipeline: int = 1
     """Ranks that hold consecutive blocks of one copy, each computing what the one before it hands on."""
     fsdp: int = 1
@@ -77,9 +81,20 @@ class Layout:
         return self.pipeline * self.fsdp * self.context * self.tensor
 
     @property
+    def shares(self) -> tuple[int, ...]:
+        """Of each replica, its part of the global batch in the smallest whole numbers; equal where `auto`."""
+        return shares.parse(self.replica_share) or (1,) * self.replicas
+
+    @property
     def readers(self) -> int:
-        """Parts of equal size into which the global batch is cut: ranks that differ only elsewhere read the same."""
+        """Parts into which the global batch is cut, those of a replica equal: ranks that differ only elsewhere read
+        the same."""
         return self.replicas * self.fsdp
+
+    @property
+    def pieces(self) -> int:
+        """Equal parts of the global batch of which readers have some; where replicas share it evenly, one each."""
+        return sum(self.shares) * self.fsdp if self.replica_share else self.readers
 
     @property
     def sharers(self) -> int:
@@ -148,6 +163,10 @@ class Layout:
                 raise _too_many(f"layout {name}")
         if self.world > MOST:
             raise _too_many("layout of " + " × ".join(f"{axis}={n}" for axis in AXES if (n := getattr(self, axis)) > 1))
+        if self.replica_share and self.replicas == 1:
+            what = f"layout replica_share={self.replica_share[:60]} has no replicas to share among"
+            raise LayoutError(what, fix="leave it out, or give replicas=2")
+        shares.check_list("layout replica_share", self.replica_share, self.replicas)
         if self.zero not in (1, 2, 3):
             raise LayoutError(f"layout zero={self.zero} is not a ZeRO stage", fix="1, 2 or 3")
         if self.recompute not in ("none", "block"):
@@ -191,6 +210,8 @@ class Layout:
 
     def __str__(self) -> str:
         parts = [f"{axis}={n}" for axis in AXES if (n := getattr(self, axis)) > 1] or ["replicas=1"]
+        if self.replica_share:
+            parts.append(f"replica_share={self.replica_share}")
         if self.expert > 1:
             parts.append(f"expert={self.expert}")
         if self.sharers > 1 or self.zero != Layout.zero:

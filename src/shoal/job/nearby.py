@@ -74,8 +74,8 @@ def _changes(asked: Layout) -> Iterator[tuple[str, Any]]:
         near = {1, 2, 4, 8, degree // 2, *range(max(1, degree - _REACH), degree + _REACH + 1)} - {degree}
         yield from product([axis], sorted(near) if degree > 1 else [2])
     options: dict[str, Sequence[Any]] = {
-        "micro_batch": [0, 1], "stages": [""], "context_by": ["ring"], "tensor_by": ["gather"], "zero": [3],
-        "schedule": ["1f1b", *SCHEDULES], "recompute": ["none"],
+        "replica_share": [""], "micro_batch": [0, 1], "stages": [""], "context_by": ["ring"], "tensor_by": ["gather"],
+        "zero": [3], "schedule": ["1f1b", *SCHEDULES], "recompute": ["none"],
     }  # fmt: skip
     for option, values in options.items():
         yield from product([option], [value for value in values if value != getattr(asked, option)])

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from shoal.job.check import at_least, one_of, positive, require
 from shoal.job.codec import POWERSGD, parse
+from shoal.job.shares import AUTO, flaw
+from shoal.job.shares import parse as parse_shares
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class SyncOptions:
     """local: share of its own weights that a replica keeps when a fragment arrives, 0 to less than 1."""
     together: int = 0
     """local: steps at the start of the run with all-reduce (post-local SGD)."""
+    pace: str = ""
+    """local, on uneven machines: steps of its own that each replica takes in the same time, e.g. `2+1` = the second one
+    takes every other step; empty = all the same; `auto` = by their speeds, as measured when a run begins."""
     bucket_mib: float = 25.0
     """Gradients that travel together, in MiB; small buckets start early, large ones cost fewer latencies."""
     timeout: float = 600.0
@@ -110,10 +115,26 @@ class SyncOptions:
             f"sync.fragments={self.fragments} take turns in sync.every={self.every} steps: more than one a step",
             f"sync.fragments={self.every} or fewer",
         )
+        if self.pace:
+            self._validate_pace()
         require(
             self.delay < self.every,
             f"sync.delay={self.delay} is not less than sync.every={self.every}: a fragment would leave twice",
             f"sync.delay={self.every - 1} or less",
+        )
+
+    def _validate_pace(self) -> None:
+        what = f"sync.pace={self.pace[:60]!r} with sync.name={self.name}: only replicas that train apart have a pace"
+        require(self.name == "local", what, "sync.name=local; or leave out sync.pace, and take layout replica_share")
+        if self.pace == AUTO:
+            return
+        why = flaw(self.pace)
+        require(not why, f"sync.pace={self.pace[:60]!r} {why}", f"a number for each replica, such as 2+1, or {AUTO}")
+        paces = parse_shares(self.pace)
+        require(
+            self.every * min(paces) >= max(paces),
+            f"sync.pace={self.pace}: a replica would take no step of sync.every={self.every}",
+            f"sync.every={-(-max(paces) // min(paces))} or more",
         )
 
     def _validate_gossip(self) -> None:

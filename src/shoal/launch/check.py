@@ -120,7 +120,7 @@ def check(
         say(f"sync.codec={job.sync.codec} rounds each replica's gradient, so no two layouts agree: checked without")
     if job.sync.name != "allreduce":
         say(f"sync.name={job.sync.name} lets replicas differ, so no two layouts agree: checked with allreduce")
-    sync = replace(job.sync, name="allreduce", codec="none")
+    sync = replace(job.sync, name="allreduce", codec="none", pace="")
     job = replace(vocabulary(job, prepared), layout=None, sync=sync, server=ServerOptions())
     given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
     reasons = {text: refusal(job, layout) for text, layout in given.items()}

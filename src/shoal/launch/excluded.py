@@ -60,6 +60,12 @@ EXCLUDED = (
         lambda layout: layout.tensor_by != "gather",
     ),
     Excluded(
+        "replica_share",
+        "replica_share gives replicas unequal parts, and `share` cuts a batch of your own into equal ones",
+        "leave it out",
+        lambda layout: bool(layout.replica_share),
+    ),
+    Excluded(
         "stages",
         "stages counts blocks of shoal's own models",
         "leave it out: the graph is cut by cost",

@@ -32,11 +32,12 @@ tokens); of a stage that is not the last, hidden states instead of the loss."""
 @dataclass
 class Tally:
     """What this rank counted in one step. loss_sum, weight: sums over its tokens (float64 scalars on the device); zero
-    where another rank counts them."""
+    where another rank counts them. idle: its replica does not take this step."""
 
     loss_sum: Tensor
     weight: Tensor
     stop: bool = False
+    idle: bool = False
 
 
 class Replica(Generic[B]):
@@ -169,12 +170,15 @@ class Replica(Generic[B]):
                 yield piece, shard
 
     def gradients(self, batches: Sequence[B], loss: Loss[B]) -> Tally:
-        """Forward and backward over the micro-batches."""
+        """Forward and backward over the micro-batches; without any, nothing is computed or sent."""
         for parameter in self._parameters:
             parameter.grad = None
         self._balance.forget()
         self.used = None
         tally = self._nothing()
+        if not batches:
+            tally.idle = True
+            return tally
         if self.pipeline is not None:
             for sharded in self._sharded:
                 sharded.whole_step()

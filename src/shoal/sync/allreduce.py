@@ -15,6 +15,7 @@ from torch import Tensor
 from shoal import operations
 from shoal.checkpoint.manifest import Manifest
 from shoal.errors import LayoutError
+from shoal.job.shares import written
 from shoal.mesh import Mesh, View, build
 from shoal.optim.update import Update
 from shoal.parallel.flat import Flat
@@ -131,7 +132,7 @@ class AllReduce:
         whoever is furthest. What a codec has lost of the lost rank's gradients is lost. Raises LayoutError where a lost
         rank held a piece that no other has.
         """
-        layout = self.mesh.layout
+        layout, before = self.mesh.layout, self.mesh.view.members
         if layout.ranks_per_replica > 1:
             raise LayoutError(
                 f"layout {layout}: a replica that lost one of its ranks cannot go on in process",
@@ -139,7 +140,10 @@ class AllReduce:
             )
         self._forget()
         self.mesh.close()
-        self.mesh = build(replace(layout, replicas=len(view.members)), self.mesh.seat, view, self.mesh.timeout)
+        known = dict(zip(before, layout.shares, strict=True))
+        kept = written([known.get(member, 1) for member in view.members])
+        layout = replace(layout, replicas=len(view.members), replica_share=kept)
+        self.mesh = build(layout, self.mesh.seat, view, self.mesh.timeout)
         self.replica.move(self.mesh)
         done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
         done[self.mesh.rank] = self.update.done

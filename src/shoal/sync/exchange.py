@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from shoal.job import shares
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
 from shoal.parallel.flat import Flat
@@ -60,6 +61,8 @@ class Exchange:
         self._sums = [EncodedSum(codec or Plain(), feedback) for _ in self.fragments]
         # What travels together of each fragment.
         self._places = [[] if alone else self._split(fragment.common_N) for fragment in self.fragments]
+        # What this replica counts in a mean; 1 where all learn from equally many sequences.
+        self._counts = shares.weights(mesh.layout, options)[mesh.replica]
         # Loss and weight of this rank's batches since the last outer step.
         self.round = torch.zeros(2, dtype=torch.float64, device=mesh.device)
 
@@ -71,11 +74,16 @@ class Exchange:
         """Sends a fragment's pseudo-gradient to the other replicas; by all ranks in the same order."""
         moved_N = self.fragments[index].moved()
         self.travelling[index] = _Travelling(moved_N, self.fragments[index].squares(moved_N))
+        self._weigh(moved_N)
         places = self._places[index]
         for piece_N, place in (
             zip(moved_N.split([place.size for place in places]), places, strict=True) if places else ()
         ):
             self._sums[index].start(piece_N, self.mesh.across_replicas, place)
+
+    def _weigh(self, moved_N: Tensor) -> None:
+        if self._counts != 1:
+            moved_N.mul_(self._counts)
 
     def turn(self, index: int) -> None:
         """Waits until what all replicas have sent has reached whoever adds it up, and sends the sums back."""
@@ -118,6 +126,7 @@ class Exchange:
                 self._sums[index].settle(applied=False)
             moved_N = self.fragments[index].moved()
             self.travelling[index] = _Travelling(moved_N, self.fragments[index].squares(moved_N), here=True)
+            self._weigh(moved_N)
             self._take_back(index, moved_N)
             if self._places[index]:
                 summing = EncodedSum(Plain())

@@ -1,7 +1,10 @@
 """Replicas train apart and come together every so many steps: local SGD, DiLoCo, streaming DiLoCo.
 
 After H steps of its own, a replica's pseudo-gradient is the weights that all had in common minus its own. The mean of
-these goes through an outer optimizer, which moves the common weights, and every replica goes on from them.
+these goes through an outer optimizer, which moves the common weights, and every replica goes on from them. Where
+replicas learn from unequally many sequences, the mean counts them in that proportion, as in McMahan et al. 2017,
+"Communication-Efficient Learning of Deep Networks from Decentralized Data", algorithm 1; slower ones that take fewer
+steps in a round: Liu et al. 2024, "Asynchronous Local-SGD Training for Language Modeling" (DyLU).
 
 outer_lr=1, outer_momentum=0: weights are averaged (Stich 2019, "Local SGD Converges Fast and Communicates Little";
 after some steps with all-reduce, Lin et al. 2020, "Don't Use Large Mini-batches, Use Local SGD"). Nesterov outside,
@@ -21,8 +24,10 @@ import torch.distributed as dist
 
 from shoal import operations
 from shoal.checkpoint.manifest import Manifest
+from shoal.job import shares
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
+from shoal.optim.schedule import learning_rate
 from shoal.optim.update import Update
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
@@ -33,7 +38,7 @@ from shoal.sync.exchange import Exchange, Lost
 from shoal.sync.feedback import added_up
 from shoal.sync.fragment import named
 from shoal.sync.rounds import Rounds
-from shoal.sync.step import Applied, Outer, Version, own_step
+from shoal.sync.step import Applied, Outer, Version, no_step, own_step
 
 
 class Local:
@@ -48,6 +53,8 @@ class Local:
         self._together = AllReduce(mesh, clip, codec, options.feedback, self._draws)
         self._apart = False
         self._step = 0
+        # Tokens of a share of the batch, in this replica's last step.
+        self._tokens = 0.0
 
     def attach(self, replica: Replica[Any], update: Update) -> None:
         self.replica, self.update = replica, update
@@ -80,7 +87,12 @@ class Local:
         lost."""
         if not self._apart:
             return self._together.end(tally)
-        own = own_step(self.mesh, self.replica, self.update, self.clip, tally)
+        # With a pace of their own, replicas that leave out steps keep up with the schedule.
+        lr = learning_rate(self.update.options, self._step, self.update.steps) if self.options.pace else None
+        if tally.idle:
+            own = no_step(tally, lr or 0.0)
+        else:
+            own = own_step(self.mesh, self.replica, self.update, self.clip, tally, lr)
         if own.done.finite:
             self.exchange.round += own.counted
         start = time.perf_counter()
@@ -89,9 +101,16 @@ class Local:
         whence = "" if finite else "the mean over replicas of how far they had moved"
         return Applied(
             own.done.finite and finite, Version(self.update.done), own.loss_sum, own.weight,
-            own.weight * self.mesh.layout.replicas, own.done.norm, own.done.lr, stop=stop, waited=waited,
+            self._of_all(own.weight), own.done.norm, own.done.lr, stop=stop, waited=waited,
             whence=whence, outer=outer,
         )  # fmt: skip
+
+    def _of_all(self, tokens: float) -> float:
+        """Of all replicas that take this step, if their sequences have as many tokens as this one's last ones."""
+        layout = self.mesh.layout
+        self._tokens = tokens / layout.shares[self.mesh.replica] if tokens else self._tokens
+        taking = shares.taking(self.options, layout.replicas, self._step)
+        return self._tokens * sum(layout.shares[r] for r in taking)
 
     def _come_together(self, stop: bool) -> tuple[Outer | None, bool, bool]:
         """What is due after this step, as `Exchange.arrive` tells it."""

@@ -130,6 +130,12 @@ def own_step(
     return OwnStep(done, loss_sum, weight, counted, stop > 0, waited + done.waited)
 
 
+def no_step(tally: Tally, lr: float) -> OwnStep:
+    """Of a replica that does not take this one."""
+    nothing = torch.stack([tally.loss_sum, tally.weight])
+    return OwnStep(Updated(True, math.nan, lr, 0.0), 0.0, 0.0, nothing, tally.stop, 0.0)
+
+
 def sum_within(mesh: Mesh, tensor: Tensor) -> float:
     """Over the ranks of this one's replica, in place. Returns the seconds that this rank waited."""
     if mesh.layout.ranks_per_replica == 1:

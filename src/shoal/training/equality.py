@@ -27,7 +27,7 @@ from shoal.models import split
 from shoal.models.decoder import Decoder
 from shoal.models.storage import FusedLinear
 from shoal.parallel.replica import Replica
-from shoal.training.feed import micro_batches, on_device
+from shoal.training.feed import micro_batches, step_batch
 from shoal.training.parts import Parts, assemble
 
 _RECORDED = ("gradient", "weight")
@@ -105,7 +105,8 @@ def _steps(parts: Parts, loader: Loader, folder: Path, order: int) -> dict[str, 
 
 
 def _batches(loader: Loader, mesh: Mesh, position: int, order: int) -> list[Batch]:
-    batch = on_device(loader.batch(position, mesh.reader, mesh.layout.readers), mesh.device)
+    batch = step_batch(loader, mesh, position)
+    assert batch is not None
     if order:
         shuffle = torch.randperm(len(batch.sample_B), generator=torch.Generator().manual_seed(order + position))
         batch = Batch(**{f.name: getattr(batch, f.name)[shuffle] for f in fields(Batch)})

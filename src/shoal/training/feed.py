@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 
 import torch
 
 from shoal.data.batch import Batch
 from shoal.data.loader import Loader
+from shoal.job import shares
 from shoal.mesh import Mesh
 
 
@@ -26,7 +28,16 @@ def _map(batch: Batch, fn) -> Batch:
     return Batch(**{f.name: fn(getattr(batch, f.name)) for f in fields(Batch)})
 
 
-def step_batches(loader: Loader, mesh: Mesh, position: int) -> list[Batch]:
-    """The micro-batches of this rank: its part of the global batch that begins at sample `position`."""
-    batch = on_device(loader.batch(position, mesh.reader, mesh.layout.readers), mesh.device)
-    return micro_batches(batch, mesh.layout.micro_batch)
+def step_batch(loader: Loader, mesh: Mesh, position: int, taking: Sequence[int] | None = None) -> Batch | None:
+    """What this rank computes of the step that begins at sample `position`; None where its replica does not take it.
+
+    taking: the replicas that take it, None = all.
+    """
+    mine = shares.rows(mesh.layout, loader.global_batch, mesh.reader, taking)
+    return on_device(loader.stretch(position + mine.start, len(mine)), mesh.device) if mine else None
+
+
+def step_batches(loader: Loader, mesh: Mesh, position: int, taking: Sequence[int] | None = None) -> list[Batch]:
+    """The same as micro-batches."""
+    batch = step_batch(loader, mesh, position, taking)
+    return [] if batch is None else micro_batches(batch, mesh.layout.micro_batch)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from shoal import device
 from shoal.data.batch import Batch
-from shoal.job import Job
+from shoal.job import Job, shares
 from shoal.optim.schedule import of_length, open_until, warmup_steps
 from shoal.training.parts import Parts
 
@@ -40,13 +40,14 @@ class Length:
         Less than one where the time is over already.
         """
         times: list[float] = []
+        often = shares.often(parts.job.sync, parts.mesh.replica)
         # Agreed times only: were each rank to look at its own clock, one might take a step more than another.
         while len(times) < 3 or (len(times) < 12 and sum(times[2:]) < 3):
             start = time.perf_counter()
             parts.sync.begin(0)
             parts.sync.end(parts.replica.gradients(batches, parts.objective))
             device.synchronize(parts.mesh.device)
-            times.append(parts.mesh.largest(time.perf_counter() - start))
+            times.append(parts.mesh.largest((time.perf_counter() - start) * often))
         # The first steps allocate, and with compile on compile; the mean of the rest is what the run will see.
         usual = sum(times[2:]) / len(times[2:])
         # A pass over validation text takes a third of the time of training on as much.

@@ -14,7 +14,7 @@ from shoal import checkpoint, device
 from shoal.checkpoint import Pending, Saver, manifest
 from shoal.data.loader import Loader
 from shoal.errors import DivergedError
-from shoal.job import Job
+from shoal.job import Job, shares
 from shoal.observe import perfetto
 from shoal.observe.traffic import traffic
 from shoal.optim.schedule import learning_rate
@@ -134,10 +134,11 @@ class Loop:
 
     def _step(self, span: Spanning) -> tuple[dict[str, Any], Applied]:
         """One step: data, gradients, update; and what it cost."""
-        parts, mesh = self.parts, self.parts.mesh
+        parts, mesh, sync = self.parts, self.parts.mesh, self.parts.job.sync
         start, before = time.perf_counter(), traffic()
         with span("data", "data"):
-            batches = step_batches(self.training, mesh, self.position)
+            taking = shares.taking(sync, mesh.layout.replicas, self.step)
+            batches = step_batches(self.training, mesh, self.position, taking)
         ready = time.perf_counter()
         parts.objective.step = self.step
         parts.sync.begin(self.step)
@@ -149,8 +150,8 @@ class Loop:
             applied = parts.sync.end(tally)
             device.synchronize(mesh.device)
         end = time.perf_counter()
+        self.position += shares.samples(mesh.layout, sync, parts.job.train.global_batch, self.step)
         self.step += 1
-        self.position += parts.job.train.global_batch
         seconds = end - start
         row = {
             "step": self.step,

@@ -60,6 +60,26 @@ def _step(job: Job, mesh: Mesh, batches: list[Batch]) -> tuple[float, float]:
     return _repeated(lambda: mesh.largest(_clock(mesh, lambda: replica.gradients(batches, objective))))
 
 
+def of_replicas(job: Job, mesh: Mesh, batches: list[Batch]) -> list[float]:
+    """Seconds that each replica takes for a sequence of a rank's in `shallow(job)`, forward and backward; of its
+    slowest rank. As `step` otherwise: replicas that share a machine feel each other's load."""
+    taken = _of_replicas(shallow(job), mesh, batches)
+    gc.collect()  # the model that was measured, before there is another
+    return taken
+
+
+def _of_replicas(job: Job, mesh: Mesh, batches: list[Batch]) -> list[float]:
+    replica, objective = spread(job, mesh)
+    replica.on_bucket(lambda *_: None)
+    count = sum(len(batch.sample_B) for batch in batches)
+
+    def once() -> list[float]:
+        return mesh.of_replicas(_clock(mesh, lambda: replica.gradients(batches, objective)) / count)
+
+    once(), once()  # the second one still allocates
+    return [min(each) for each in zip(*(once() for _ in range(_REPEATS)), strict=True)]
+
+
 def pieces(job: Job, mesh: Mesh, batch: Batch) -> dict[str, float]:
     """Seconds of a micro-batch's forward and backward in embedding, a block of each kind, and norm, head and loss; by
     name, in this order, of the slowest rank. `job` has neither precision nor compile `auto`, but a pipeline.

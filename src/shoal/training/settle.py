@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from shoal.data.batch import Batch
-from shoal.job import Job
-from shoal.job.fits import excluded
+from shoal.job import Job, Layout, shares
+from shoal.job.fits import excluded, shared_out
 from shoal.job.layout import MEASURED
 from shoal.mesh import Mesh
 from shoal.models.spec import count
@@ -21,12 +21,15 @@ from shoal.parallel.stages import balance, measured_costs
 from shoal.sync.choose import CODECS, choose
 from shoal.training import measure
 
+# Replicas whose speeds differ by less are equal: as much comes of measuring.
+_ALIKE = 1.05
 # Compiling is tried only where the run is long enough for it to matter, in seconds of uncompiled computing.
 _TRY_COMPILE = 90.0
 
 
 def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None]) -> Job:
-    """The job with precision, compile, stages and codec decided, by measuring a few of its blocks on real batches.
+    """The job with precision, compile, stages, shares, pace and codec decided, by measuring a few of its blocks on
+    real batches.
 
     batches: the micro-batches of this rank's first step. Raises nothing that is not raised on all ranks, whatever they
     measured: the job is the same everywhere.
@@ -38,9 +41,12 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
         job = replace_train(job, compile="off")
     elif job.train.compile == "auto":
         job = replace_train(job, compile="on" if _compiling_pays(job, mesh, batches, say) else "off")
-    assert job.layout is not None
-    if job.layout.stages == MEASURED:
-        job = replace(job, layout=replace(job.layout, stages=_stages(job, mesh, batches[0], say)))
+    layout = job.layout
+    assert layout is not None
+    if layout.stages == MEASURED:
+        job = replace(job, layout=replace(layout, stages=_stages(job, mesh, batches[0], say)))
+    if shares.AUTO in (layout.replica_share, job.sync.pace):
+        job = _uneven(job, mesh, batches, say)
     if job.sync.codec == "auto":
         numbers = count(job.model) // mesh.layout.ranks_per_replica
         job = _with_codec(job, choose(mesh, _codecs(job), numbers, say))
@@ -105,6 +111,41 @@ def _stages(job: Job, mesh: Mesh, batch: Batch, say: Callable[[str], None]) -> s
     split = "+".join(map(str, sizes))
     say(f"stages by measured cost: {split} (" + ", ".join(f"{p} {1e3 * s:.1f} ms" for p, s in seconds.items()) + ")")
     return split
+
+
+def _uneven(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None]) -> Job:
+    """With `replica_share` and `sync.pace` by how fast replicas are; the pace by what whole shares leave uneven."""
+    assert job.layout is not None
+    if job.layout.replicas == 1:
+        return replace(job, sync=replace(job.sync, pace=""))
+    seconds_R = measure.of_replicas(job, mesh, _measured(job, batches))
+    told = f"({', '.join(f'{1e3 * s:.3g}' for s in seconds_R[:16])}{', …' * (len(seconds_R) > 16)} ms a sequence)"
+    layout, batch = job.layout, job.train.global_batch
+    if layout.replica_share == shares.AUTO:
+        layout = _shared(layout, batch, seconds_R)
+        say(f"replica_share by measured speed: {layout.replica_share or 'equal'} {told}")
+    pace = job.sync.pace
+    if pace == shares.AUTO:
+        pace = _pace([s * n for s, n in zip(seconds_R, shares.sequences(layout, batch), strict=True)], job.sync.every)
+        say(f"sync.pace by measured speed: {pace or 'equal'} {told}")
+    return replace(job, layout=layout, sync=replace(job.sync, pace=pace))
+
+
+def _shared(layout: Layout, batch: int, seconds_R: list[float]) -> Layout:
+    """By the seconds that each replica takes for a sequence; equal where they are alike and the batch allows it."""
+    if max(seconds_R) >= _ALIKE * min(seconds_R):
+        return shared_out(batch, layout, [1 / seconds for seconds in seconds_R])
+    even = replace(layout, replica_share="")
+    fits = batch % (even.pieces * max(1, even.micro_batch)) == 0
+    return even if fits else shared_out(batch, layout, [1.0] * layout.replicas)
+
+
+def _pace(seconds_R: list[float], every: int) -> str:
+    """Of replicas that take so long for a step of their own, the steps of a round: at least one each."""
+    fastest = min(seconds_R)
+    if max(seconds_R) < _ALIKE * fastest:
+        return ""
+    return shares.written([max(1, round(every * fastest / seconds)) for seconds in seconds_R])
 
 
 def _measured(job: Job, batches: list[Batch]) -> list[Batch]:

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from shoal.data.batch import Batch
 from shoal.data.loader import Loader
-from shoal.job import Job
+from shoal.job import Job, shares
 from shoal.parallel.replica import Replica
-from shoal.training.feed import on_device
+from shoal.training.feed import micro_batches, on_device
 from shoal.training.objective import Objective
 
 
@@ -27,18 +27,19 @@ class Validation:
 @torch.no_grad()
 def validate(job: Job, replica: Replica[Batch], objective: Objective, loader: Loader, rows: int) -> Validation:
     """Mean loss of `rows` packed sequences, evenly spaced in the loader's data, spread over the replica's mesh."""
-    mesh, readers = replica.mesh, replica.mesh.layout.readers
-    size = mesh.layout.micro_batch or max(1, job.train.global_batch // readers)
+    mesh, layout = replica.mesh, replica.mesh.layout
+    # Where replicas have equal parts, one micro-batch of each rank is enough for a turn.
+    a_piece = 0 if layout.replica_share else layout.micro_batch
+    turn = layout.pieces * (a_piece or max(1, job.train.global_batch // layout.pieces))
+    mine = shares.rows(layout, turn, mesh.reader)
     rows = min(rows, loader.samples)
-    # Every rank runs as many forwards as the busiest (with fsdp they talk in each); missing rows weigh nothing.
-    rounds = -(-rows // (size * readers))
+    # Every rank takes part in all turns (with fsdp they talk in each forward); missing rows weigh nothing.
     batches = []
-    for turn in range(rounds):
-        first = (turn * readers + mesh.reader) * size
-        wanted = np.arange(first, first + size)
+    for first in range(0, rows, turn):
+        wanted = first + np.arange(mine.start, mine.stop)
         batch = loader.rows(np.minimum(wanted, rows - 1) * loader.samples // rows)
         batch.weight_BL.mul_(torch.from_numpy(wanted < rows)[:, None])
-        batches.append(batch)
+        batches += micro_batches(batch, layout.micro_batch)
     # Compiling the forward alone would cost more than it saves on a pass this short.
     with torch.compiler.set_stance("force_eager"):
         tally = replica.evaluate([on_device(batch, mesh.device) for batch in batches], objective)

@@ -26,7 +26,7 @@ from shoal.observe.peak import matmul_peak
 from shoal.observe.show import Show
 from shoal.optim.schedule import learning_rate
 from shoal.training import folder as folders
-from shoal.training.feed import micro_batches, on_device
+from shoal.training.feed import step_batches
 from shoal.training.length import Length
 from shoal.training.loop import GLANCE_TOKENS, Loop
 from shoal.training.parts import assemble
@@ -124,12 +124,14 @@ def settled(job: Job, ranks: Mesh, training: Loader, length: Length | None, say:
     """The job with every `auto` resolved, and so many steps as fit."""
     if job.sync.codec not in ("none", "auto") and ranks.layout.replicas == 1:
         say(f"sync.codec={job.sync.codec} does nothing here: one replica has no other to send gradients to")
-    batch = on_device(training.batch(0, ranks.reader, ranks.layout.readers), ranks.device)
-    batches = micro_batches(batch, ranks.layout.micro_batch)
-    job = settle(job, ranks, batches, say)
+    job = settle(job, ranks, step_batches(training, ranks, 0), say)
+    assert job.layout is not None
+    ranks.decide(job.layout)
     if length:
         # Of a run that is far from its end, where local steps would come together.
-        steps = length.estimate(assemble(replace_train(job, steps=1_000_000), ranks), batches)
+        far = assemble(replace_train(job, steps=1_000_000), ranks)
+        steps = length.estimate(far, step_batches(training, ranks, 0))
+        del far
         gc.collect()  # the model that was measured, before there is another
         say(f"steps that fit into what is left of {job.train.minutes:g} minutes: {max(steps, 0):,}")
         if steps < 1:
