@@ -14,8 +14,14 @@ hypothesis.settings.load_profile("shoal")
 
 # What the ranks of most tests import: once, before they are forked.
 _PRELOAD = (
-    "shoal.training.equality", "shoal.training.server.coordinate", "shoal.training.server.work", "shoal.training.server.hold",
-    "shoal.launch.parallelize", "shoal.serving.staged", "tests.equivalence.cases")
+    "shoal.training.equality",
+    "shoal.training.server.coordinate",
+    "shoal.training.server.work",
+    "shoal.training.server.hold",
+    "shoal.launch.parallelize",
+    "shoal.serving.staged",
+    "tests.equivalence.cases",
+)
 
 
 @pytest.fixture(scope="session")

@@ -145,3 +145,16 @@ def test_where_muon_goes_without_a_gradient_nobody_says():
 def test_delayed_nesterov_is_not_adamw():
     with pytest.raises(JobError, match="delayed-nesterov is an optimizer of its own"):
         optimizer(Rules("asp", compensation="delayed-nesterov"), shards(), OptimOptions(name="adamw"), 10)
+
+
+def test_with_a_period_of_one_it_is_nesterov_momentum():
+    update = DelayedNesterov(shards(), OptimOptions(name="sgd", momentum=0.8), 1)
+    theirs = [torch.nn.Parameter(shard.local.clone()) for shard in shards()]
+    torchs = torch.optim.SGD(theirs, lr=0.05, momentum=0.8, nesterov=True)
+    for step in range(5):
+        for parameter, gradient in zip(theirs, gradients(step), strict=True):
+            parameter.grad = gradient
+        torchs.step()
+    apply(update, 5)
+    for shard, parameter in zip(update.shards, theirs, strict=True):
+        torch.testing.assert_close(shard.local, parameter.data, rtol=1e-12, atol=1e-14)

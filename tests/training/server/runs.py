@@ -26,6 +26,7 @@ from shoal.sync.server import records as r
 from tests.launch import sockets
 from tests.training.server.watched import OLD, TOLD
 
+
 def run(
     pool: Pool, job: Job, *, resume: bool = False, said: list[str] | None = None, restarts: int = 20,
     network: dict[str, Any] | None = None,

@@ -114,7 +114,10 @@ def test_killed_at_random(ranks, tiny, tmp_path, seed):
     mode, copies = chance.choice(["bsp", "quorum", "ssp", "asp"]), chance.choice([1, 2])
     roles = ["shoal-worker", "shoal-coordinat", "shoal-server0" if copies == 1 else "shoal-server0co"]
     victims = [(chance.randint(2, 12) + 16 * i, chance.choice(roles)) for i in range(5)]
-    options = OPTIONS | {"train": {"steps": 90, "validate_every": 1000}, "checkpoint": {"every": chance.choice([5, 1000])}}
+    options = OPTIONS | {
+        "train": {"steps": 90, "validate_every": 1000},
+        "checkpoint": {"every": chance.choice([5, 1000])},
+    }
     server = {"mode": mode, "copies": copies, "shards": chance.choice([1, 2])}
     with Killer(run, victims) as killer:
         figures = runs.run(ranks, tiny(run, "replicas=3", server=server, **options))
