@@ -23,14 +23,18 @@ from shoal.mesh import Mesh
 from shoal.parallel.replica import Replica, Tally
 from shoal.sync.server import messages as m
 from shoal.sync.server.encoding import Encoder
-from shoal.sync.server.messages import Address, Key, Range
+from shoal.sync.server.messages import Address, Key, Piece, Range
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.cuts import Cut, cuts, fill
 from shoal.sync.server.node.station import Lost, Said, Station
 from shoal.sync.server.placement import Block
+from shoal.sync.server.rows import sparse_pieces
 from shoal.sync.server.worker import Pushed, Worker
 from shoal.sync.step import sum_within, totals_of
 
+_EMBEDDING = "model.embed_tokens.weight"
+# Runs of rows that one message names.
+_MOST_RUNS = 4096
 # Seconds after which the lead tells the others that there is no news, since nobody waits for ever in a collective.
 _NEWS = 20.0
 # Seconds after which a rank asks a shard again, and those after which it gives up.
@@ -237,11 +241,16 @@ class Server:
             self._station.send(Address("shard", shard, copy), stage, pushed.tensors)
 
     def _gradient(self, found: Sequence[Cut]) -> Pushed:
-        tensors = []
+        parts: list[tuple[Piece, Tensor]] = []
         for cut in found:
             assert cut.shard.grad is not None, f"{cut.shard.name} got no gradient"
-            tensors.append(cut.of(cut.shard.grad).contiguous())
-        return Pushed(tuple(cut.piece for cut in found), tuple(tensors))
+            tensor = cut.of(cut.shard.grad).contiguous()
+            # Of an embedding, few rows are of this batch's tokens. A codec's residuals are of whole pieces.
+            rows = [(cut.piece, tensor)]
+            if cut.piece.name == _EMBEDDING and self._encoder is None:
+                rows = sparse_pieces(cut.piece, tensor)
+            parts += rows if len(rows) <= _MOST_RUNS else [(cut.piece, tensor)]
+        return Pushed(tuple(piece for piece, _ in parts), tuple(tensor for _, tensor in parts))
 
     def _moved(self) -> tuple[int, int]:
         """Bytes sent and received by all ranks since the push before."""
