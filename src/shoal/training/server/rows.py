@@ -24,7 +24,7 @@ class Rows:
         self.step = used // global_batch
         self._used = used
         self._said: dict[Key, m.Push] = {}
-        self._since = time.perf_counter()
+        self._since: float | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -37,6 +37,9 @@ class Rows:
     def pushed(self, push: m.Push) -> None:
         """What a worker says of its push; known when it is decided on."""
         self._said[push.key] = push
+        if self._since is None:
+            # Workers have come one by one: time counts from when the first of them had something to do.
+            self._since = time.perf_counter() - push.spent.computed
 
     def rejected(self, record: r.Rejected) -> None:
         """A gradient was computed in vain."""
@@ -67,7 +70,8 @@ class Rows:
         if step == self.step or self._last is None:
             return None
         now = time.perf_counter()
-        seconds, self._since, self.step = now - self._since, now, step
+        seconds = now - self._since if self._since is not None else 0.0
+        self._since, self.step = now, step
         spent = [each for of_worker in self._spent.values() for each in of_worker]
         row = {
             "step": step,
@@ -75,7 +79,7 @@ class Rows:
             "grad_norm": self._last.grad_norm,
             "lr": self._last.lr,
             "tokens": int(self._tokens),
-            "tokens_per_second": self._tokens / seconds,
+            "tokens_per_second": self._tokens / seconds if seconds else float("nan"),
             "seconds": seconds,
             "memory_gib": max((each.memory_gib for each in spent), default=0.0),
             "compute_s": sum(each.computed for each in spent) / self.workers,
