@@ -1,0 +1,54 @@
+"""Parts of a run that are started by themselves, as on another machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from shoal.cli.main import main
+from shoal.errors import JobError
+from shoal.launch import server
+from tests.training.server import runs
+from tests.training.server.test_equality import QUIET, through_a_server
+
+PLAIN = {"steps": 12, "validate_every": 1000}
+
+
+def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
+    folder, elsewhere = tmp_path / "run", ("worker 1", "server 1")
+    job = through_a_server(tiny, folder, 2, {**QUIET, "train": PLAIN}, mode="asp", elsewhere=elsewhere)
+    others = [
+        subprocess.Popen([sys.executable, "-m", "shoal.cli.main", "join", str(folder), part]) for part in elsewhere
+    ]
+    said: list[str] = []
+    try:
+        figures = runs.run(ranks, job, said=said)
+        assert [other.wait(60) for other in others] == [0, 0]
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert figures["step"] == 12
+    assert f"to be started elsewhere: shoal join {folder} 'worker 1'" in said
+    commits = runs.audit(folder, 12 * 12)
+    assert {key.worker for commit in commits for key in commit.keys} == {0, 1}, "both have worked"
+
+
+def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):
+    assert main(["join", str(tmp_path), "worker 1", "--wait", "0.2"]) == 2
+    assert "no run with a parameter server has begun here within 0.2 s" in capsys.readouterr().err
+    assert main(["join", str(tmp_path)]) == 2
+    assert "a run and a part of it are to be named" in capsys.readouterr().err
+
+
+def test_parts_that_there_are_not_are_refused(ranks, tiny, tmp_path):
+    job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("worker 2",))
+    with pytest.raises(JobError, match="the job has no 'worker 2'"):
+        runs.run(ranks, job)
+    layout = replace(job.layout, replica_share="auto")
+    with pytest.raises(JobError, match="replica_share=auto with server"):
+        server.run(replace(job, layout=layout), {"folder": str(tmp_path), "started": 0.0, "job": "", "prepared": ""},
+                   ranks.start(), print, print)  # fmt: skip
