@@ -11,7 +11,7 @@ from rich.console import Console
 
 from shoal.observe.mfu import Mfu
 from shoal.observe.progress import Lasting, Progress
-from tests.observe.rows import row
+from tests.observe.rows import row, server_row
 
 # 3e6 operations a token on two devices of 5 GFLOP/s.
 MFU = Mfu(flops_per_token=3e6, devices=2, peak=5e9)
@@ -171,3 +171,9 @@ def test_the_busiest_expert_is_shown_where_there_are_experts():
     (line,) = plain(4, [row(1, busiest_load=1.834)])
     assert "grad norm 2  busiest expert 1.83×  lr" in line
     assert "expert" not in plain(4, [row(1)])[0]
+
+
+def test_staleness_is_shown_where_gradients_are_late():
+    (line,) = plain(4, [server_row(1, {0: 2, 1: 1, 3: 1})])
+    assert "grad norm 1  staleness 1.0  lr" in line
+    assert "staleness" not in plain(4, [server_row(1, {0: 2})])[0] + plain(4, [server_row(1, {})])[0]

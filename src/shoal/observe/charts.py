@@ -16,6 +16,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79
 # Parts of a step, in the order in which they happen: key of the row, name, colour.
 PARTS = (
     ("data_s", "data", GREY),
+    ("compute_s", "forward and backward", BLUE),
     ("forward_s", "forward", BLUE),
     ("backward_s", "backward", SKY),
     ("communication_s", "communication after backward", ORANGE),
@@ -35,20 +36,36 @@ def charts(rows: Rows) -> list[dict[str, Any]]:
 
     Each: title; unit; data: plotly's traces; x, y: ranges of the axes, None where plotly chooses.
     """
-    loss = [*_noisy(rows, "loss", "training", BLUE), *_validation(rows)]
+    whose = "all workers" if of_server(rows) else "one rank"
+    loss = [*noisy(rows, "loss", "training", BLUE), *_validation(rows)]
     found = [
-        _chart("Loss", "nats per token", loss, zero=False),
-        _chart("Throughput", "tokens/s", _noisy(rows, "tokens_per_second", "each step", GREEN)),
-        _chart("Step breakdown", "ms", _breakdown(rows)),
-        _chart("Gradient norm", "before clipping", _noisy(rows, "grad_norm", "each step", PURPLE)),
-        _chart("Network", "MB a step over TCP, of one rank", _network(rows)),
-        _chart("Replicas apart", "length of a step between exchanges", _drift(rows)),
-        _chart("Balance of experts", "1 = all used alike", _balance(rows)),
-        _chart("Dropped choices of experts", "%", _dropped(rows)),
-        _chart("Learning rate", "", _line(rows, "lr", "learning rate", ORANGE)),
-        _chart("Memory", "GiB, highest so far, of the fullest rank", _line(rows, "memory_gib", "memory", SKY)),
+        chart("Loss", "nats per token", loss, zero=False),
+        chart("Throughput", "tokens/s", noisy(rows, "tokens_per_second", "each step", GREEN)),
+        chart("Step breakdown", "ms", _breakdown(rows)),
+        chart("Gradient norm", "before clipping", noisy(rows, "grad_norm", "each step", PURPLE)),
+        chart("Network", f"MB a step over TCP, of {whose}", _network(rows)),
+        chart("Replicas apart", "length of a step between exchanges", _drift(rows)),
+        chart("Balance of experts", "1 = all used alike", _balance(rows)),
+        chart("Dropped choices of experts", "%", _dropped(rows)),
+        chart("Learning rate", "", line(rows, "lr", "learning rate", ORANGE)),
+        chart("Memory", "GiB, highest so far, of the fullest rank", line(rows, "memory_gib", "memory", SKY)),
     ]
-    return [chart for chart in found if chart["data"]]
+    return [one for one in found if one["data"]]
+
+
+def of_server(rows: Rows) -> bool:
+    """Whether a parameter server trained: its rows are of all workers, not of one rank."""
+    return any("commits" in row for row in rows)
+
+
+def parts(rows: Rows) -> list[tuple[str, str, str]]:
+    """Of PARTS, those that the rows have, by what they are for them."""
+    server = of_server(rows)
+    return [
+        (key, "push, pull and waiting" if server and key == "communication_s" else name, colour)
+        for key, name, colour in PARTS
+        if any(finite(row.get(key)) for row in rows)
+    ]
 
 
 def _network(rows: Rows) -> list[dict[str, Any]]:
@@ -56,16 +73,16 @@ def _network(rows: Rows) -> list[dict[str, Any]]:
     if not any(row.get("sent_bytes") for row in rows):
         return []
     return [
-        *_line(rows, "sent_bytes", "sent", SKY, scale=1e-6),
-        *_line(rows, "received_bytes", "received", ORANGE, scale=1e-6),
+        *line(rows, "sent_bytes", "sent", SKY, scale=1e-6),
+        *line(rows, "received_bytes", "received", ORANGE, scale=1e-6),
     ]
 
 
 def _drift(rows: Rows) -> list[dict[str, Any]]:
     """Nothing where replicas are equal after every step."""
     outer = [row for row in rows if finite(row.get("outer_drift"))]
-    own = _line(outer, "outer_drift", "a replica, root mean square", PURPLE)
-    return own + _line(outer, "outer_common", "their mean", BLUE)
+    own = line(outer, "outer_drift", "a replica, root mean square", PURPLE)
+    return own + line(outer, "outer_common", "their mean", BLUE)
 
 
 def median(rows: Rows, key: str) -> float | None:
@@ -74,7 +91,7 @@ def median(rows: Rows, key: str) -> float | None:
     return values[len(values) // 2] if values else None
 
 
-def _chart(title: str, unit: str, data: list[dict[str, Any]], zero: bool = True) -> dict[str, Any]:
+def chart(title: str, unit: str, data: list[dict[str, Any]], zero: bool = True) -> dict[str, Any]:
     """zero: the vertical axis starts there. (Plotly's own way to say so leaves no room above a line.)"""
     steps = {step for trace in data for step in trace["x"]}
     top = max((y for trace in data for y in trace["y"] if y is not None), default=0.0)
@@ -94,18 +111,16 @@ def _values(rows: Rows, key: str, scale: float = 1.0) -> list[float | None]:
     return [row[key] * scale if finite(row.get(key)) else None for row in rows]
 
 
-def _line(
-    rows: Rows, key: str, name: str, colour: str, faint: bool = False, scale: float = 1.0
-) -> list[dict[str, Any]]:
+def line(rows: Rows, key: str, name: str, colour: str, faint: bool = False, scale: float = 1.0) -> list[dict[str, Any]]:
     """One trace, or none if there is nothing to draw."""
     steps, values = [row["step"] for row in rows], _values(rows, key, scale)
     return _drawn(steps, values, name, colour, faint) if any(v is not None for v in values) else []
 
 
-def _noisy(rows: Rows, key: str, name: str, colour: str) -> list[dict[str, Any]]:
+def noisy(rows: Rows, key: str, name: str, colour: str) -> list[dict[str, Any]]:
     """The raw values, and over those of a longer run, then faint, their mean over the steps around."""
     half = min(len(rows) // _WINDOWS // 2, _WIDEST)
-    raw = _line(rows, key, name, colour, faint=half > 0)
+    raw = line(rows, key, name, colour, faint=half > 0)
     if not raw or not half:
         return raw
     means = around(_values(rows, key), half)
@@ -126,8 +141,8 @@ def around(values: Sequence[float | None], half: int) -> list[float | None]:
 
 def _balance(rows: Rows) -> list[dict[str, Any]]:
     """Both are 1 at best. Nothing for a model without experts."""
-    busiest = _noisy(rows, "busiest_load", "busiest expert's load over the mean", ORANGE)
-    return busiest + _line(rows, "balance_loss", "balance loss", BLUE)
+    busiest = noisy(rows, "busiest_load", "busiest expert's load over the mean", ORANGE)
+    return busiest + line(rows, "balance_loss", "balance loss", BLUE)
 
 
 def _dropped(rows: Rows) -> list[dict[str, Any]]:
@@ -136,13 +151,13 @@ def _dropped(rows: Rows) -> list[dict[str, Any]]:
         row | {"dropped_percent": 100 * row["dropped_share"]} for row in rows if finite(row.get("dropped_share"))
     ]
     return (
-        _line(dropped, "dropped_percent", "of all choices", PURPLE) if any(r["dropped_share"] for r in dropped) else []
+        line(dropped, "dropped_percent", "of all choices", PURPLE) if any(r["dropped_share"] for r in dropped) else []
     )
 
 
 def _validation(rows: Rows) -> list[dict[str, Any]]:
     points = [row for row in rows if finite(row.get("val_loss"))]
-    trace = _line(points, "val_loss", "validation", ORANGE)
+    trace = line(points, "val_loss", "validation", ORANGE)
     return [one | {"mode": "lines+markers", "marker": {"size": 7, "color": ORANGE}} for one in trace]
 
 
@@ -183,11 +198,10 @@ def outline(values: Sequence[float | None], limit: int = _POINTS) -> list[int]:
 
 def _breakdown(rows: Rows) -> list[dict[str, Any]]:
     """What a step's milliseconds went into, stacked; of a long run, the mean of every piece."""
-    known = [part for part in PARTS if any(finite(row.get(part[0])) for row in rows)]
     pieces = list(_pieces(len(rows), _POINTS // 4))
     steps = [rows[piece[len(piece) // 2]]["step"] for piece in pieces]
     traces = []
-    for key, name, colour in known:
+    for key, name, colour in parts(rows):
         values = _values(rows, key, 1e3)
         means = [_short(_mean([values[i] or 0.0 for i in piece])) for piece in pieces]
         trace: dict[str, Any] = {"name": name, "x": steps, "y": means}

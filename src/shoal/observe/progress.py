@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from shoal.observe.charts_server import mean_staleness
 from shoal.observe.mfu import Mfu
 from shoal.observe.smooth import Smooth
 from shoal.observe.units import duration, number, percent
@@ -132,6 +133,8 @@ class Progress:
         yield "grad norm", number(self.row.get("grad_norm"), ".3g")
         if "busiest_load" in self.row:
             yield "busiest expert", f"{number(self.row['busiest_load'], '.2f')}×"
+        if late := mean_staleness(self.row):
+            yield "staleness", number(late, ".1f")
         yield "lr", number(self.row.get("lr"), ".2e")
         ended = self.done >= self.steps
         yield ("took", duration(self.clock() - self._begun)) if ended else ("ETA", duration(self.left))

@@ -12,8 +12,10 @@ from shoal.job import Job
 from shoal.job import read as read_job
 from shoal.models.spec import count
 from shoal.observe import commands, environment, files, metrics, page, perfetto, result
-from shoal.observe.charts import PARTS, Rows, charts, median
+from shoal.observe.charts import Rows, charts, median, parts
+from shoal.observe.charts_server import server_charts
 from shoal.observe.charts_trace import trace_chart
+from shoal.observe.exchange import exchange
 from shoal.observe.hold import held
 from shoal.observe.log import Log, tail
 from shoal.observe.result import Result
@@ -57,7 +59,7 @@ def render(folder: Path, running: bool) -> str:
     rows, job, where = metrics.read(folder), _job(folder), environment.read(folder)
     done = result.current(folder, _last(rows))
     state = _state(done, job, running)
-    drawn = charts(rows)
+    drawn = charts(rows) + server_charts(rows)
     if chart := trace_chart(perfetto.read(folder / perfetto.FILE)):
         drawn.append(chart)
     facts = [page.table("Run", _run_rows(folder, job, rows, done)), page.code("Go on", _go_on(folder, done))]
@@ -122,6 +124,7 @@ def _run_rows(folder: Path, job: Job | None, rows: Rows, done: Result | None) ->
         found.append(("tokens trained on", f"{done.tokens:,}"))
         found.append(("last command", f"{duration(done.seconds)} to the end of its last step"))
     found.append(("step", _step(rows)))
+    found += exchange(job, rows)
     if done and done.mfu_note:
         found.append(("MFU", done.mfu_note))
     return found
@@ -140,7 +143,7 @@ def _job_rows(job: Job) -> list[tuple[str, str]]:
             "data",
             f"{', '.join(data.source)}; {data.tokenizer} tokenizer, sequences of {data.sequence_length}",
         ),
-        ("layout", f"{job.layout or 'auto'}, sync {job.sync.name}"),
+        ("layout", f"{job.layout or 'auto'}, sync {_sync(job)}"),
         (
             "batch",
             f"{train.global_batch} sequences, {train.global_batch * data.sequence_length:,} tokens at most",
@@ -154,13 +157,20 @@ def _job_rows(job: Job) -> list[tuple[str, str]]:
     ]
 
 
+def _sync(job: Job) -> str:
+    """`allreduce`, `local with codec int8`, `server (asp, 2 shards)`."""
+    server, codec = job.server, job.sync.codec
+    how = f" ({server.mode}, {counted(server.shards, 'shard')})" if job.sync.name == "server" else ""
+    return f"{job.sync.name}{how}" + (f" with codec {codec}" if codec != "none" else "")
+
+
 def _step(rows: Rows) -> str:
     """`123 ms in the median: forward 31 %, backward 58 %, ...`"""
     seconds = median(rows, "seconds")
     if not seconds:
         return "not measured"
-    parts = [(name, median(rows, key)) for key, name, _ in PARTS]
-    shares = ", ".join(f"{name} {100 * part / seconds:.0f} %" for name, part in parts if part is not None)
+    known = [(name, median(rows, key)) for key, name, _ in parts(rows)]
+    shares = ", ".join(f"{name} {100 * part / seconds:.0f} %" for name, part in known if part is not None)
     return f"{short(seconds)} in the median{': ' * bool(shares)}{shares}"
 
 

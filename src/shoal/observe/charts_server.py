@@ -1,0 +1,99 @@
+"""Rows of metrics of a parameter server -> its charts: how late gradients are, who waits, what is computed in vain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from shoal.observe.charts import GREEN, GREY, ORANGE, PURPLE, Rows, chart, line, noisy
+
+
+def server_charts(rows: Rows) -> list[dict[str, Any]]:
+    """As `charts` gives them. Those that would only say zero are left out; none for another sync."""
+    rows = [row for row in rows if "commits" in row]
+    found = [
+        chart("Staleness", "updates between a gradient's weights and its own update", _lateness(rows)),
+        _by_number("Staleness of the whole run", "gradients", "staleness", _histogram(rows), PURPLE),
+        _by_number("Waiting", "% of the run, of each worker: push, pull and others", "worker", _waiting(rows), ORANGE),
+        chart("Rejected gradients", "% of a step's, computed in vain", _rejected(rows)),
+        chart("Updates", "a step", _updates(rows)),
+    ]
+    return [one for one in found if one["data"]]
+
+
+def staleness(rows: Rows) -> Counter[int]:
+    """Gradients of the rows that became updates, by staleness."""
+    found: Counter[int] = Counter()
+    for row in rows:
+        found.update({int(late): count for late, count in (row.get("staleness") or {}).items()})
+    return found
+
+
+def mean_staleness(row: dict[str, Any]) -> float | None:
+    """Of one row's gradients; None where there are none."""
+    late = staleness([row])
+    return sum(each * count for each, count in late.items()) / late.total() if late else None
+
+
+def waited(rows: Rows) -> dict[int, float]:
+    """Seconds of each worker in which it had no work."""
+    found: Counter[int] = Counter()
+    for row in rows:
+        for worker, seconds in (row.get("waited_s") or {}).items():
+            found[int(worker)] += seconds
+    return dict(sorted(found.items()))
+
+
+def _lateness(rows: Rows) -> list[dict[str, Any]]:
+    known = [
+        {"step": row["step"], "highest": max(late), "mean": mean_staleness(row)}
+        for row in rows
+        if (late := staleness([row]))
+    ]
+    if not any(row["highest"] for row in known):
+        return []
+    return line(known, "highest", "highest", GREY) + noisy(known, "mean", "mean of a step", PURPLE)
+
+
+def _histogram(rows: Rows) -> dict[int, float]:
+    """Nothing where none was late."""
+    late = staleness(rows)
+    return {each: float(late[each]) for each in range(max(late) + 1)} if any(late) else {}
+
+
+def _waiting(rows: Rows) -> dict[int, float]:
+    whole = sum(row.get("seconds") or 0.0 for row in rows)
+    return {worker: 100 * seconds / whole for worker, seconds in waited(rows).items()} if whole else {}
+
+
+def _rejected(rows: Rows) -> list[dict[str, Any]]:
+    if not any(row.get("rejected") for row in rows):
+        return []
+    shares = [
+        {"step": row["step"], "percent": 100 * row["rejected"] / (row["rejected"] + kept)}
+        for row in rows
+        if (kept := staleness([row]).total()) + row["rejected"]
+    ]
+    return noisy(shares, "percent", "each step", ORANGE)
+
+
+def _updates(rows: Rows) -> list[dict[str, Any]]:
+    """Nothing where every step is one update, as in bsp."""
+    return noisy(rows, "commits", "each step", GREEN) if any(row["commits"] != 1 for row in rows) else []
+
+
+def _by_number(title: str, unit: str, axis: str, values: dict[int, float], colour: str) -> dict[str, Any]:
+    """One bar for each number. axis: what is numbered."""
+    bars = {
+        "type": "bar",
+        "name": axis,
+        "x": list(values),
+        "y": [float(f"{value:.6g}") for value in values.values()],
+        "marker": {"color": colour},
+    }
+    ticks = {"tickformat": ",d", "gridcolor": "#eef0f3", "zeroline": False, "automargin": True}
+    ticks |= {"dtick": 1} if len(values) <= 20 else {"nticks": 12}
+    return {
+        "title": title, "unit": unit, "data": [bars] if values else [], "x": None, "y": None,
+        "layout": {"xaxis": {"title": {"text": axis, "standoff": 8}, **ticks}},
+    }  # fmt: skip

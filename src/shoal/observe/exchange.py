@@ -1,0 +1,69 @@
+"""What it took to keep replicas consistent, in words: bytes, what a codec saved, staleness, work in vain."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from shoal.job import Job
+from shoal.models.spec import count
+from shoal.observe.charts import Rows, of_server
+from shoal.observe.charts_server import staleness
+from shoal.observe.units import counted, percent, size
+
+Facts = list[tuple[str, str]]
+
+
+def exchange(job: Job | None, rows: Rows) -> Facts:
+    """(label, sentence) of each; nothing where nothing was sent."""
+    return [*_network(rows), *(_saved(job, rows) if job else []), *_gradients(rows)]
+
+
+def _network(rows: Rows) -> Facts:
+    sent, received = (sum(row.get(key) or 0 for row in rows) for key in ("sent_bytes", "received_bytes"))
+    if not sent:
+        return []
+    text = f"{size(sent / len(rows))} sent and {size(received / len(rows))} received a step"
+    if not of_server(rows):
+        return [("network", f"{text}, by one rank")]
+    tokens = sum(row.get("tokens") or 0 for row in rows)
+    a_token = f"; both together {size((sent + received) / tokens)} a token" if tokens else ""
+    return [("network", f"{text}, by all workers{a_token}")]
+
+
+def _saved(job: Job, rows: Rows) -> Facts:
+    """How many times fewer bytes than plainly, where a codec or local steps save any.
+
+    Plainly: in float32, 4 bytes a number. With a server a push has every parameter once, and so has a pull, the median
+    of steps. Else a rank sends 2 (R − 1) / R of them in an all-reduce of R replicas every step, all steps together;
+    nothing is said where it sends more than gradients (`fsdp`, `tensor` and the like).
+    """
+    layout, whole = job.layout, 4.0 * count(job.model)
+    known = [row for row in rows if row.get("sent_bytes") and row.get("received_bytes")]
+    if layout is None or not known or (job.sync.name in ("allreduce", "server") and job.sync.codec == "none"):
+        return []
+    if of_server(known):
+        plain = [whole * staleness([row]).total() for row in known]
+        sent, received = (
+            median(at / row[key] for at, row in zip(plain, known, strict=True))
+            for key in ("sent_bytes", "received_bytes")
+        )
+        return [("compression", f"pushed {sent:.3g}, pulled {received:.3g} times fewer bytes than in float32")]
+    if layout.world != layout.replicas:
+        return []
+    ring = len(rows) * whole * 2 * (layout.replicas - 1) / layout.replicas
+    times = ring / sum(row["sent_bytes"] for row in known)
+    return [("compression", f"{times:.3g} times fewer bytes than an all-reduce in float32 every step")]
+
+
+def _gradients(rows: Rows) -> Facts:
+    """Of a server: how many became updates, how late, and how many did not."""
+    late = staleness(rows)
+    if not late:
+        return []
+    rejected = sum(row.get("rejected") or 0 for row in rows)
+    lost = f"; {rejected:,} more ({percent(rejected / (rejected + late.total()))}) rejected" if rejected else ""
+    facts = [("gradients", counted(late.total(), "gradient") + lost)]
+    if max(late):
+        mean = sum(each * times for each, times in late.items()) / late.total()
+        facts.append(("staleness", f"{mean:.3g} in the mean, {max(late)} at most"))
+    return facts

@@ -1,0 +1,134 @@
+"""What a report says of keeping replicas consistent: staleness, waiting, work in vain, bytes."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.job import Job, Layout, write
+from shoal.job.model import ModelOptions
+from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
+from shoal.models.spec import count
+from shoal.observe import report
+from shoal.observe.charts import charts
+from shoal.observe.charts_server import server_charts
+from shoal.observe.exchange import exchange
+from shoal.observe.metrics import Metrics
+from tests.observe.rows import row, server_row
+
+JOB = Job(layout=Layout(replicas=2), model=ModelOptions(vocab_size=300))
+SERVER = replace(JOB, sync=SyncOptions(name="server"), server=ServerOptions(mode="asp", shards=2))
+WHOLE = 4 * count(JOB.model)
+ASP = [
+    server_row(1, {0: 2}, rejected=2),
+    server_row(2, {0: 1, 2: 1}),
+    server_row(3, {4: 2}, waited_s={"1": 0.15, "0": 0.2}),
+]
+
+
+def drawn(rows) -> dict[str, Any]:
+    return {chart["title"]: chart["data"] for chart in [*charts(rows), *server_charts(rows)]}
+
+
+def told(job: Job | None, rows) -> dict[str, str]:
+    return dict(exchange(job, rows))
+
+
+def test_charts_of_a_server_by_hand():
+    found = drawn(ASP)
+    highest, mean = found["Staleness"]
+    assert (highest["y"], mean["y"]) == ([0, 2, 4], [0, 1, 4])
+    (times,) = found["Staleness of the whole run"]
+    assert (times["x"], times["y"]) == ([0, 1, 2, 3, 4], [3, 0, 1, 0, 2])
+    # Seconds of three rows of 0.5 s.
+    (waits,) = found["Waiting"]
+    assert (waits["x"], waits["y"]) == ([0, 1], pytest.approx([100 * 0.4 / 1.5, 100 * 0.55 / 1.5], rel=1e-5))
+    assert found["Rejected gradients"][0]["y"] == [50, 0, 0]
+    assert found["Updates"][0]["y"] == [2, 2, 2]
+    parts = {part["name"]: part["y"] for part in found["Step breakdown"]}
+    assert parts == {"forward and backward": [300.0] * 3, "push, pull and waiting": [100.0] * 3}
+
+
+def test_what_would_only_say_zero_is_left_out():
+    """bsp: an update a step, of gradients that are never late."""
+    rows = [server_row(s, {0: 2}, commits=1) for s in (1, 2)]
+    extra = {"Staleness", "Staleness of the whole run", "Rejected gradients", "Updates"}
+    assert not extra & set(drawn(rows))
+    assert "Waiting" in drawn(rows)
+    assert not server_charts([row(1), row(2)])
+    assert set(told(SERVER, rows)) == {"network", "gradients"}
+
+
+def test_a_run_that_went_on_with_a_server_has_both_parts():
+    found = drawn([row(1), server_row(2, {0: 1, 1: 1})])
+    assert found["Staleness"][0]["x"] == [2]
+    assert {"forward", "forward and backward"} <= {part["name"] for part in found["Step breakdown"]}
+
+
+def test_the_sentences_of_a_server():
+    assert told(SERVER, ASP) == {
+        "network": "1.91 MiB sent and 2.86 MiB received a step, by all workers; both together 4.88 KiB a token",
+        "gradients": "6 gradients; 2 more (25.0 %) rejected",
+        "staleness": "1.67 in the mean, 4 at most",
+    }
+
+
+def test_what_a_codec_saves():
+    """Of the server's, the median of steps; the first sends less: its push is counted with the next one."""
+    coded = replace(SERVER, sync=SyncOptions(name="server", codec="int8"))
+    rows = [server_row(s, {0: 3}, sent_bytes=3 * WHOLE // 4, received_bytes=3 * WHOLE // 2) for s in (1, 2, 3)]
+    rows[0]["sent_bytes"] //= 3
+    assert told(coded, rows)["compression"] == "pushed 4, pulled 2 times fewer bytes than in float32"
+    bf16 = replace(JOB, sync=SyncOptions(codec="bf16"))
+    rows = [row(s, sent_bytes=WHOLE // 2) for s in (1, 2)]
+    assert told(bf16, rows)["compression"] == "2 times fewer bytes than an all-reduce in float32 every step"
+    # A whole exchange every fourth step.
+    local = replace(JOB, sync=SyncOptions(name="local", every=4))
+    rows = [row(s, sent_bytes=WHOLE * (s % 4 == 0)) for s in range(1, 9)]
+    assert told(local, rows)["compression"] == "4 times fewer bytes than an all-reduce in float32 every step"
+    assert (
+        told(local, [row(1), row(2, sent_bytes=0)])["network"]
+        == "977 KiB sent and 2.86 MiB received a step, by one rank"
+    )
+
+
+@pytest.mark.parametrize(
+    ("job", "rows"),
+    [
+        (JOB, [row(1)]),
+        (replace(JOB, layout=Layout(replicas=2, fsdp=2), sync=SyncOptions(codec="bf16")), [row(1)]),
+        (replace(JOB, sync=SyncOptions(codec="bf16")), [row(1, sent_bytes=0), {"step": 2}]),
+        (None, [row(1)]),
+    ],
+    ids=["no codec", "fsdp", "nothing sent", "no job"],
+)
+def test_no_figure_where_it_would_mean_nothing(job, rows):
+    assert "compression" not in told(job, rows)
+
+
+def test_the_page_has_them(tmp_path: Path):
+    (tmp_path / "job.toml").write_text(write(SERVER))
+    metrics = Metrics(tmp_path)
+    for one in ASP:
+        metrics.write(one)
+    metrics.close()
+    text = report.render(tmp_path, running=False)
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text, re.S)
+    assert found is not None
+    by_title = {chart["title"]: chart for chart in json.loads(found[1])}
+    assert by_title["Staleness of the whole run"]["layout"]["xaxis"]["title"]["text"] == "staleness"
+    assert by_title["Network"]["unit"].endswith("of all workers")
+    words = html.unescape(text)
+    for sentence in (
+        "replicas=2, sync server (asp, 2 shards)",
+        "6 gradients; 2 more (25.0 %) rejected",
+        "500 ms in the median: forward and backward 60 %, push, pull and waiting 20 %",
+    ):
+        assert sentence in words, sentence
