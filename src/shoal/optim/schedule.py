@@ -16,7 +16,8 @@ def learning_rate(options: OptimOptions, step: float, steps: int) -> float:
     """
     warmup = warmup_steps(options, steps)
     if step < warmup:
-        return options.lr * (step + 1) / warmup
+        # Between the last step of warm-up and the next one it would go on rising.
+        return options.lr * min(1.0, (step + 1) / warmup)
     low = options.final_lr
     if options.schedule == "cosine":
         progress = min(1.0, (step - warmup) / max(1, steps - 1 - warmup))

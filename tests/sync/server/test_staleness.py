@@ -158,3 +158,14 @@ def test_with_a_period_of_one_it_is_nesterov_momentum():
     apply(update, 5)
     for shard, parameter in zip(update.shards, theirs, strict=True):
         torch.testing.assert_close(shard.local, parameter.data, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0.0, 0.1, 0.3])
+def test_between_steps_the_rate_lies_between_theirs(schedule, warmup):
+    options = OptimOptions(lr=0.5, schedule=schedule, warmup=warmup)
+    rate = token_schedule(options, 4, 10)
+    rates = [rate(samples) for samples in range(37)]
+    for step in range(9):
+        low, high = sorted((rates[4 * step], rates[4 * step + 4]))
+        assert all(low <= between <= high for between in rates[4 * step : 4 * step + 5])
