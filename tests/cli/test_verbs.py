@@ -17,6 +17,7 @@ from shoal.cli.doctor import DoctorOptions
 from shoal.cli.flags import docstrings
 from shoal.cli.generate import Generate
 from shoal.cli.main import main
+from shoal.cli.pull import PullOptions
 from shoal.cli.report import ReportOptions
 from shoal.cli.runs import RunsOptions
 from shoal.job import Job, write
@@ -34,7 +35,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]
     return put
 
 
-@pytest.mark.parametrize("options", [DataVerb, DoctorOptions, Generate, ReportOptions, RunsOptions])
+@pytest.mark.parametrize("options", [DataVerb, DoctorOptions, Generate, PullOptions, ReportOptions, RunsOptions])
 def test_every_option_of_every_verb_is_explained(options: type):
     assert set(docstrings(options)) == {f.name for f in fields(options)} - {"data"}
 

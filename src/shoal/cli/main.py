@@ -19,6 +19,7 @@ VERBS = {
     "data": "prepare text for training, or inspect what was prepared",
     "generate": "continue a text with a trained model",
     "ckpt": "show, verify and reshard checkpoints; to and from Hugging Face's format",
+    "pull": "the weights of a run with a parameter server, while it trains",
     "simulate": "what asynchrony does to speed, waiting and staleness, on simulated machines",
     "doctor": "what this machine has, how fast it is, and what is wrong with it",
     "report": "write a run's report.html again",

@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
 
 class Address(NamedTuple):
-    """role: `worker`, `coordinator` or `shard`. number: worker or shard. copy: of a shard; of a worker: its nonce."""
+    """role: `worker`, `coordinator`, `shard` or `reader`. number: worker or shard. copy: of a shard; else a nonce."""
 
     role: str
     number: int = 0
@@ -245,7 +245,8 @@ class Seen(Message, frozen=True):
 class Pull(Message, frozen=True):
     """Give me weights of `version` (`shard`, `hogwild`: of what is there, but not older). pieces: None = all.
 
-    master: the weights that updates move, not those that workers compute on where these look ahead of them.
+    master: for readers: the weights that updates move (those that workers compute on may look ahead of them), of
+    exactly that version whatever the level; once for each connection.
     chain, held: the shadow that the worker holds of these pieces, and its version; −1 = none.
     """
 
@@ -280,7 +281,7 @@ class Pulled(Message, frozen=True):
 
 
 class Gone(Message, frozen=True):
-    """The shard has no weights of `version` any more: it is at `newest`."""
+    """The shard has no weights of `version` any more, or for no more readers: it is at `newest`."""
 
     key: Key
     shard: int

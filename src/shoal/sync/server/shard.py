@@ -13,6 +13,9 @@ from shoal.sync.server.messages import COORDINATOR, Address, Apply, Effect, Key,
 if TYPE_CHECKING:
     from shoal.sync.server.shadow import Shadow
 
+# Readers that may hold a copy of the weights, each on its way to one of them.
+READERS = 4
+
 
 class Held(Protocol):
     """What a shard holds: `Parameters`, or what a test puts in their place. A gradient is whatever `blank` makes."""
@@ -48,8 +51,11 @@ class ServerShard:
     Pulls (`level`): `snapshot` is served from the latest version or the one before it, in tensors that stay as they
     are; `shard` from the latest; `hogwild` from the weights themselves, which may change while they are being sent
     (Recht et al. 2011, "Hogwild!": lock-free, updates lost or torn in single elements only).
+    A reader (`master`) gets the weights of the very version that it names, in a copy of its own: if that is to come,
+    when it is there, and otherwise only from the latest.
     Memory: weights, optimizer state, one staged gradient a worker; `snapshot` at most two more copies of the weights,
-    with `dc` one for each version that some worker computes on besides. With a `shadow` one, and what that takes.
+    with `dc` one for each version that some worker computes on besides. With a `shadow` one, and what that takes. One
+    for each reader, of at most `READERS`.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class ServerShard:
         self._frozen: dict[int, Any] = {}
         self._backup: dict[int, Any] = {}
         self._waiting: dict[Address, m.Pull] = {}
+        self._readers: set[Address] = set()
         self._saves: dict[int, bytes] = {}
         self._out: list[Effect] = []
 
@@ -149,6 +156,12 @@ class ServerShard:
             self.refused = message
         out, self._out = self._out, []
         return out
+
+    def lost(self, sender: Address) -> None:
+        """The connection with somebody ended, and with it what was on its way there."""
+        if sender.role == "reader":
+            self._readers.discard(sender)
+            self._waiting.pop(sender, None)
 
     def tick(self, now: float) -> list[Effect]:
         """Says again what is staged and not decided on: the coordinator may have lost it, or have decided."""
@@ -224,6 +237,9 @@ class ServerShard:
                 self.staged.pop(key, None)
         while (order := self._orders.get(self.version + 1)) is not None and self._whole(order):
             self._apply_next(self._orders.pop(order.version))
+            # The next order may be there already, and what they want would be gone.
+            for reader in [sender for sender, pull in self._waiting.items() if pull.master]:
+                self._pull(reader, self._waiting[reader])
         self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))
         for sender, pull in list(self._waiting.items()):
             self._pull(sender, pull)
@@ -270,7 +286,8 @@ class ServerShard:
 
     def _pull(self, sender: Address, message: m.Pull) -> None:
         self._waiting.pop(sender, None)
-        version = message.version if self.level == "snapshot" else max(message.version, self.version)
+        exactly = self.level == "snapshot" or message.master
+        version = message.version if exactly else max(message.version, self.version)
         if version > self.version:
             self._waiting[sender] = message
             return
@@ -278,7 +295,7 @@ class ServerShard:
             self._pull_shadow(self.shadow, sender, message, version)
             return
         if message.master:
-            weights = self.held.master() if version == self.version else None
+            weights = self._copied(sender) if version == self.version else None
         elif self.level == "hogwild":
             weights = self.held.live()
         elif version == self.version:
@@ -308,10 +325,17 @@ class ServerShard:
         pulled = m.Pulled(message.key, self.number, version, pieces, shadow.chain, base, links)
         self._out.append(Send(sender, pulled, tensors))
 
+    def _copied(self, reader: Address) -> Any:
+        """Master weights for a reader; None where as many have some as may, or this one has had its own."""
+        if reader in self._readers or len(self._readers) >= READERS:
+            return None
+        self._readers.add(reader)
+        return self.held.master()
+
     def clone(self, copy: int) -> ServerShard:
         """Another copy with the same weights, optimizer state and staged pushes, none of it shared."""
         other = deepcopy(self)
-        other.copy, other.others, other._waiting, other._out = copy, (), {}, []
+        other.copy, other.others, other._waiting, other._readers, other._out = copy, (), {}, set(), []
         if other.shadow is not None:
             other.shadow.forget(other.shadow.chain._replace(copy=copy))
         return other

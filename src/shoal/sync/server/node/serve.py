@@ -57,6 +57,7 @@ class Serving:
             # Whoever it was comes back by itself; to a coordinator that does, this side says hello again.
             if event.address == COORDINATOR:
                 self._greeted = False
+            self.machine.lost(event.address)
             return
         sender, message, tensors = event
         if sender == COORDINATOR:
