@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,18 @@ from shoal.sync.server import records as r
 from tests.launch import sockets
 from tests.training.server.watched import OLD, TOLD
 
+# Seconds for one run, on a machine however busy.
+_PATIENCE = 240.0
+
 
 def run(
     pool: Pool, job: Job, *, resume: bool = False, said: list[str] | None = None, restarts: int = 20,
-    network: dict[str, Any] | None = None,
+    network: dict[str, Any] | None = None, dies: dict[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `shoal train` does with a server job, without its end; gives its figures. Nothing is left of it.
 
-    said: what is said to the user comes in there. restarts: of a role. network: see `watched`.
+    said: what is said to the user comes in there. restarts: of a role. network: see `watched`, for all roles; dies:
+    see there, by role. What hangs is ended with a RankError.
     """
     said = [] if said is None else said
     folder = job.run.dir
@@ -42,15 +47,38 @@ def run(
 
     def watched(ranks: Any, parts: list[roles.Role], **options: Any) -> Any:
         extra = {"network": network} if network else {}
-        disturbed = [replace(part, entry=_watched(part.entry), args=part.args | extra) for part in parts]
+        disturbed = []
+        for part in parts:
+            more = extra | ({"dies": dies[part.name]} if dies and part.name in dies else {})
+            disturbed.append(replace(part, entry=_watched(part.entry), args=part.args | more))
         return real(ranks, disturbed, restarts=restarts, **options)
 
-    with mock.patch.object(roles, "run", watched):
+    with mock.patch.object(roles, "run", watched), _patience():
         try:
             return server.run(job, arguments, pool.start(), said.append, lambda name: None)
         finally:
             left = [pid for name in ("coordinat", "server", "worker") for pid in pids(f"shoal-{name}")]
             assert not left, "processes of the run are left"
+
+
+@contextlib.contextmanager
+def _patience() -> Iterator[None]:
+    """Kills the coordinator of a run that does not end, more often than it is started again."""
+    over = threading.Event()
+
+    def end() -> None:
+        while not over.wait(0.1):
+            for pid in pids("shoal-coordinat"):
+                os.kill(pid, signal.SIGKILL)
+
+    timer = threading.Timer(_PATIENCE, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        over.set()
+        timer.cancel()
 
 
 def _watched(entry: str) -> str:
@@ -84,7 +112,6 @@ class Killer:
     victims: list[tuple[int, str]]
     number: signal.Signals = signal.SIGKILL
     waits: list[float] = field(default_factory=list)
-    error: str = ""
 
     def __enter__(self) -> Killer:
         self._over = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -88,9 +90,9 @@ def stranger(run: Path, job: Job, **other: str) -> str:
 
 
 def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path):
-    """Beside a run with several ranks a worker."""
+    """Of a run that is asked to end when they have been there."""
     run, told = tmp_path / "run", []
-    options = {"train": {"steps": 40, "validate_every": 1000}, "data": {"validation": 0.0}}
+    options = {"train": {"steps": 100_000, "validate_every": 1000}, "data": {"validation": 0.0}}
     job = tiny(run, "replicas=1", sync={"name": "server"}, checkpoint={"every": 1000}, **options)
 
     def knock() -> None:
@@ -100,6 +102,9 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path):
         told.append(stranger(run, known, model="another"))
         told.append(stranger(run, known, tokenizer="another"))
         told.append(stranger(run, known, token="another token of enough bytes"))
+        while runs.steps(run) < 3:
+            time.sleep(0.01)
+        os.kill(runs.pids("shoal-coordinat")[0], signal.SIGTERM)
 
     visitor = threading.Thread(target=knock, daemon=True)
     visitor.start()
@@ -110,5 +115,5 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path):
     assert told[0] == f"worker 9 has another model: another instead of {model} → {fix}"
     assert told[1] == f"worker 9 has another tokenizer: another instead of {tokenizer} → {fix}"
     assert told[2] == "the listener refuses this side's job token → give both sides the same token"
-    assert figures["step"] == 40
-    assert {key.worker for record in runs.audit(run, 480) for key in record.keys} == {0}
+    assert figures["step"] >= 3
+    assert {key.worker for record in runs.audit(run, figures["step"] * 12) for key in record.keys} == {0}

@@ -29,19 +29,19 @@ def far(one, other) -> tuple[float, float, float]:
     return losses, norms, max((left[name] - right[name]).abs().max().item() for name in left.keys() | right.keys())
 
 
+EVERY = [
+    (workers, {"name": name, "lr": lr, "momentum": momentum, "clip": clip})
+    for workers in (2, 3)
+    for name, lr, momentum in (("sgd", 0.1, 0.0), ("sgd", 0.05, 0.9), ("adamw", 2e-3, 0.9))
+    for clip in (CLIPPED, FREE)
+]
+
+
 @pytest.mark.parametrize(
     ("workers", "optim"),
-    [
-        (3, {"name": "sgd", "lr": 0.1, "clip": CLIPPED}),
-        *(
-            pytest.param(workers, {"name": name, "lr": lr, "momentum": momentum, "clip": clip}, marks=pytest.mark.nightly)
-            for workers in (2, 3)
-            for name, lr, momentum in (("sgd", 0.1, 0.0), ("sgd", 0.05, 0.9), ("adamw", 2e-3, 0.9))
-            for clip in (CLIPPED, FREE)
-        ),
-    ],
+    [EVERY[8], *(pytest.param(*each, marks=pytest.mark.nightly) for each in EVERY if each is not EVERY[8])],
     ids=str,
-)  # fmt: skip
+)
 def test_in_fp32_within_rounding(ranks, train, tiny, tmp_path, workers, optim):
     one, server = tmp_path / "one", tmp_path / "server"
     options = {**QUIET, "train": PLAIN, "optim": optim}

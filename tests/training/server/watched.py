@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from unittest import mock
 
 from shoal.mesh import Seat
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.messages import Address
 from shoal.sync.server.node.journal_file import JournalFile
+from shoal.sync.server.node.shard_log import ShardLog
 from shoal.sync.server.node.station import Station
 from shoal.sync.server.worker import Worker
 from shoal.training.server import coordinate as real_coordinate
@@ -29,22 +32,44 @@ OLD, TOLD = "old-journal", "told"
 _ONCE = m.Save | m.Saved | m.Kept | m.Over
 
 
-def coordinate(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
-    """Keeps each journal that gives way to a shorter one."""
-    real = JournalFile.restart
+def coordinate(
+    seat: Seat, *, network: dict[str, Any] | None = None, dies: list[list[int]] | None = None, **args: Any
+) -> Any:  # fmt: skip
+    """Keeps each journal that gives way to a shorter one.
+
+    dies: of its first lives, [version, 0]: killed just before that commit is in the journal; [version, 1]: just after.
+    """
+    real, append, life = JournalFile.restart, JournalFile.append, args["life"]
+    at, after = dies[life] if dies and life < len(dies) else (0, 0)
+
+    def watched(self: JournalFile, records: Sequence[r.Record], durable: bool) -> None:
+        doomed = any(isinstance(record, r.Committed) and record.version == at for record in records)
+        if doomed and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, records, durable)
+        if doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def restart(self: JournalFile, version: int) -> None:
         number = len(list(self.path.parent.glob(f"{OLD}-*")))
         os.link(self.path, self.path.parent / f"{OLD}-{number:03}")
         real(self, version)
 
-    with mock.patch.object(JournalFile, "restart", restart), _bad(network, "coordinator"):
+    with mock.patch.multiple(JournalFile, restart=restart, append=watched), _bad(network, "coordinator"):
         return real_coordinate.main(seat, **args)
 
 
-def hold(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
-    """A copy of a shard."""
-    with _bad(network, f"shard {args['number']} {args['copy']}"):
+def hold(seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, **args: Any) -> Any:
+    """A copy of a shard. dies: in its first life, killed just before so many pushes are in its log."""
+    append, left = ShardLog.append, [dies if args["life"] == 0 else 0]
+
+    def watched(self: ShardLog, *push: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        append(self, *push, **options)
+
+    with mock.patch.object(ShardLog, "append", watched), _bad(network, f"shard {args['number']} {args['copy']}"):
         return real_hold.main(seat, **args)
 
 

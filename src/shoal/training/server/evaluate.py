@@ -22,11 +22,12 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, step: int) -> dict
     """
     run, given = Path(folder), parse(job)
     assert given.layout is not None
+    validation = held_out(Prepared.load(Path(prepared)), given)
+    newest = next(iter(checkpoint.complete(run / "checkpoints")), None)
+    # Before they connect: a rank that left at once would break off the others' connecting.
+    if validation is None or newest is None or manifest.read(newest).values["step"] != step:
+        return None
     with mesh.build(given.layout, seat, timeout=given.sync.timeout) as ranks:
-        validation = held_out(Prepared.load(Path(prepared)), given)
-        newest = next(iter(checkpoint.complete(run / "checkpoints")), None)
-        if validation is None or newest is None or manifest.read(newest).values["step"] != step:
-            return None
         device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
         replica, objective = spread(given, ranks, fresh=False)
         checkpoint.load(newest, replica.held())
