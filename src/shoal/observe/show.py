@@ -96,6 +96,12 @@ class Show:
                 self._metrics.write(row)
         self._progress.step(row)
 
+    def keep(self, row: dict[str, Any]) -> None:
+        """Keeps a row of a step that is over: a process that died meanwhile had not written it."""
+        if self._metrics is not None:
+            with self._keeping():
+                self._metrics.write(row)
+
     def end(self, step: int, last: Validated | None) -> None:
         """The run has ended after `step`: closes the display, and says with which validation loss."""
         if self._progress is None:

@@ -48,7 +48,8 @@ def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...],
     lr = rate(at.samples.used) * rate_factor(rules, max(staleness))
     samples = tuple(push.samples for push in pushes)
     holders = _holders(at, keys) if rules.compensation == "dc" else ()
-    return Committed(at.version + 1, keys, staleness, weights, samples, norm, clip, lr, holders)
+    losses = tuple(push.loss_sum for push in pushes)
+    return Committed(at.version + 1, keys, staleness, weights, samples, norm, clip, lr, holders, losses)
 
 
 def _check_bounds(at: Standing, keys: tuple[Key, ...], staleness: tuple[int, ...]) -> None:

@@ -61,7 +61,7 @@ class Begun(Record, frozen=True):
 
 
 class Committed(Record, frozen=True):
-    """One version: what is in it. Per push: key, staleness, weight (valid tokens) and samples.
+    """One version: what is in it. Per push: key, staleness, weight (valid tokens), samples and sum of losses.
 
     grad_norm: of the mean, before clipping. clip: what the mean is multiplied with (age weighting included).
     """
@@ -75,6 +75,7 @@ class Committed(Record, frozen=True):
     clip: float
     lr: float
     holders: tuple[int, ...] = ()
+    losses: tuple[float, ...] = ()
 
     def apply(self) -> Apply:
         """What the shards are told of it."""

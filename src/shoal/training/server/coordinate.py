@@ -17,7 +17,7 @@ from shoal.errors import DivergedError
 from shoal.job import Job, parse, read, write
 from shoal.mesh import Seat
 from shoal.models.spec import count, flops_per_token
-from shoal.observe import environment
+from shoal.observe import environment, metrics
 from shoal.observe.peak import matmul_peak
 from shoal.observe.show import Show
 from shoal.sync.server import messages as m
@@ -28,6 +28,7 @@ from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.conduct import Conductor
 from shoal.sync.server.node.journal_file import JournalFile
 from shoal.sync.server.node.station import Station
+from shoal.sync.server.samples import Samples
 from shoal.sync.server.staleness import token_schedule
 from shoal.sync.server.standing import Standing
 from shoal.training import folder as folders
@@ -80,6 +81,10 @@ def main(
         show.begin(
             lead.rows.step, given.train.steps, world, peak, flops_per_token(given.model, given.data.sequence_length)
         )
+        known = {row["step"] for row in metrics.read(run)}
+        for row in lead.before:
+            if row["step"] not in known:
+                show.keep(row)
         station.listen(given.server.host)
         stop.listen()
         finished = lead.run_on()
@@ -122,7 +127,18 @@ class _Lead:
             samples=plan.samples(job, job.train.steps), model=plan.model_hash(job),
             tokenizer=plan.tokenizer_hash(run), now=time.monotonic(), due=self._due,
         )  # fmt: skip
-        self.rows = Rows(job.train.global_batch, self.machine.at.samples.used, job.layout.replicas)
+        opened = self.machine.at.opened
+        used = Samples(None, opened.watermark, opened.exceptions).used
+        self.rows = Rows(job.train.global_batch, used, job.layout.replicas)
+        # Steps that the journal has, and that a coordinator before this one may not have lived to tell.
+        self.before: list[dict[str, Any]] = []
+        for record in journal.records:
+            if isinstance(record, r.Committed):
+                self.rows.committed(record)
+            elif isinstance(record, r.Rejected):
+                self.rows.rejected(record)
+            if (row := self.rows.row()) is not None:
+                self.before.append(row)
         self._saved = self.rows.step
         # Nothing to save where nothing has happened since the checkpoint that it began with.
         self._kept = self.machine.version if len(journal.records) == 1 and self.machine.version else -1

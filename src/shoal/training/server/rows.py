@@ -28,7 +28,7 @@ class Rows:
         self._forget()
 
     def _forget(self) -> None:
-        self._loss = self._counted = self._tokens = 0.0
+        self._loss = self._tokens = 0.0
         self._staleness: Counter[int] = Counter()
         self._spent: dict[int, list[m.Spent]] = {}
         self._rejected = self._commits = 0
@@ -51,6 +51,7 @@ class Rows:
         """Another version."""
         self._last = record
         self._commits += 1
+        self._loss += sum(record.losses)
         for key, late, weight, samples in zip(
             record.keys, record.staleness, record.weights, record.samples, strict=True
         ):
@@ -58,10 +59,8 @@ class Rows:
             self._staleness[late] += 1
             self._tokens += weight
             self._used += samples.stop - samples.start
-            # After a restart of the coordinator, what a worker has said before is known by its repetition.
+            # What it cost is not in the journal, and so not known of what was committed before a crash.
             if said is not None:
-                self._loss += said.loss_sum
-                self._counted += weight
                 self._spent.setdefault(key.worker, []).append(said.spent)
 
     def row(self) -> dict[str, Any] | None:
@@ -75,7 +74,7 @@ class Rows:
         spent = [each for of_worker in self._spent.values() for each in of_worker]
         row = {
             "step": step,
-            "loss": self._loss / self._counted if self._counted else float("nan"),
+            "loss": self._loss / self._tokens if self._tokens else float("nan"),
             "grad_norm": self._last.grad_norm,
             "lr": self._last.lr,
             "tokens": int(self._tokens),
