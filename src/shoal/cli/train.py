@@ -66,6 +66,8 @@ def run(args: list[str]) -> Answer:
     """Trains. Where a signal stopped the run, the exit code is 128 + its number."""
     options = flags.parse(Train, args, "shoal train", short=SHORT)
     layout_given = any(word.partition("=")[0] == "--layout" for word in args)
+    if options.workers < 1 and any(word.partition("=")[0] == "--workers" for word in args):
+        raise JobError(f"--workers={options.workers} is less than 1", fix="1 or more")
     if options.recipe and options.resume:
         raise JobError("a recipe and --resume are both given", fix="a run has its own job.toml: leave out one of them")
     if options.resume and options.run.dir:

@@ -72,7 +72,11 @@ def run(
         for name in job.server.elsewhere:
             say(f"to be started elsewhere: shoal join {folder} '{name}'")
     first = Role("coordinator", f"{_ROOM}.coordinate:main", lead)
-    figures = roles.run(ranks, [first, *parts], say=say, on_signal=stopping)
+    try:
+        figures = roles.run(ranks, [first, *parts], say=say, on_signal=stopping)
+    finally:
+        # Nobody can join a run that has ended.
+        (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
     if not figures["stopped_by"]:
         told = {**here, "job": _of_this_machine(figures["job"]), "step": figures["step"]}
         figures["validation"] = local.run(f"{_ROOM}.evaluate:main", told, _world(job), threads, ranks=ranks)
@@ -92,7 +96,9 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
     parts = {part.name: part for part in _roles(job, str(folder.absolute()), start, host or job.server.host)}
     if name not in job.server.elsewhere:
         what = f"this run has no part '{name}' for another machine"
-        fix = nearest(name, list(job.server.elsewhere)) if job.server.elsewhere else "name it in server.elsewhere there"
+        fix = "the run's first machine starts it, unless --server.elsewhere names it when the run is begun or resumed"
+        if job.server.elsewhere:
+            fix = nearest(name, list(job.server.elsewhere))
         raise JobError(what, where=str(folder), fix=fix)
     say = speaker()
     ranks = Ranks(ENTRIES)
@@ -165,6 +171,9 @@ def _known(job: Job) -> None:
     if job.server.elsewhere and job.layout.replica_share == AUTO:
         what = "replica_share=auto with server.elsewhere: other machines cannot be measured before they are there"
         raise JobError(what, fix="give the shares, e.g. replica_share=2+1")
+    if job.server.elsewhere and job.sync.codec == "auto":
+        what = "sync.codec=auto with server.elsewhere: links to other machines cannot be tried before they are there"
+        raise JobError(what, fix="name a codec, e.g. int8, or none")
     for name in job.server.elsewhere:
         if name not in known:
             raise JobError(f"server.elsewhere: the job has no '{name}'", fix=nearest(name, known))
@@ -212,6 +221,10 @@ def _undecided(job: Job) -> bool:
     return not job.train.steps or "auto" in autos or not job.train.validate_every or not job.checkpoint.every
 
 
-def forget(folder: Path) -> None:
+def set_aside(folder: Path, say: Callable[[str], None]) -> None:
     """Of a run that goes on without a server: journal and logs would not follow from its checkpoints any more."""
-    shutil.rmtree(folder / _FOLDER, ignore_errors=True)
+    before = folder / f"{_FOLDER}-before"
+    if (folder / _FOLDER).is_dir():
+        shutil.rmtree(before, ignore_errors=True)
+        (folder / _FOLDER).rename(before)
+        say(f"it goes on from its checkpoint; what a server has journalled since is set aside in {before}")

@@ -37,10 +37,11 @@ def _saved(job: Job, rows: Rows) -> Facts:
     of steps. Else a rank sends 2 (R − 1) / R of them in an all-reduce of R replicas every step, all steps together;
     nothing is said where it sends more than gradients (`fsdp`, `tensor` and the like).
     """
-    layout, whole = job.layout, 4.0 * count(job.model)
+    layout = job.layout
     known = [row for row in rows if row.get("sent_bytes") and row.get("received_bytes")]
     if layout is None or not known or (job.sync.name in ("allreduce", "server") and job.sync.codec == "none"):
         return []
+    whole = 4.0 * count(job.model)
     if of_server(known):
         plain = [whole * staleness([row]).total() for row in known]
         sent, received = (

@@ -11,6 +11,7 @@ from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.journal import MAGIC, decode, encode
 from shoal.sync.server.messages import Address, Key, Range, Send, Square, Write
 from shoal.sync.server.rules import Rules
+from shoal.sync.server.standing import Standing
 
 WORKER = Address("worker")
 
@@ -324,3 +325,21 @@ def test_commits_that_everybody_has_on_disk_are_forgotten():
     assert (copies.base, len(copies.commits), bench.coordinator.version) == (2, 1, 3)
     assert copies.commit_of(Key(0, 0, 1)) is None
     assert copies.commit_of(Key(0, 0, 2)) is not None
+
+
+def test_numbers_of_incarnations_are_not_given_out_again_after_a_checkpoint():
+    entered = [r.Entered(0, 7, 3, 0, 1), r.Entered(1, 8, 2, 0, 1), r.Left(1, 2, "lost")]
+    old = Standing(Rules(workers=2), [1], 100, [r.Opened("x"), *entered], 0.0)
+    new = Standing(Rules(workers=2), [1], 100, old.summary(), 0.0)
+    assert new.incarnations == old.incarnations == {0: 3, 1: 2}
+    assert new.members.keys() == {0}
+    assert new.members[0].peers == old.members[0].peers - 1, "who has left is no peer"
+
+
+def test_an_end_that_has_come_nearer_than_what_was_leased_is_no_contradiction():
+    """A run is resumed with fewer steps than it had granted."""
+    key = Key(0, 0, 0)
+    journal = [r.Opened("x"), r.Entered(0, 7, 0, 0, 1), r.Granted(key, 0, Range(0, 8), 0), r.Left(0, 0, "lost")]
+    at = Standing(Rules(), [1], 4, journal, 0.0)
+    assert not at.samples.finished
+    assert at.samples.lease(4) == Range(0, 4)

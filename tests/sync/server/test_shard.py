@@ -159,3 +159,48 @@ def test_the_state_of_a_shard_is_its_weights_and_its_optimizer():
         held.apply([torch.full((6, 2), 0.3)], order, None)
     assert torch.equal(one.live()[0], two.live()[0])
     assert two.lr == 0.1
+
+
+def test_what_some_ranks_have_sent_goes_on_where_the_log_begins_anew_and_in_a_new_copy():
+    """A segment that held their part may be gone before the push is applied."""
+    key = Key(0, 0, 0)
+    rows = [(Piece("a", (0, 0), (6, 1)),), (Piece("a", (0, 1), (6, 1)),), (Piece("s", (), ()),)]
+    parts = [(torch.full((6, 1), 2.0),), (torch.full((6, 1), 3.0),), (torch.tensor(5.0),)]
+    old, back, new = shard(), shard(), shard(copy=1)
+    for part in (0, 2):
+        old.handle(WORKER, m.Stage(key, part, 3, rows[part]), parts[part], 0.0)
+    carried = [(told, [tensor.clone() for tensor in tensors]) for told, tensors in old.unapplied()]
+    back.recover(carried)
+    whole, *staged = old.give(1)
+    new.take(whole.message, whole.tensors)
+    for effect in staged:
+        new.handle(old.address, effect.message, effect.tensors, 0.0)
+    for server in (back, new):
+        (told,) = said(server.handle(WORKER, m.Stage(key, 1, 3, rows[1], True), parts[1], 0.0))
+        assert [(s.name, s.value) for s in told.squares] == [("a", pytest.approx(6 * 4 + 6 * 9)), ("s", 25.0)]
+        apply(server, 1, key)
+        assert torch.equal(server.held.live()[0], VALUES["a"] - torch.tensor([2.0, 3.0]))
+
+
+def test_a_copy_that_is_being_filled_is_passed_what_comes_until_it_is_gone():
+    server = shard(others=())
+    server.give(2)
+    server.handle(m.COORDINATOR, m.Copies(1, (0,)), (), 0.0)
+    assert server.others == (2,), "who repeats what there is does not know of it yet"
+    server.handle(m.COORDINATOR, m.Copies(2, (0, 2)), (), 0.0)
+    server.handle(m.COORDINATOR, m.Copies(3, (0,)), (), 0.0)
+    assert server.others == (), "it was one, and is not any more"
+    server.give(4)
+    server.lost(Address("shard", 0, 4))
+    assert server.others == ()
+
+
+def test_a_copy_that_never_got_what_it_is_to_apply_is_stuck():
+    server = shard()
+    assert not server.stuck
+    apply(server, 1, Key(0, 0, 0))
+    assert server.stuck
+    stage(server, Key(0, 0, 0))
+    apply(server, 1, Key(0, 0, 0))
+    assert not server.stuck
+    assert server.version == 1

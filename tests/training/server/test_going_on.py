@@ -45,7 +45,7 @@ def test_a_signal_drains_and_the_run_goes_on_without_a_server_and_with_others(ra
     assert main(["ckpt", "verify", str(run)]) == 0
 
     change(run, "replicas=3", sync={"name": "allreduce"}, server={"shards": 1}, train={"steps": 14})
-    server.forget(run)
+    server.set_aside(run, said.append)
     assert train(replace(read(run / "job.toml"), run=job.run), resume=True)[0]["step"] == 14
 
     change(run, "replicas=3", sync={"name": "server"}, server={"copies": 2}, train={"steps": 20})

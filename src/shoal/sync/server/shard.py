@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,9 +37,11 @@ class Held(Protocol):
 
 @dataclass
 class _Staged:
-    """A push that is not decided on. parts: which of the worker's ranks have sent theirs. said: when we told so."""
+    """A push that is not decided on. of: the worker's ranks. parts: which of them have sent theirs. said: when we told
+    so."""
 
     gradient: Any
+    of: int = 1
     parts: set[int] = field(default_factory=set)
     squares: tuple[Square, ...] | None = None
     said: float = 0.0
@@ -92,6 +94,7 @@ class ServerShard:
         self._waiting: dict[Address, m.Pull] = {}
         self._readers: set[Address] = set()
         self._saves: dict[int, bytes] = {}
+        self._given: set[int] = set()
         self._out: list[Effect] = []
 
     @property
@@ -102,7 +105,7 @@ class ServerShard:
         """To be said to the coordinator when it is there, and again whenever either comes back."""
         return [Send(COORDINATOR, m.Hello(self.number, self.copy, self.version))]
 
-    def recover(self, log: Sequence[tuple[m.Stage, Sequence[Any]]]) -> None:
+    def recover(self, log: Iterable[tuple[m.Stage, Sequence[Any]]]) -> None:
         """After a crash, with `held` as it was saved at `version`: takes in what the log has of the time since."""
         for stage, tensors in log:
             self._put(stage, tensors)
@@ -114,10 +117,17 @@ class ServerShard:
         weights = [each for kept in self._backup.values() for each in self.held.cut(kept, self.held.pieces())]
         pieces += self.held.pieces() * len(self._backup)
         whole = m.Whole(self.version, pieces, tuple(self._backup), values)
+        self._given.add(copy)
         if copy not in self.others:
             self.others = (*self.others, copy)
         staged = [Send(address, stage, gradient) for stage, gradient in self.unapplied()]
         return [Send(address, whole, (*tensors, *weights)), *staged]
+
+    @property
+    def stuck(self) -> bool:
+        """Whether it has been told to apply what it never got."""
+        order = self._orders.get(self.version + 1)
+        return order is not None and not self._whole(order)
 
     def take(self, message: m.Whole, tensors: Sequence[Any]) -> None:
         """As a new copy: what another one gave."""
@@ -148,7 +158,10 @@ class ServerShard:
         elif isinstance(message, m.Copies):
             if message.epoch >= self._epoch:
                 self._epoch = message.epoch
-                self.others = message.copies[1:] if message.copies[0] == self.copy else ()
+                self._given -= {*message.copies}
+                # Who is being given everything is not among them yet.
+                given = tuple(sorted(self._given))
+                self.others = (*message.copies[1:], *given) if message.copies[0] == self.copy else given
         elif isinstance(message, m.Save):
             self._saves[message.version] = message.values
             self._keep()
@@ -159,6 +172,10 @@ class ServerShard:
 
     def lost(self, sender: Address) -> None:
         """The connection with somebody ended, and with it what was on its way there."""
+        if sender.role == "shard" and sender.copy in self._given:
+            # A new copy is gone before it took part.
+            self._given.discard(sender.copy)
+            self.others = tuple(other for other in self.others if other != sender.copy)
         if sender.role == "reader":
             self._readers.discard(sender)
             self._waiting.pop(sender, None)
@@ -172,11 +189,17 @@ class ServerShard:
         return out
 
     def unapplied(self) -> Iterator[tuple[m.Stage, tuple[Any, ...]]]:
-        """What is staged in full and not decided on, for a log that begins anew."""
+        """What is staged and not decided on, for a log that begins anew, or for a new copy.
+
+        Of a push of which some ranks' parts have not come: all that is there, as one of those that have, and nothing
+        as the others.
+        """
         pieces = self.held.pieces()
         for key, staged in self.staged.items():
-            if staged.squares is not None:
-                yield m.Stage(key, 0, 1, pieces, True), self.held.cut(staged.gradient, pieces)
+            first, *others = sorted(staged.parts)
+            yield m.Stage(key, first, staged.of, pieces, True), self.held.cut(staged.gradient, pieces)
+            for part in others:
+                yield m.Stage(key, part, staged.of, (), True), ()
 
     def _stage(self, message: m.Stage, tensors: Sequence[Any], now: float) -> None:
         if self._over(message.key):
@@ -198,7 +221,7 @@ class ServerShard:
             for key in [k for k, s in self.staged.items() if k.worker == message.key.worker and s.squares is None]:
                 if key < message.key:
                     del self.staged[key]
-            staged = self.staged[message.key] = _Staged(self.held.blank())
+            staged = self.staged[message.key] = _Staged(self.held.blank(), message.parts)
         if message.part in staged.parts:
             return False
         self.held.put(staged.gradient, message.pieces, tensors, message.encoded)

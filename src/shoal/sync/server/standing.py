@@ -31,7 +31,8 @@ class Standing:
         self.rules, self.now = rules, now
         self.members: dict[int, Member] = {}
         self.incarnations: dict[int, int] = {}
-        self.samples = Samples(samples, first.watermark, first.exceptions)
+        # What was leased before may lie beyond an end that has come nearer since.
+        self.samples = Samples(None, first.watermark, first.exceptions)
         self.copies = Copies(copies, first.version, rules.retry, first.epoch)
         self.started = first.started
         self.ready: dict[Key, Member] = {}
@@ -40,6 +41,7 @@ class Standing:
         self.opened = first
         for record in journal[1:]:
             self.take(record)
+        self.samples.end = samples
 
     @property
     def version(self) -> int:
@@ -83,6 +85,10 @@ class Standing:
         opened = r.Opened(self.opened.job, self.version, watermark, exceptions, self.started, self.copies.epoch)
         records: list[r.AnyRecord] = [opened]
         records += [r.Changed(shard, copies) for shard, copies in enumerate(self.copies.of_shard)]
+        # Numbers of incarnations that are gone are not given out again.
+        for worker, incarnation in self.incarnations.items():
+            if worker not in self.members:
+                records += [r.Entered(worker, 0, incarnation, 0, 1), r.Left(worker, incarnation, "left")]
         for member in self.members.values():
             records.append(r.Entered(member.worker, member.nonce, member.incarnation, member.clock, member.share))
         for member in self.members.values():

@@ -17,6 +17,7 @@ from shoal.sync.server import journal
 from shoal.sync.server import records as r
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.journal_file import FILE
+from shoal.training import folder as folders
 from shoal.training.server import plan
 
 _PLAN = "plan.json"
@@ -42,13 +43,22 @@ def main(seat: Seat, *, folder: str, job: str) -> None:
     elif fits and newest > start:
         say(f"the journal of this run goes on after its checkpoint: version {start:,} → {newest:,}")
     here.mkdir(parents=True, exist_ok=True)
+    # A coordinator that is started again reads it.
+    folders.write_job(run, given)
     files.replace(here / _PLAN, lasting)
 
 
 def _lasting(job: Job) -> bytes:
-    """What logs and journal only hold for."""
+    """What logs and journal only hold for. Rates are in the journal."""
     held = [[(block.name, block.start, block.stop) for block in blocks] for blocks in plan.placement(job)]
-    return msgspec.json.encode({"model": plan.model_hash(job), "placement": held, "copies": job.server.copies})
+    optim, options = plan.optim(job), job.server
+    return msgspec.json.encode(
+        {
+            "model": plan.model_hash(job), "placement": held, "copies": options.copies, "codec": job.sync.codec,
+            "local_steps": options.local_steps, "compensation": options.compensation,
+            "optim": [getattr(optim, name) for name in ("name", "betas", "eps", "momentum", "weight_decay")],
+        }
+    )  # fmt: skip
 
 
 def _journal(here: Path) -> tuple[int, int]:

@@ -140,10 +140,12 @@ class _Lead:
             if (row := self.rows.row()) is not None:
                 self.before.append(row)
         self._saved = self.rows.step
-        # Nothing to save where nothing has happened since the checkpoint that it began with.
-        self._kept = self.machine.version if len(journal.records) == 1 and self.machine.version else -1
+        # A journal begins at a checkpoint that is complete.
+        self._kept = self.machine.version if self.machine.version == self.machine.at.opened.version else -1
         self._times = max(_LOG_LEAST, _LOG_BYTES // (4 * count(job.model)))
-        self._conductor = Conductor(self.machine, station, journal, written=self._written, noted=self._noted)
+        self._conductor = Conductor(
+            self.machine, station, journal, written=self._written, noted=self._noted, gone=self._gone
+        )
 
     def anew(self) -> None:
         """Not only the coordinator was started again, but the whole run: no worker of before is there any more."""
@@ -174,7 +176,7 @@ class _Lead:
         """Every so many steps, and where logs have become long; one at a time."""
         step = at.samples.used // self.job.train.global_batch
         every = self.job.checkpoint.every
-        self._since_save += 1
+        self._since_save += len(at.copies.commits[-1].keys)
         regular = step // every > self._saved // every and not at.samples.finished
         long = self.job.server.copies == 1 and self._since_save > self._times
         if self._saving is not None or not (regular or long):
@@ -208,6 +210,11 @@ class _Lead:
             self._was_saved(message)
         elif isinstance(message, m.Hello):
             # A shard that has come back has lost its part of what was being saved.
+            self._saving = None
+
+    def _gone(self, address: Address) -> None:
+        """With a shard, its part of what is being saved may be lost."""
+        if address.role == "shard":
             self._saving = None
 
     def _was_saved(self, message: m.Saved) -> None:

@@ -24,7 +24,7 @@ from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Chain
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.serve import Serving, join
-from shoal.sync.server.node.shard_log import ShardLog
+from shoal.sync.server.node.shard_log import ShardLog, only_one
 from shoal.sync.server.parameters import Parameters
 from shoal.sync.server.placement import Block
 from shoal.sync.server.shadow import Shadow
@@ -58,9 +58,11 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
     with contextlib.ExitStack() as ending:
         log = None
         if alone:
-            log = ShardLog(run / FOLDER / f"shard-{number}", stored(given.train.precision))
+            logs = run / FOLDER / f"shard-{number}"
+            ending.enter_context(only_one(logs))
+            log = ShardLog(logs, stored(given.train.precision))
             ending.callback(log.close)
-            machine.recover(list(log.read()))
+            machine.recover(log.read(version))
         saver = ending.enter_context(
             Saver(run / "checkpoints", number, options.shards, given.checkpoint.keep, nonce=nonce, timeout=_PARTS)
         )

@@ -8,7 +8,6 @@ from typing import Any
 
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
-from shoal.sync.server.messages import Key
 
 
 class Rows:
@@ -23,7 +22,8 @@ class Rows:
         self.global_batch, self.workers = global_batch, workers
         self.step = used // global_batch
         self._used = used
-        self._said: dict[Key, m.Push] = {}
+        # The latest of each worker, which has one at a time.
+        self._said: dict[int, m.Push] = {}
         self._since: float | None = None
         self._forget()
 
@@ -36,14 +36,13 @@ class Rows:
 
     def pushed(self, push: m.Push) -> None:
         """What a worker says of its push; known when it is decided on."""
-        self._said[push.key] = push
+        self._said[push.key.worker] = push
         if self._since is None:
             # Workers have come one by one: time counts from when the first of them had something to do.
             self._since = time.perf_counter() - push.spent.computed
 
     def rejected(self, record: r.Rejected) -> None:
         """A gradient was computed in vain."""
-        self._said.pop(record.key, None)
         self._rejected += 1
         self._used += record.skipped.stop - record.skipped.start
 
@@ -55,12 +54,12 @@ class Rows:
         for key, late, weight, samples in zip(
             record.keys, record.staleness, record.weights, record.samples, strict=True
         ):
-            said = self._said.pop(key, None)
+            said = self._said.get(key.worker)
             self._staleness[late] += 1
             self._tokens += weight
             self._used += samples.stop - samples.start
             # What it cost is not in the journal, and so not known of what was committed before a crash.
-            if said is not None:
+            if said is not None and said.key == key:
                 self._spent.setdefault(key.worker, []).append(said.spent)
 
     def row(self) -> dict[str, Any] | None:

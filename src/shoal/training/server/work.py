@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from shoal import device, mesh, operations
 from shoal.data.batch import Batch
@@ -85,10 +86,13 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
 
 
 def _batches(loader: Loader, ranks: Mesh, samples: Range) -> list[Batch]:
-    """This rank's micro-batches of the samples that its worker was granted."""
-    part = (samples.stop - samples.start) // ranks.layout.readers
-    position_N = samples.start + ranks.reader * part + np.arange(part)
-    return micro_batches(on_device(loader.rows(loader.order(position_N)), ranks.device), ranks.layout.micro_batch)
+    """This rank's micro-batches of the samples that its worker was granted: as many on each, though what an earlier
+    layout left over may not be a multiple of their number. Rows that fill up weigh nothing."""
+    part = -(-(samples.stop - samples.start) // ranks.layout.readers)
+    wanted_N = samples.start + ranks.reader * part + np.arange(part)
+    batch = loader.rows(loader.order(np.minimum(wanted_N, samples.stop - 1)))
+    batch.weight_BL.mul_(torch.from_numpy(wanted_N < samples.stop)[:, None])
+    return micro_batches(on_device(batch, ranks.device), ranks.layout.micro_batch)
 
 
 def _steps(samples: Range, size: int) -> list[Range]:

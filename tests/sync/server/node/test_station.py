@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -61,17 +62,32 @@ def silent(station: Station) -> bool:
 def test_two_sides_talk_with_tensors_in_order(station):
     shard, worker = station(SHARD, listens=True), station(WORKER, calls=("shard",))
     tensors = torch.arange(6.0).reshape(2, 3).T, torch.tensor(0.5)
-    for _ in range(3):
-        worker.send(SHARD, STAGE, tensors)
-        worker.send(SHARD, m.Drop((STAGE.key,)))
-    for _ in range(3):
+    stages = [msgspec.structs.replace(STAGE, key=Key(2, 0, clock)) for clock in range(3)]
+    for stage in stages:
+        worker.send(SHARD, stage, tensors)
+        worker.send(SHARD, m.Drop((stage.key,)))
+    for stage in stages:
         sender, message, found = said(shard)
-        assert (sender, message) == (WORKER, STAGE)
+        assert (sender, message) == (WORKER, stage)
         assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))
-        assert said(shard) == (WORKER, m.Drop((STAGE.key,)), [])
+        assert said(shard) == (WORKER, m.Drop((stage.key,)), [])
     shard.send(WORKER, m.Over())
     assert said(worker) == (SHARD, m.Over(), [])
     assert worker.traffic()[0] > 3 * 28 < shard.traffic()[1]
+
+
+def test_what_is_said_again_while_it_still_waits_goes_once(station):
+    """On a slow line patience ends before a gradient has gone: it must not be sent again behind itself."""
+    worker = station(WORKER, calls=("shard",))
+    tensors = torch.arange(6.0).reshape(2, 3).T, torch.tensor(0.5)
+    other = msgspec.structs.replace(STAGE, key=Key(2, 0, 99))
+    for stage in (STAGE, other, STAGE, other):
+        worker.send(SHARD, stage, tensors)
+    shard = station(SHARD, listens=True)
+    assert [said(shard).message, said(shard).message] == [STAGE, other]
+    assert silent(shard)
+    worker.send(SHARD, STAGE, tensors)
+    assert said(shard).message == STAGE, "once it has gone, it may go again"
 
 
 def test_whom_nobody_calls_and_who_is_not_there_gets_nothing(station, tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ class Client:
         """station: for a nonce, one that listens to nobody and calls coordinator and shards."""
         self.machine = machine
         self._changed = threading.Condition()
-        self._error: JobError | RankError | None = None
+        self._error: Exception | None = None
         self._closing = False
         # Parts of pushes that shards say they do not have, of (shard, copy): for the worker's other ranks, too.
         self._missing: list[tuple[int, int]] = []
@@ -113,6 +113,15 @@ class Client:
         return self.machine.key == key and self.machine.state == state
 
     def _run(self) -> None:
+        try:
+            self._drive()
+        except Exception as error:
+            # Whoever waits must not wait for ever.
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _drive(self) -> None:
         while not self._closing:
             event = self.station.next(_TICK)
             with self._changed:

@@ -20,15 +20,17 @@ class Conductor:
     """Runs the coordinator until it is told to end.
 
     written: is given each record, once it is in the journal; noted: messages that the coordinator itself has no use
-    for (`Noted`, `Saved`, and each `Push` and `Hello` before it is handled), with who said them.
+    for (`Noted`, `Saved`, and each `Push` and `Hello` before it is handled), with who
+    said them. gone: told of whom the connection was lost with.
     """
 
     def __init__(
         self, machine: Coordinator, station: Station, journal: JournalFile, *,
         written: Callable[[r.AnyRecord], None], noted: Callable[[Address, m.AnyMessage], None],
+        gone: Callable[[Address], None],
     ):  # fmt: skip
         self.machine, self.station, self.journal = machine, station, journal
-        self._written, self._noted = written, noted
+        self._written, self._noted, self._gone = written, noted, gone
         self._ticked = time.monotonic()
 
     def run(self, step: Callable[[], bool]) -> None:
@@ -79,6 +81,7 @@ class Conductor:
     def _take(self, event: Event) -> list[Effect]:
         now = time.monotonic()
         if isinstance(event, Lost):
+            self._gone(event.address)
             return self.machine.lost(event.address, now) if event.address.role in ("worker", "shard") else []
         assert isinstance(event, Said)
         message = event.message

@@ -28,6 +28,7 @@ class Serving:
         self.machine, self.station, self.log, self._save, self._poll = machine, station, log, save, poll
         self._ticked = float("-inf")
         self._greeted = False
+        self._heard = self._whole = time.monotonic()
 
     def run(self) -> None:
         """JobError where this copy cannot take part."""
@@ -45,9 +46,21 @@ class Serving:
             now = time.monotonic()
             if now - self._ticked >= self.machine.retry / 2:
                 self._ticked = now
+                self._check(now)
                 if not self._greeted:
                     self._hello()
                 self._do(self.machine.tick(now))
+
+    def _check(self, now: float) -> None:
+        """That there is a coordinator, and that this copy gets what it is to apply."""
+        if self.station.connected(COORDINATOR):
+            self._heard = now
+        elif now - self._heard > _ALONE:
+            raise RankError(f"there has been no coordinator for {_ALONE:.0f} s")
+        if not self.machine.stuck or self.machine.logged:
+            self._whole = now
+        elif now - self._whole > _STUCK:
+            raise ConnectionResetError("this copy has missed what workers pushed; a new one takes it from another")
 
     def _hello(self) -> None:
         self._do(self.machine.hello())
@@ -100,6 +113,10 @@ class Serving:
         self.log.turn(version)
         for stage, tensors in self.machine.unapplied():
             self.log.append(stage, tensors, durable=True)
+
+
+# Seconds without a coordinator after which a shard gives up; and after which a copy that lacks bytes does.
+_ALONE, _STUCK = 120.0, 10.0
 
 
 def join(machine: ServerShard, station: Station, patience: float) -> None:

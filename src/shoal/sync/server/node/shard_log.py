@@ -6,8 +6,11 @@ header, the header (msgpack: the message, and the CRC-32 of each tensor's bytes)
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +20,14 @@ import torch
 from torch import Tensor
 
 from shoal.checkpoint.folders import sync
+from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server.node import frames
 from shoal.sync.server.wire.buffers import to_send
 
 _HEAD = struct.Struct("<II")
+# Seconds that a process which was killed may take to be gone.
+_PATIENCE = 10.0
 
 
 class _Entry(msgspec.Struct, array_like=True):
@@ -40,10 +46,14 @@ class ShardLog:
         self._version = max([version for version, _ in self._segments()], default=0)
         self._file = self._open(self._version)
 
-    def read(self) -> Iterator[tuple[m.Stage, Sequence[Tensor]]]:
-        """All that is there, in the order in which it came; of a segment, up to the first push that is torn."""
-        for _, path in self._segments():
-            yield from _entries(path, self.dtype)
+    def read(self, version: int = 0) -> Iterator[tuple[m.Stage, Sequence[Tensor]]]:
+        """All that is not part of `version` for sure, in the order in which it came; of a segment, up to the first push
+        that is torn."""
+        segments = self._segments()
+        since = max([first for first, _ in segments if first <= version], default=0)
+        for first, path in segments:
+            if first >= since:
+                yield from _entries(path, self.dtype)
 
     def append(self, stage: m.Stage, tensors: Sequence[Tensor], durable: bool) -> None:
         """durable: returns when it is on the disk, and all before it."""
@@ -90,6 +100,27 @@ class ShardLog:
         os.lseek(file, whole, os.SEEK_SET)
         sync(self.folder)
         return file
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Within, no other process writes a log there; the kernel lets go whatever ends this one. JobError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    fix = "end the `shoal join` or the run that holds it"
+                    raise JobError("another process holds this server shard", where=str(folder), fix=fix) from None
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(file)
 
 
 def _walk(path: Path) -> Iterator[tuple[int, _Entry, bytes]]:

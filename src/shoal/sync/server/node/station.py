@@ -99,6 +99,12 @@ class Station:
                 threading.Thread(target=self._call, args=(to, peer), name=f"calls {to}", daemon=True).start()
         peer.put(m.encode(message), frames.buffers(tensors))
 
+    def connected(self, address: Address) -> bool:
+        """Whether there is a connection with somebody, as far as is known."""
+        with self._lock:
+            peer = self._peers.get(address)
+            return peer is not None and peer.connection is not None
+
     def drop(self, address: Address) -> None:
         """Ends the connection with somebody."""
         with self._lock:
@@ -148,8 +154,8 @@ class Station:
         connection = None
         deadline = time.monotonic() + _PATIENCE
         while connection is None and not peer.closed and time.monotonic() < deadline:
-            entry = self.book.find(to)
             try:
+                entry = self.book.find(to)
                 if entry is not None:
                     connection = connect(
                         entry.host, entry.port, credentials=self.credentials, name=frames.name(self.me),
@@ -225,7 +231,12 @@ class _Peer:
     def put(self, header: bytes, tensors: list[Tensor]) -> None:
         with self._lock:
             if self._outbox is None:
-                self._waiting.append((header, tensors))
+                # What is said again while nobody was reached goes once.
+                if all(header != other for other, _ in self._waiting):
+                    self._waiting.append((header, tensors))
+                return
+            if tensors and self._outbox.has(header):
+                # Tensors that take longer than the other side's patience are not sent again behind themselves.
                 return
             # Whoever receives from it learns of its end.
             with contextlib.suppress(ConnectionError):

@@ -20,7 +20,7 @@ class Outbox:
     def __init__(self, connection: Connection, *, most: int = 64, timeout: float = 60.0, slowest: float = 1e6):
         self._connection, self._most, self._timeout, self._slowest = connection, most, timeout, slowest
         self._waiting: deque[tuple[bytes, Sequence[Buffer]]] = deque()
-        self._sending = False
+        self._sending: bytes | None = None
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._send, name=f"answers {connection.peer}", daemon=True)
@@ -35,7 +35,12 @@ class Outbox:
     @property
     def waiting(self) -> int:
         """Frames that have not been sent, or not wholly."""
-        return len(self._waiting) + self._sending
+        return len(self._waiting) + (self._sending is not None)
+
+    def has(self, header: bytes) -> bool:
+        """Whether a frame with this header waits, or is on its way into the kernel."""
+        with self._changed:
+            return header == self._sending or any(header == other for other, _ in self._waiting)
 
     def put(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         """Returns at once; the buffers must stay as they are until they are sent.
@@ -68,7 +73,9 @@ class Outbox:
 
     def _next(self) -> tuple[bytes, Sequence[Buffer]] | None:
         with self._changed:
-            self._sending = False
+            self._sending = None
             self._changed.wait_for(lambda: self._waiting or self._closing)
-            self._sending = bool(self._waiting)
-            return self._waiting.popleft() if self._waiting else None
+            if not self._waiting:
+                return None
+            self._sending = self._waiting[0][0]
+            return self._waiting.popleft()
