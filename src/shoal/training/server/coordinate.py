@@ -39,8 +39,9 @@ from shoal.training.server.rows import Rows
 from shoal.training.stop import Stop
 from shoal.training.worker import length_of
 
-# What all shards' logs may hold before a checkpoint makes them short again: bytes, but so many gradients at least.
-_LOG_BYTES, _LOG_LEAST = 1 << 30, 4
+# What all shards' logs may hold before a checkpoint makes them short again: bytes, but so many gradients at least, and
+# at most: a shard that comes back applies them one by one.
+_LOG_BYTES, _LOG_LEAST, _LOG_MOST = 1 << 30, 4, 256
 # How often the last checkpoint is asked for, and seconds after which it is again though no shard was lost.
 _ATTEMPTS, _LONGEST = 3, 600.0
 
@@ -142,7 +143,7 @@ class _Lead:
         self._saved = self.rows.step
         # A journal begins at a checkpoint that is complete.
         self._kept = self.machine.version if self.machine.version == self.machine.at.opened.version else -1
-        self._times = max(_LOG_LEAST, _LOG_BYTES // (4 * count(job.model)))
+        self._times = min(_LOG_MOST, max(_LOG_LEAST, _LOG_BYTES // (4 * count(job.model))))
         self._conductor = Conductor(
             self.machine, station, journal, written=self._written, noted=self._noted, gone=self._gone
         )
