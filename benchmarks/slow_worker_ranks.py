@@ -36,7 +36,7 @@ def main(seat: Seat, *, pad: float, told: str, **args: Any) -> dict[str, Any]:
             time.sleep(max(0.0, left))
             return tally
 
-        replica.gradients = gradients  # type: ignore[method-assign]
+        replica.gradients = gradients
         return replica, objective
 
     # Of this process alone, which ends with the run.

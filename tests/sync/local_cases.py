@@ -48,7 +48,7 @@ def take_steps(parts: Parts, steps: int, first: int = 0) -> dict[str, Any]:
         parts.objective.step = step
         parts.sync.begin(step)
         taking = shares.taking(parts.job.sync, parts.mesh.layout.replicas, step)
-        batches = step_batches(Stream(), parts.mesh, position, taking)  # type: ignore[arg-type]
+        batches = step_batches(Stream(), parts.mesh, position, taking)
         position += shares.samples(parts.mesh.layout, parts.job.sync, cases.GLOBAL_BATCH, step)
         applied = parts.sync.end(parts.replica.gradients(batches, parts.objective))
         assert applied.applied
