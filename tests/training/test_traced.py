@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -73,10 +74,20 @@ def test_what_travels_during_backward_is_seen(tiny, train, tmp_path, layout, ope
         assert operations <= {s.name for s in flights if timeline.common([(s.start, s.end)], backward)}
     shares = timeline.summary(recordings)
     assert all(share.hidden > 0 for share in shares)
-    if "fsdp" in layout:
-        # Were every gather waited for at once, less than a hundredth would seem hidden; otherwise a fifth or more is.
-        hidden, exposed = (sum(getattr(share, kind) for share in shares) for kind in ("hidden", "exposed"))
-        assert hidden / (hidden + exposed) > 0.04
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_a_sharded_block_is_gathered_while_another_is_computed(tiny, train, tmp_path, recompute):
+    """Told by the order in which things begin: how much of it is hidden is the machine's business."""
+    job = tiny(tmp_path / "run", f"fsdp=2,recompute={recompute}", train={"steps": 2}, model={"num_hidden_layers": 4})
+    for events in train(job, entry="tests.training.tracing:order"):
+        turn, end = events.index("backward"), events.index("update")
+        forward, backward = events[:turn], events[turn:end]
+        before = [one for one, other in pairwise(forward) if other == "block"]
+        assert before == ["gather", "gather", "gather", "wait"]
+        after = [other for one, other in pairwise(backward) if one == "gather"]
+        assert len(after) == 4
+        assert [other for other in after if other == "wait"] == after[:1]
 
 
 def test_both_ends_of_a_message_are_known_to_be_one(tiny, train, tmp_path):

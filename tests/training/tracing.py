@@ -1,9 +1,13 @@
-"""A rank that looks at what tracing replaces."""
+"""Ranks that look at what tracing replaces, and at the order in which things begin."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +15,9 @@ from torch.distributed.pipelining import PipelineStage
 
 from shoal import mesh as meshes
 from shoal.job import Layout
+from shoal.models.decoder import Block
 from shoal.optim.update import Update
+from shoal.training import flights, worker
 from shoal.training.objective import Objective
 from shoal.training.traced import traced
 
@@ -32,3 +38,30 @@ def before_and_after(seat: meshes.Seat) -> list[bool]:
         return [all(a is not b for a, b in zip(before, inside, strict=True)), functions() == before]
     finally:
         mesh.close()
+
+
+def order(seat: meshes.Seat, **args: Any) -> list[str]:
+    """Trains, and tells in which order gathers began, this rank waited for something, and blocks were called."""
+    events: list[str] = []
+
+    def told(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*those: Any, **named: Any) -> Any:
+            events.append(name)
+            return method(*those, **named)
+
+        return call
+
+    watched = [
+        *((dist.ProcessGroup, name, "gather") for name in flights._METHODS["all_gather"]),
+        *((dist.ProcessGroup, name, "reduce") for name in flights._METHODS["reduce_scatter"]),
+        (dist.Work, "wait", "wait"),
+        (Block, "forward", "block"),
+        (torch.Tensor, "backward", "backward"),
+        (Update, "apply", "update"),
+    ]
+    with ExitStack() as stack:
+        for owner, name, event in watched:
+            if name in vars(owner):
+                stack.enter_context(flights.replaced(owner, name, partial(told, event)))
+        worker.main(seat, **args)
+    return events
