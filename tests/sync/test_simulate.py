@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from shoal.job.optim import OptimOptions
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
-from shoal.sync.server.messages import Send
+from shoal.sync.server.effects import Send
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.shard import ServerShard
 from shoal.sync.simulate.audit import violations

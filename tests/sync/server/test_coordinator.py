@@ -8,8 +8,9 @@ from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.effects import Send, Write
 from shoal.sync.server.journal import MAGIC, decode, encode
-from shoal.sync.server.messages import Address, Key, Range, Send, Square, Write
+from shoal.sync.server.messages import Address, Key, Range, Square
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.standing import Standing
 

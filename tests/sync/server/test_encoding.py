@@ -13,8 +13,9 @@ from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
 from shoal.sync.codec import Draws, codec_of
 from shoal.sync.server import messages as m
+from shoal.sync.server.effects import Send
 from shoal.sync.server.encoding import Encoder
-from shoal.sync.server.messages import Address, Key, Piece, Send
+from shoal.sync.server.messages import Address, Key, Piece
 from shoal.sync.server.parameters import Parameters, blocks
 from shoal.sync.server.payload import from_bytes, to_bytes
 from shoal.sync.server.placement import Block

@@ -11,7 +11,8 @@ import torch
 from shoal.errors import JobError, RankError
 from shoal.job.optim import OptimOptions
 from shoal.sync.server import messages as m
-from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece, Send
+from shoal.sync.server.effects import Send
+from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece
 from shoal.sync.server.node import read
 from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.read import Reader

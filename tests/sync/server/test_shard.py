@@ -8,7 +8,8 @@ import torch
 from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
 from shoal.sync.server import messages as m
-from shoal.sync.server.messages import Address, Key, Piece, Send, Write
+from shoal.sync.server.effects import Send, Write
+from shoal.sync.server.messages import Address, Key, Piece
 from shoal.sync.server.parameters import Parameters, blocks
 from shoal.sync.server.placement import Block
 from shoal.sync.server.rules import Rules

@@ -14,8 +14,9 @@ from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copy
 from shoal.sync.server.decisions import as_granted, commit, leases, may_begin, refusal
+from shoal.sync.server.effects import Effect, Send, Summary, Write
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import Address, Effect, Key, Message, Range, Send, Square, Write
+from shoal.sync.server.messages import Address, Key, Message, Range, Square
 from shoal.sync.server.rounds import Round
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.standing import Standing
@@ -148,7 +149,7 @@ class Coordinator:
 
     def _save(self, values: bytes) -> None:
         told = m.Save(self.version, values)
-        self._out.append(m.Summary(self.version, tuple(self.at.summary())))
+        self._out.append(Summary(self.version, tuple(self.at.summary())))
         self._out += [Send(Address("shard", s, copy), told) for s, copy in enumerate(self.at.copies.primaries())]
 
     def _done(self) -> list[Effect]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.sync.server.messages import Address, Key, Send
+from shoal.sync.server.effects import Send
+from shoal.sync.server.messages import Address, Key
 from shoal.sync.server.records import Changed, Committed
 
 Copy = tuple[int, int]

@@ -1,13 +1,13 @@
-"""What a worker, the coordinator and the shards say to each other, and what a state machine asks its host to do.
+"""What a worker, the coordinator and the shards say to each other.
 
-Messages are msgspec structs; tensors travel beside them (`Send.tensors`), in the order of the message's `pieces`.
+Messages are msgspec structs; tensors travel beside them (`effects.Send`), in the order of the message's `pieces`.
 Every message may be lost, delayed, doubled or overtaken: whoever waits for an answer says it again, and every receiver
 takes it twice as once.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -417,43 +417,6 @@ class Kept(Message, frozen=True):
 
 class Over(Message, frozen=True):
     """The job has ended."""
-
-
-# What a state machine asks its host to do, in this order.
-
-
-class Send(msgspec.Struct, frozen=True):
-    to: Address
-    message: Message
-    tensors: tuple[Any, ...] = ()
-
-
-class Write(msgspec.Struct, frozen=True):
-    """Append to the log. durable: be sure that it is on disk before doing what follows.
-
-    what: a record of the coordinator (`records`); a shard's Stage, with its tensors.
-    """
-
-    what: Any
-    tensors: tuple[Any, ...] = ()
-    durable: bool = True
-
-
-class Keep(msgspec.Struct, frozen=True):
-    """A shard is at `version` now, of which it was told to save its part. values: as in Save."""
-
-    version: int
-    values: bytes
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """Of a version that is being saved: the records that a journal begins with from there (`Standing.summary`)."""
-
-    version: int
-    records: tuple[Any, ...]
-
-
-Effect = Send | Write | Keep | Summary
 
 
 AnyMessage = (

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.sync.server import messages as m
-from shoal.sync.server.messages import COORDINATOR, Address, Apply, Effect, Key, Message, Piece, Send, Square, Write
+from shoal.sync.server.effects import Effect, Keep, Send, Write
+from shoal.sync.server.messages import COORDINATOR, Address, Apply, Key, Message, Piece, Square
 
 if TYPE_CHECKING:
     from shoal.sync.server.shadow import Shadow
@@ -294,7 +295,7 @@ class ServerShard:
     def _keep(self) -> None:
         """What is to be saved of this version; of one that is over, nothing can be any more."""
         if (values := self._saves.get(self.version)) is not None:
-            self._out.append(m.Keep(self.version, values))
+            self._out.append(Keep(self.version, values))
         self._saves = {version: values for version, values in self._saves.items() if version > self.version}
 
     def _may_be_pulled(self) -> bool:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from shoal.sync.server import messages as m
-from shoal.sync.server.messages import COORDINATOR, Address, Effect, Key, Message, Piece, Range, Send
+from shoal.sync.server.effects import Effect, Send
+from shoal.sync.server.messages import COORDINATOR, Address, Key, Message, Piece, Range
 
 if TYPE_CHECKING:
     from shoal.sync.server.follower import Follower

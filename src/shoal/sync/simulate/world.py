@@ -11,10 +11,11 @@ from typing import Any
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.effects import Effect, Send, Write
 from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.follower import Follower
 from shoal.sync.server.journal import MAGIC, decode, encode
-from shoal.sync.server.messages import COORDINATOR, Address, Chain, Effect, Key, Send
+from shoal.sync.server.messages import COORDINATOR, Address, Chain, Key
 from shoal.sync.server.shadow import Shadow
 from shoal.sync.server.shard import ServerShard
 from shoal.sync.server.worker import Worker
@@ -172,7 +173,7 @@ class World:
                 host.fuse = host.fuse - 1 if host.fuse else None
             if isinstance(effect, Send):
                 self._send(address, effect)
-            elif not isinstance(effect, m.Write):
+            elif not isinstance(effect, Write):
                 continue
             elif isinstance(effect.what, m.Stage):
                 self.logs.setdefault(address.number, []).append((effect.what, effect.tensors))

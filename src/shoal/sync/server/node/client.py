@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from shoal.errors import JobError, RankError
 from shoal.sync.server import messages as m
-from shoal.sync.server.messages import COORDINATOR, Effect, Key, Range
+from shoal.sync.server.effects import Effect, Send
+from shoal.sync.server.messages import COORDINATOR, Key, Range
 from shoal.sync.server.node.station import Event, Lost, Said, Station
 from shoal.sync.server.worker import Pushed, Worker
 
@@ -154,7 +155,7 @@ class Client:
 
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:
-            assert isinstance(effect, m.Send)
+            assert isinstance(effect, Send)
             if isinstance(effect.message, m.Stage):
                 self._missing.append((effect.to.number, effect.to.copy))
             self.station.send(effect.to, effect.message, effect.tensors)

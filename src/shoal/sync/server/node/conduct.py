@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
-from shoal.sync.server.messages import Address, Effect
+from shoal.sync.server.effects import Effect, Send, Summary, Write
+from shoal.sync.server.messages import Address
 from shoal.sync.server.node.journal_file import JournalFile
 from shoal.sync.server.node.station import Event, Lost, Said, Station
 
@@ -52,10 +53,10 @@ class Conductor:
         records: list[r.AnyRecord] = []
         durable = False
         for effect in effects:
-            if isinstance(effect, m.Write):
+            if isinstance(effect, Write):
                 records.append(effect.what)
                 durable |= effect.durable
-            elif isinstance(effect, m.Summary):
+            elif isinstance(effect, Summary):
                 self.journal.append(records, False)
                 self.journal.mark(effect.version, effect.records)
                 self._tell(records)
@@ -64,7 +65,7 @@ class Conductor:
             self.journal.append(records, durable)
             self._tell(records)
         for effect in effects:
-            if isinstance(effect, m.Send):
+            if isinstance(effect, Send):
                 self.station.send(effect.to, effect.message)
 
     def _tell(self, records: Sequence[r.AnyRecord]) -> None:
@@ -95,7 +96,7 @@ class Conductor:
 
     def _look(self, sender: Address) -> Effect:
         at = self.machine.at
-        return m.Send(sender, m.Seen(at.version, at.samples.used, at.copies.primaries()))
+        return Send(sender, m.Seen(at.version, at.samples.used, at.copies.primaries()))
 
 
 # What the coordinator understands; of a peer that says anything else, that is passed over.

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from shoal.errors import JobError, RankError
 from shoal.sync.server import messages as m
-from shoal.sync.server.messages import COORDINATOR, Address, Effect
+from shoal.sync.server.effects import Effect, Keep, Send, Write
+from shoal.sync.server.messages import COORDINATOR, Address
 from shoal.sync.server.node.shard_log import ShardLog
 from shoal.sync.server.node.station import Event, Lost, Said, Station
 from shoal.sync.server.shard import ServerShard
@@ -97,12 +98,12 @@ class Serving:
     def _do(self, effects: Sequence[Effect]) -> None:
         """In order: what is to be durable is, before anybody is told of it."""
         for effect in effects:
-            if isinstance(effect, m.Send):
+            if isinstance(effect, Send):
                 self.station.send(effect.to, effect.message, effect.tensors)
-            elif isinstance(effect, m.Write):
+            elif isinstance(effect, Write):
                 assert self.log is not None
                 self.log.append(effect.what, effect.tensors, effect.durable)
-            elif isinstance(effect, m.Keep):
+            elif isinstance(effect, Keep):
                 self._save(effect.version, effect.values)
                 self._turn(effect.version)
 
