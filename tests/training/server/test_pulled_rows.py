@@ -15,7 +15,7 @@ from tests.training.server import runs
 VOCABULARY, HIDDEN = 4096, 16
 OPTIONS: dict[str, dict[str, Any]] = {
     "model": {
-        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 4,
         "tie_word_embeddings": False,
     },
     "checkpoint": {"every": 1000},
