@@ -61,3 +61,21 @@ def test_a_run_that_pulls_rows_is_one_that_pulls_everything(ranks, tiny, tmp_pat
         # Of the workers' 4096 rows, text in ASCII has fewer than 128.
         most = job.layout.replicas * VOCABULARY * HIDDEN * 4 * expected
         assert 0.9 * most - 1e4 < saved[step] < most + 1e4, (step, saved)
+
+
+@pytest.mark.nightly
+def test_questions_that_are_asked_again_bring_the_same_rows(ranks, tiny, tmp_path):
+    """A tenth of all messages is lost, late or doubled, and a worker of several ranks asks on each of them."""
+    for name, network in (("good", None), ("bad", {"odds": 1 / 30, "seed": 3})):
+        job = tiny(
+            tmp_path / name,
+            "replicas=2,fsdp=2",
+            sync={"name": "server"},
+            server={"shards": 2, "lease": 60.0},
+            **OPTIONS,
+        )
+        runs.run(ranks, job, rows=name == "bad", network=network)
+    good, bad = runs.weights(tmp_path / "good"), runs.weights(tmp_path / "bad")
+    assert all(torch.equal(good[name], bad[name]) for name in good.keys() | bad.keys())
+    received = [sum(row["received_bytes"] for row in metrics.read(tmp_path / name)) for name in ("good", "bad")]
+    assert received[1] < received[0]
