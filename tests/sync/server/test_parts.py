@@ -153,6 +153,7 @@ SAID: list[m.Message] = [
     m.Stage(KEY, 0, 2, (m.Piece("a", (0, 2), (3, 4)), m.Piece("scale", (), ()))),
     m.Staged(KEY, 0, 1, (m.Square("a", 0, 0.1), m.Square("a", 8, 1e-300))),
     m.Apply(8, (KEY, Key(2, 0, 0)), 1 / 3, 0.1, 2, (4, 5)),
+    m.Pull(KEY, 7, (m.Piece("a", (0, 2), (3, 4)),), rows=(m.Rows(0, b"\x05"),)),
     m.Primaries(3, (0, 2)),
 ]
 

@@ -64,6 +64,33 @@ def test_a_version_that_is_gone_is_asked_for_anew():
     assert worker.pulled[0][1] == ("new",)
 
 
+def test_rows_are_chosen_once_a_grant_and_only_they_are_taken():
+    some, worker, asked = (m.Rows(0, b"\x01"),), asking(), []
+
+    def rows(samples: Range) -> dict[int, tuple[m.Rows, ...]] | None:
+        asked.append(samples)
+        return {0: some} if len(asked) < 3 else None
+
+    worker.rows = rows
+    pulls = said(worker.handle(GRANT, (), 0.0))[:2]
+    assert [message.rows for _, message in pulls if isinstance(message, m.Pull)] == [some, ()]
+    assert said(worker.tick(1.1))[:2] == pulls, "asked again, it is the same question"
+    assert asked == [Range(8, 12)]
+    assert not worker.whole
+    worker.handle(m.Gone(KEY, 1, 5, 7), (), 1.2)
+    worker.handle(m.Grant(KEY, 7, Range(8, 12), 1), (), 1.3)
+    for wrong in ((), (m.Rows(0, b"\x03"),)):
+        worker.handle(m.Pulled(KEY, 0, 7, PIECES, rows=wrong), ("late",), 1.4)
+    assert not worker.pulled
+    worker.handle(m.Pulled(KEY, 0, 7, PIECES, rows=some), ("rows",), 1.5)
+    worker.handle(m.Gone(KEY, 1, 7, 8), (), 1.6)
+    worker.handle(m.Grant(KEY, 8, Range(8, 12), 2), (), 1.7)
+    worker.handle(m.Pulled(KEY, 0, 8, PIECES, rows=some), ("late",), 1.8)
+    assert (worker.whole, worker.pulled) == (True, {}), "everything was asked for this time"
+    worker.handle(m.Pulled(KEY, 0, 8, PIECES), ("whole",), 1.9)
+    assert worker.pulled[0][1] == ("whole",)
+
+
 def test_a_push_is_the_same_bytes_until_it_is_answered():
     worker = computing()
     gradients = {shard: Pushed(PIECES, (f"gradient {shard}",)) for shard in (0, 1)}

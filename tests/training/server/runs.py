@@ -33,12 +33,12 @@ _PATIENCE = 240.0
 
 def run(
     pool: Pool, job: Job, *, resume: bool = False, said: list[str] | None = None, restarts: int = 20,
-    network: dict[str, Any] | None = None, dies: dict[str, Any] | None = None,
+    network: dict[str, Any] | None = None, dies: dict[str, Any] | None = None, rows: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """What `shoal train` does with a server job, without its end; gives its figures. Nothing is left of it.
 
     said: what is said to the user comes in there. restarts: of a role. network: see `watched`, for all roles; dies:
-    see there, by role. What hangs is ended with a RankError.
+    see there, by role. rows: see there. What hangs is ended with a RankError.
     """
     said = [] if said is None else said
     folder = job.run.dir
@@ -50,6 +50,8 @@ def run(
         disturbed = []
         for part in parts:
             more = extra | ({"dies": dies[part.name]} if dies and part.name in dies else {})
+            if not rows and part.name.startswith("worker"):
+                more = more | {"rows": False}
             disturbed.append(replace(part, entry=_watched(part.entry), args=part.args | more))
         return real(ranks, disturbed, restarts=restarts, **options)
 

@@ -25,6 +25,7 @@ from shoal.training.server import coordinate as real_coordinate
 from shoal.training.server import hold as real_hold
 from shoal.training.server import plan
 from shoal.training.server import work as real_work
+from shoal.training.server.glances import Words
 
 # Beside a run's journal: what it was before each checkpoint made it short again; and what workers were told.
 OLD, TOLD = "old-journal", "told"
@@ -73,8 +74,11 @@ def hold(seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, **
         return real_hold.main(seat, **args)
 
 
-def work(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> Any:
-    """Writes down every answer that this worker gets: `worker incarnation clock accepted version`."""
+def work(seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True, **args: Any) -> Any:
+    """Writes down every answer that this worker gets: `worker incarnation clock accepted version`.
+
+    rows: False where it pulls all rows of embeddings, also where those of its tokens are enough.
+    """
     real = Worker._answered
 
     def answered(self: Worker, message: Any, now: float) -> None:
@@ -84,7 +88,8 @@ def work(seat: Seat, *, network: dict[str, Any] | None = None, **args: Any) -> A
             with (Path(args["folder"]) / "server" / f"{TOLD}-{self.number}").open("a") as file:
                 file.write(" ".join(map(str, [*message.key, int(message.accepted), message.version])) + "\n")
 
-    with mock.patch.object(Worker, "_answered", answered), _bad(network, f"worker {args['number']}"):
+    all_rows = contextlib.nullcontext() if rows else mock.patch.object(Words, "enough", return_value=False)
+    with mock.patch.object(Worker, "_answered", answered), _bad(network, f"worker {args['number']}"), all_rows:
         return real_work.main(seat, **args)
 
 

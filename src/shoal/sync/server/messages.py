@@ -49,6 +49,14 @@ class Piece(NamedTuple):
     shape: tuple[int, ...]
 
 
+class Rows(NamedTuple):
+    """Of a piece only some rows. place: which of a message's `pieces`. bits: one a row of it; row i is bit i % 8 (of
+    value 2^(i % 8)) of byte i // 8."""
+
+    place: int
+    bits: bytes
+
+
 class Chain(NamedTuple):
     """Names one shadow of the weights (`shadow`). copy: of the shard. drawn: by its process, another one each time."""
 
@@ -248,6 +256,7 @@ class Pull(Message, frozen=True):
     master: for readers: the weights that updates move (those that workers compute on may look ahead of them), of
     exactly that version whatever the level; once for each connection.
     chain, held: the shadow that the worker holds of these pieces, and its version; −1 = none.
+    rows: of which pieces it takes some rows only; not of a shadow's.
     """
 
     key: Key
@@ -256,6 +265,7 @@ class Pull(Message, frozen=True):
     master: bool = False
     chain: Chain = NO_CHAIN
     held: int = -1
+    rows: tuple[Rows, ...] = ()
 
 
 class Pulled(Message, frozen=True):
@@ -263,7 +273,7 @@ class Pulled(Message, frozen=True):
 
     chain: where a codec is used, what the weights are the shadow of. base: −1, or the version that the deltas begin
     from; then the tensors are bytes, for each of `links`, the versions where a delta ends, those of all `pieces`, which
-    are whole blocks of the shard.
+    are whole blocks of the shard. rows: as in Pull.
     """
 
     key: Key
@@ -273,6 +283,7 @@ class Pulled(Message, frozen=True):
     chain: Chain = NO_CHAIN
     base: int = -1
     links: tuple[int, ...] = ()
+    rows: tuple[Rows, ...] = ()
 
     @property
     def encoded(self) -> bool:

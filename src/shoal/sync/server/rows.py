@@ -1,13 +1,21 @@
-"""Rows of large embeddings by themselves: those that a batch has gradients for, those that it needs."""
+"""Rows of large embeddings by themselves: those that a batch has gradients for, those that it needs.
+
+A worker pulls its working set, the parameters that occur in its part of the data (Li et al. 2014, "Scaling Distributed
+Machine Learning with the Parameter Server", section 2.2).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from shoal.sync.server.messages import Piece
+from shoal.sync.server.messages import Piece, Rows
 
 
 def sparse_pieces(piece: Piece, tensor: Tensor, most: float = 0.5) -> list[tuple[Piece, Tensor]]:
@@ -24,11 +32,58 @@ def sparse_pieces(piece: Piece, tensor: Tensor, most: float = 0.5) -> list[tuple
     return [(_rows(piece, start, stop), tensor[start:stop]) for start, stop in _runs(found)]
 
 
-def rows_wanted(piece: Piece, rows: Iterable[int]) -> tuple[Piece, ...]:
-    """The parts of a piece that have these rows of the whole parameter, for a pull; rows elsewhere are passed over."""
-    start, many = piece.offsets[0], piece.shape[0]
-    found = sorted({row - start for row in rows if start <= row < start + many})
-    return tuple(_rows(piece, first, stop) for first, stop in _runs(found))
+def rows_wanted(pieces: Sequence[Piece], name: str, row_N: NDArray[np.int64], itemsize: int) -> tuple[Rows, ...]:
+    """What to ask of the pieces of this parameter, in a pull of `pieces`: these rows of the whole parameter, where all
+    rows of a piece take more bytes.
+
+    itemsize: bytes of a number. What says which rows travels in the question and again in the answer.
+    """
+    found = []
+    for place, piece in enumerate(pieces):
+        if piece.name != name:
+            continue
+        start, many = piece.offsets[0], piece.shape[0]
+        wanted = np.zeros(many, np.bool_)
+        wanted[row_N[(row_N >= start) & (row_N < start + many)] - start] = True
+        bits = np.packbits(wanted, bitorder="little").tobytes()
+        left_out = int(many - wanted.sum()) * math.prod(piece.shape[1:]) * itemsize
+        if left_out > 2 * len(bits):
+            found.append(Rows(place, bits))
+    return tuple(found)
+
+
+def fits(pieces: Sequence[Piece], rows: Sequence[Rows]) -> bool:
+    """Whether these are rows of these pieces, of each at most once."""
+    places = [place for place, _ in rows]
+    return places == sorted(set(places)) and all(
+        0 <= place < len(pieces) and _has(pieces[place], bits) for place, bits in rows
+    )
+
+
+def _has(piece: Piece, bits: bytes) -> bool:
+    many = piece.shape[0] if piece.shape else 0
+    return many > 0 and len(bits) == -(-many // 8) and int.from_bytes(bits, "little").bit_length() <= many
+
+
+def shapes(pieces: Sequence[Piece], rows: Sequence[Rows]) -> list[tuple[int, ...]]:
+    """Of the tensors that travel with these pieces, of some of them only rows, that fit."""
+    found = [piece.shape for piece in pieces]
+    for place, bits in rows:
+        found[place] = (int.from_bytes(bits, "little").bit_count(), *found[place][1:])
+    return found
+
+
+def picked(tensors: Sequence[Tensor], rows: Sequence[Rows]) -> tuple[Tensor, ...]:
+    """These tensors, of some of them only rows, in memory of their own."""
+    found = list(tensors)
+    for place, bits in rows:
+        found[place] = found[place].index_select(0, numbers(bits).to(found[place].device))
+    return tuple(found)
+
+
+def numbers(bits: bytes) -> Tensor:
+    """Which rows of a piece they are, int64, in order."""
+    return torch.from_numpy(np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")))
 
 
 def _rows(piece: Piece, start: int, stop: int) -> Piece:

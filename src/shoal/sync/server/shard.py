@@ -7,9 +7,11 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server.effects import Effect, Keep, Send, Write
 from shoal.sync.server.messages import COORDINATOR, Address, Apply, Key, Message, Piece, Square
+from shoal.sync.server.rows import fits, picked
 
 if TYPE_CHECKING:
     from shoal.sync.server.shadow import Shadow
@@ -310,6 +312,10 @@ class ServerShard:
 
     def _pull(self, sender: Address, message: m.Pull) -> None:
         self._waiting.pop(sender, None)
+        if message.rows and (self.shadow is not None or not fits(message.pieces or (), message.rows)):
+            raise JobError(
+                "rows were asked for that are not served", fix="start all workers and servers from the same job.toml"
+            )
         exactly = self.level == "snapshot" or message.master
         version = message.version if exactly else max(message.version, self.version)
         if version > self.version:
@@ -330,8 +336,8 @@ class ServerShard:
             self._out.append(Send(sender, m.Gone(message.key, self.number, version, self.version)))
             return
         pieces = self.held.pieces() if message.pieces is None else message.pieces
-        pulled = m.Pulled(message.key, self.number, version, pieces)
-        self._out.append(Send(sender, pulled, self.held.cut(weights, pieces)))
+        pulled = m.Pulled(message.key, self.number, version, pieces, rows=message.rows)
+        self._out.append(Send(sender, pulled, picked(self.held.cut(weights, pieces), message.rows)))
 
     def _pull_shadow(self, shadow: Shadow, sender: Address, message: m.Pull, version: int) -> None:
         if version > shadow.version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.sync.server import messages as m
 from shoal.sync.server.effects import Effect, Send
-from shoal.sync.server.messages import COORDINATOR, Address, Key, Message, Piece, Range
+from shoal.sync.server.messages import COORDINATOR, Address, Key, Message, Piece, Range, Rows
 
 if TYPE_CHECKING:
     from shoal.sync.server.follower import Follower
@@ -48,12 +48,16 @@ class Worker:
         self.number, self.share, self.shards = number, share, shards
         self.model, self.tokenizer, self.retry, self.heartbeat = model, tokenizer, retry, heartbeat
         self.wanted, self.follower = dict(wanted or {}), follower
+        self.rows: Callable[[Range], Mapping[int, tuple[Rows, ...]] | None] | None = None
+        """Asked once for each grant: what of its samples' pull, of each shard, are rows only; None: nothing is, on any
+        rank of this worker. Not with a follower."""
         self.state = "left"
         self.nonce = self.incarnation = self.clock = 0
         self.grant: m.Grant | None = None
         self.pulled: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
         self.answer: m.Answer | None = None
         self.refused: m.Refused | None = None
+        self._rows: Mapping[int, tuple[Rows, ...]] | None = None
         self._gone = 0
         self._epoch = -1
         self._primaries: tuple[int, ...] = ()
@@ -70,6 +74,11 @@ class Worker:
     @property
     def key(self) -> Key:
         return Key(self.number, self.incarnation, self.clock)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all ranks pull all rows of everything for what is granted now."""
+        return self._rows is None
 
     def start(self, nonce: int, now: float) -> list[Effect]:
         """Joins as a new incarnation. nonce: drawn at random, at least 32 bits."""
@@ -165,7 +174,11 @@ class Worker:
         assert self.grant is not None
         wanted = self.wanted.get(shard)
         chain, held = self.follower.holds(shard, wanted) if self.follower is not None else (m.NO_CHAIN, -1)
-        return Send(self._shard(shard), m.Pull(self.key, self.grant.version, wanted, chain=chain, held=held))
+        pull = m.Pull(self.key, self.grant.version, wanted, chain=chain, held=held, rows=self._asked(shard))
+        return Send(self._shard(shard), pull)
+
+    def _asked(self, shard: int) -> tuple[Rows, ...]:
+        return (self._rows or {}).get(shard, ())
 
     def _stage(self, shard: int) -> Send:
         pushed = self._pushed[shard]
@@ -190,12 +203,16 @@ class Worker:
     def _granted(self, message: m.Grant, now: float) -> None:
         if self.state == "asking" and message.key == self.key and message.gone == self._gone:
             self.state, self.grant = "pulling", message
+            self._rows = self.rows(message.samples) if self.rows is not None else None
             self._again(now)
 
     def _take(self, message: m.Pulled, tensors: Sequence[Any]) -> None:
         if self.state != "pulling" or message.key != self.key or self.grant is None:
             return
         if message.version < self.grant.version or message.shard in self.pulled:
+            return
+        if message.rows != self._asked(message.shard):
+            # It answers what was asked for an earlier grant.
             return
         if self.follower is not None:
             taken = self.follower.take(message, tensors, self.wanted.get(message.shard))

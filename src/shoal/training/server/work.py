@@ -13,7 +13,7 @@ from shoal import device, mesh, operations
 from shoal.data.batch import Batch
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
-from shoal.job import Job, parse
+from shoal.job import parse
 from shoal.mesh import Mesh, Seat
 from shoal.sync.server import messages as m
 from shoal.sync.server.encoding import Encoder
@@ -22,10 +22,10 @@ from shoal.sync.server.messages import Range
 from shoal.sync.server.node.work import Server
 from shoal.sync.server.worker import Worker
 from shoal.training.feed import micro_batches, on_device
-from shoal.training.loop import GLANCE_TOKENS
 from shoal.training.parts import spread
 from shoal.training.server import plan
 from shoal.training.server.apart import Apart
+from shoal.training.server.glances import Glances, Words
 from shoal.training.validate import validate
 from shoal.training.worker import held_out
 
@@ -52,6 +52,8 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
             tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,
             follower=Follower(rules.codec) if encoded else None,
         )  # fmt: skip
+        glances, answered = Glances(given), 0
+        words = Words(training, glances if validation is not None else None) if Words.enough(given) else None
         sync = ending.enter_context(
             Server(
                 ranks,
@@ -59,15 +61,15 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
                 plan.placement(whole),
                 machine=machine,
                 encoder=encoder,
+                words=words,
                 station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
             )
         )
         apart = Apart(given, ranks, replica, objective) if given.server.local_steps > 1 else None
-        glances, answered = Glances(given), 0
         while (work := sync.begin()) is not None:
             step = work.samples.start // given.train.global_batch
             operations.step(step + 1)
-            if validation is not None and glances.due(step):
+            if validation is not None and glances.due(step, work.whole):
                 # Of the weights that it pulled; in bsp the others wait for it meanwhile.
                 found = validate(given, replica, objective, validation, glances.rows)
                 sync.note(m.Noted(work.version, found.nats, found.tokens))
@@ -99,21 +101,3 @@ def _steps(samples: Range, size: int) -> list[Range]:
     """What was granted, a step of a worker's own at a time."""
     start, stop = samples
     return [Range(first, min(stop, first + size)) for first in range(start, stop, size)]
-
-
-class Glances:
-    """When a worker looks at the loss on held-out text: where its samples come to another `validate_every` steps."""
-
-    def __init__(self, job: Job):
-        length = job.data.sequence_length
-        limit = job.train.validate_tokens or GLANCE_TOKENS
-        self.rows = max(1, limit // length)
-        self._every, self._last = job.train.validate_every, 0
-        self._first = True
-
-    def due(self, step: int) -> bool:
-        """step: that of the samples. Never before the first of a worker's life."""
-        turn = step // self._every
-        due = turn > self._last and not self._first
-        self._last, self._first = max(turn, self._last), False
-        return due

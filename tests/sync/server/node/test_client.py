@@ -86,14 +86,16 @@ def test_a_fenced_worker_joins_again_and_its_work_is_void(peers):
         first = peers.join(0)
         assert client.wait("computing", timeout=PATIENCE) == "computing"
         old = Key(0, 0, 0)
-        pulled = client.pulled(old)
+        granted = client.granted()
+        assert granted is not None
+        pulled = client.pulled(granted.grant)
         assert pulled is not None
         assert torch.equal(pulled[0][1][0], WEIGHTS)
         peers.lead.send(Address("worker", 0, first.nonce), m.Fenced(0, 0))
         second = peers.join(1)
         assert second.nonce != first.nonce
         assert client.wait("computing", timeout=PATIENCE) == "computing"
-        assert client.pulled(old) is None
+        assert client.pulled(granted.grant) is None
         assert not push(client, old)
         assert client.answer(old) is None
         new = Key(0, 1, 0)
@@ -110,6 +112,30 @@ def test_a_fenced_worker_joins_again_and_its_work_is_void(peers):
     finally:
         client.close()
     assert peers.hear(peers.lead, m.Leave).message == m.Leave(0, 1)
+
+
+def test_weights_of_a_later_grant_are_not_taken_for_those_of_an_earlier_one(peers):
+    """Other ranks of the worker pull what the first grant says."""
+    client = peers.client()
+    try:
+        first = peers.join(0)
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        granted = client.granted()
+        assert granted is not None
+        client.not_pulled(granted.grant)
+        worker, key = Address("worker", 0, first.nonce), Key(0, 0, 0)
+        assert peers.hear(peers.lead, m.Ask).message == m.Ask(key, 1)
+        newer = m.Grant(key, 3, Range(0, 4), 1)
+        peers.lead.send(worker, newer)
+        peers.hear(peers.shard, m.Pull)
+        peers.shard.send(worker, m.Pulled(key, 0, 3, PIECES), (WEIGHTS,))
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        assert client.pulled(granted.grant) is None
+        client.not_pulled(granted.grant)
+        assert client.wait("computing", timeout=0.0) == "computing", "it has a newer one already"
+        assert client.pulled(newer) is not None
+    finally:
+        client.close()
 
 
 @pytest.mark.parametrize("by", ["coordinator", "shard"])

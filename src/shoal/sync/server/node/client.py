@@ -6,6 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from shoal.errors import JobError, RankError
 from shoal.sync.server import messages as m
@@ -18,6 +19,14 @@ from shoal.sync.server.worker import Pushed, Worker
 _TICK = 0.1
 # Seconds without the coordinator after which a worker gives up: it may be starting again, or the machine asleep.
 _ALONE = 120.0
+
+
+class Granted(NamedTuple):
+    """primaries: the copies of shards to pull from. whole: as of `Worker`."""
+
+    grant: m.Grant
+    primaries: tuple[int, ...]
+    whole: bool
 
 
 class Client:
@@ -53,21 +62,21 @@ class Client:
                 raise self._error
             return self.machine.state
 
-    def granted(self) -> tuple[m.Grant, tuple[int, ...]] | None:
-        """What the worker pulls or computes on now, and the copies of shards to pull from."""
+    def granted(self) -> Granted | None:
+        """What the worker pulls or computes on now."""
         with self._changed:
             grant = self.machine.grant
-            return (grant, self.machine.primaries) if grant is not None else None
+            return Granted(grant, self.machine.primaries, self.machine.whole) if grant is not None else None
 
-    def pulled(self, key: Key) -> dict[int, tuple[m.Pulled, Sequence[object]]] | None:
-        """The weights that came for this clock; None where it is void."""
+    def pulled(self, grant: m.Grant) -> dict[int, tuple[m.Pulled, Sequence[object]]] | None:
+        """The weights that came for it; None where it is void, or another one of the same clock has come since."""
         with self._changed:
-            return dict(self.machine.pulled) if self._is(key, "computing") else None
+            return dict(self.machine.pulled) if self._has(grant) and self.machine.state == "computing" else None
 
-    def not_pulled(self, key: Key) -> None:
-        """Another rank could not pull: asks for a newer version."""
+    def not_pulled(self, grant: m.Grant) -> None:
+        """Another rank could not pull: asks for a newer version, unless that has been granted meanwhile."""
         with self._changed:
-            if self.machine.key == key:
+            if self._has(grant):
                 self._do(self.machine.not_pulled(time.monotonic()))
 
     def push(
@@ -109,6 +118,9 @@ class Client:
         self.station.wake()
         self._thread.join(5.0)
         self.station.close()
+
+    def _has(self, grant: m.Grant) -> bool:
+        return self.machine.grant == grant
 
     def _is(self, key: Key, state: str) -> bool:
         return self.machine.key == key and self.machine.state == state

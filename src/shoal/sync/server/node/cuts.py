@@ -10,8 +10,9 @@ from torch import Tensor
 
 from shoal.checkpoint.manifest import intersect
 from shoal.shard import Shard
-from shoal.sync.server.messages import Piece
+from shoal.sync.server.messages import Piece, Rows
 from shoal.sync.server.placement import Block
+from shoal.sync.server.rows import numbers
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,16 @@ def _box(block: Block, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[i
 
 
 @torch.no_grad()
-def fill(cuts: Sequence[Cut], pieces: Sequence[Piece], tensors: Sequence[Tensor]) -> None:
-    """Copies what was pulled to where it belongs: a rank with two stages of a pipeline may hold a piece twice."""
+def fill(cuts: Sequence[Cut], pieces: Sequence[Piece], tensors: Sequence[Tensor], rows: Sequence[Rows] = ()) -> None:
+    """Copies what was pulled to where it belongs: a rank with two stages of a pipeline may hold a piece twice.
+
+    rows: of which pieces only rows came; the others stay as they were.
+    """
     pulled: Mapping[Piece, Tensor] = dict(zip(pieces, tensors, strict=True))
+    some = {pieces[place]: numbers(bits) for place, bits in rows}
     for cut in cuts:
-        cut.of(cut.shard.local).copy_(pulled[cut.piece])
+        mine, came = cut.of(cut.shard.local), pulled[cut.piece]
+        if (row_N := some.get(cut.piece)) is None:
+            mine.copy_(came)
+        else:
+            mine.index_copy_(0, row_N.to(mine.device), came.to(mine))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Address
+from shoal.sync.server.rows import fits, shapes
 from shoal.sync.server.wire import FrameError
 
 
@@ -36,7 +37,10 @@ def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype) ->
     pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole) else ()
     if len(pieces) != len(lengths):
         raise FrameError("does not fit", f"sent {len(lengths)} tensors with {type(message).__name__}")
-    return [torch.empty(piece.shape, dtype=dtype) for piece in pieces]
+    rows = message.rows if isinstance(message, m.Pulled) else ()
+    if not fits(pieces, rows):
+        raise FrameError("does not fit", "sent rows of what it does not send")
+    return [torch.empty(shape, dtype=dtype) for shape in shapes(pieces, rows)]
 
 
 def name(who: Address) -> str:

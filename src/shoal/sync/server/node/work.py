@@ -23,16 +23,16 @@ from shoal.mesh import Mesh
 from shoal.parallel.replica import Replica, Tally
 from shoal.sync.server import messages as m
 from shoal.sync.server.encoding import Encoder
-from shoal.sync.server.messages import Address, Key, Piece, Range
+from shoal.sync.server.messages import Address, Key, Piece, Range, Rows
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.cuts import Cut, cuts, fill
+from shoal.sync.server.node.needs import EMBEDDING, Needs, Words
 from shoal.sync.server.node.station import Lost, Said, Station
 from shoal.sync.server.placement import Block
 from shoal.sync.server.rows import sparse_pieces
 from shoal.sync.server.worker import Pushed, Worker
 from shoal.sync.step import sum_within, totals_of
 
-_EMBEDDING = "model.embed_tokens.weight"
 # Runs of rows that one message names.
 _MOST_RUNS = 4096
 # Seconds after which the lead tells the others that there is no news, since nobody waits for ever in a collective.
@@ -45,11 +45,15 @@ _END, _PULL, _PUSH, _AGAIN, _DONE = range(5)
 
 @dataclass(frozen=True)
 class Work:
-    """What is computed next: from the weights of `version`, on these samples."""
+    """What is computed next: from the weights of `version`, on these samples.
+
+    whole: False where rows of the embedding that these samples do not read may be of earlier versions.
+    """
 
     key: Key
     version: int
     samples: Range
+    whole: bool = True
 
 
 class Server:
@@ -58,11 +62,14 @@ class Server:
     def __init__(
         self, mesh: Mesh, replica: Replica[Any], placement: Sequence[Sequence[Block]], *,
         station: Callable[[Address], Station], machine: Worker, encoder: Encoder | None = None,
+        words: Words | None = None,
     ):  # fmt: skip
         """mesh: of this worker alone. station: for an address, one that calls coordinator and shards.
 
-        encoder: of this rank, where the job has a codec; `machine` has a follower then.
+        encoder: of this rank, where the job has a codec; `machine` has a follower then. words: of the same result on
+        all ranks, or None on some of them; not given, all rows of the embedding are pulled, as they are with a codec.
         """
+        assert words is None or encoder is None, "a shadow moves as a whole"
         self.mesh, self.replica, self.shards = mesh, replica, len(placement)
         held = replica.shards()
         self._pulls = cuts(held, placement)
@@ -70,8 +77,11 @@ class Server:
         self._alone = mesh.world == 1
         self._encoder, self._follower = encoder, machine.follower
         machine.wanted = {n: tuple(dict.fromkeys(cut.piece for cut in found)) for n, found in self._pulls.items()}
+        self._needs = Needs(machine.wanted, words, held[0].local.element_size()) if words is not None else None
+        machine.rows = self._needs.of if self._needs is not None else None
         self._client: Client | None = None
         self._station: Station | None = None
+        self._grant: m.Grant | None = None
         if mesh.rank == 0:
             self._client = Client(machine, lambda nonce: station(Address("worker", machine.number, nonce)))
         else:
@@ -106,12 +116,15 @@ class Server:
             if self._agreed(found):
                 assert found is not None
                 for shard, (pulled, tensors) in found.items():
-                    fill(self._pulls[shard], pulled.pieces, tensors)
+                    fill(self._pulls[shard], pulled.pieces, tensors, pulled.rows)
+                if self._needs is not None:
+                    self._needs.filled = True
                 self._waited = time.perf_counter() - self._since
                 self._began = time.perf_counter()
-                return Work(command.key, command.version, command.samples)
+                return Work(command.key, command.version, command.samples, bool(command.whole))
             if self._client is not None:
-                self._client.not_pulled(command.key)
+                assert self._grant is not None
+                self._client.not_pulled(self._grant)
 
     def _lead_begin(self) -> tuple[_Command, tuple[int, ...]]:
         assert self._client is not None
@@ -122,16 +135,18 @@ class Server:
         granted = self._client.granted()
         if granted is None:
             return _Command(_DONE), ()
-        grant, primaries = granted
-        return _Command(_PULL, grant.key, grant.version, grant.samples), primaries
+        self._grant = grant = granted.grant
+        return _Command(_PULL, grant.key, grant.version, grant.samples, int(granted.whole)), granted.primaries
 
     def _pull(self, command: _Command, primaries: tuple[int, ...]) -> dict[int, tuple[m.Pulled, Sequence[Any]]] | None:
         """This rank's pieces from each shard; None where they are gone, or the clock is void."""
         if self._client is not None:
             while self._client.wait("computing", "asking", "joining", "finished", timeout=_NEWS) == "pulling":
                 self._client.missing()
-            return self._client.pulled(command.key)
+            assert self._grant is not None
+            return self._client.pulled(self._grant)
         assert self._station is not None
+        rows = self._rows(command)
         found: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
         deadline, said = time.monotonic() + _PATIENCE, float("-inf")
         while len(found) < self.shards:
@@ -141,7 +156,7 @@ class Server:
             if now - said > _RETRY:
                 said = now
                 for shard in set(range(self.shards)) - found.keys():
-                    pull = self._asks(command, shard)
+                    pull = self._asks(command, shard, rows.get(shard, ()))
                     self._station.send(Address("shard", shard, primaries[shard]), pull)
             event = self._station.next(_RETRY)
             if isinstance(event, Lost):
@@ -150,14 +165,23 @@ class Server:
             if isinstance(event, Said) and getattr(event.message, "key", None) == command.key:
                 if isinstance(event.message, m.Gone):
                     return None
-                if isinstance(event.message, m.Pulled) and event.message.version >= command.version:
+                if not isinstance(event.message, m.Pulled) or event.message.version < command.version:
+                    continue
+                # Else it answers what was asked before.
+                if event.message.rows == rows.get(event.message.shard, ()):
                     self._take(event.message, event.tensors, found)
         return found
 
-    def _asks(self, command: _Command, shard: int) -> m.Pull:
+    def _rows(self, command: _Command) -> dict[int, tuple[Rows, ...]]:
+        """Of which pieces rows are enough, on a rank that does not lead."""
+        if command.whole or self._needs is None or not self._needs.has_rows:
+            return {}
+        return self._needs.of(command.samples) or {}
+
+    def _asks(self, command: _Command, shard: int, rows: tuple[Rows, ...]) -> m.Pull:
         wanted = self._wanted[shard]
         if self._follower is None:
-            return m.Pull(command.key, command.version, wanted)
+            return m.Pull(command.key, command.version, wanted, rows=rows)
         chain, held = self._follower.holds(shard, wanted)
         return m.Pull(command.key, command.version, wanted, chain=chain, held=held)
 
@@ -201,7 +225,7 @@ class Server:
             assert self._client is not None
             told = self._client.granted()
             pushed = self._client.push(key, gradients, weight, loss_sum, samples, self.mesh.world, spent)
-            return _Command(_PUSH if pushed else _DONE, key), told[1] if told else ()
+            return _Command(_PUSH if pushed else _DONE, key), told.primaries if told else ()
 
         command, primaries = self._hear(push)
         if command.kind == _DONE:
@@ -247,7 +271,7 @@ class Server:
             tensor = cut.of(cut.shard.grad).contiguous()
             # Of an embedding, few rows are of this batch's tokens. A codec's residuals are of whole pieces.
             rows = [(cut.piece, tensor)]
-            if cut.piece.name == _EMBEDDING and self._encoder is None:
+            if cut.piece.name == EMBEDDING and self._encoder is None:
                 rows = sparse_pieces(cut.piece, tensor)
             parts += rows if len(rows) <= _MOST_RUNS else [(cut.piece, tensor)]
         return Pushed(tuple(piece for piece, _ in parts), tuple(tensor for _, tensor in parts))
@@ -307,13 +331,14 @@ class _Command:
     key: Key = _NO_KEY
     version: int = 0
     samples: Range = m.NOTHING
+    whole: int = 1
 
     def words(self) -> list[int]:
-        return [self.kind, *self.key, self.version, *self.samples]
+        return [self.kind, *self.key, self.version, *self.samples, self.whole]
 
     @classmethod
     def of(cls, words: list[int]) -> _Command:
-        return cls(words[0], Key(*words[1:4]), words[4], Range(*words[5:7]))
+        return cls(words[0], Key(*words[1:4]), words[4], Range(*words[5:7]), words[7])
 
 
-_WORDS = 7
+_WORDS = 8
