@@ -1,9 +1,10 @@
-"""Folders for work under way in the cache: gone when the work ends, and swept up by the next one if it was killed."""
+"""Folders for work under way: gone when the work ends, swept up by the next one if it was killed, or published."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,3 +27,22 @@ def draft(cache: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             unnamed.rename(unnamed.with_name(_LOCK))
             yield Path(folder)
+
+
+def publish(made: Path, target: Path) -> None:
+    """Gives a complete folder of files its name, when all of it is on disk: a crash leaves the whole of it or nothing.
+
+    Raises OSError, also if there is a folder of that name which is not empty.
+    """
+    for path in (*made.iterdir(), made):
+        _sync(path)
+    made.rename(target)
+    _sync(target.parent)
+
+
+def _sync(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
