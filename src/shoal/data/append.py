@@ -15,7 +15,7 @@ from pathlib import Path
 
 from shoal.data import tokenizer as tokenizers
 from shoal.data.counts import Counts
-from shoal.data.draft import draft, publish
+from shoal.data.draft import draft, publish, sweep
 from shoal.data.growing import same_tokenizer
 from shoal.data.make import Progress, make, needs_text, summary, tokenise, warn, warn_of_replaced
 from shoal.data.segments import Origin, Segment, folder_of, is_store, mark, next_number, origin
@@ -69,12 +69,12 @@ def append(
 def _place(folder: Path) -> Path:
     """Where drafts are made: in the store, or beside one that is still to come. Raises DataError where it cannot."""
     if is_store(folder):
+        sweep(folder.parent)  # where it was begun
         return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         what = "this is no growing store" + (", and the folder is not empty" if folder.is_dir() else " but a file")
         raise DataError(what, where=str(folder), fix="name a new folder, or a store that `shoal data append` made")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return folder.parent
+    return next(above for above in folder.parents if above.is_dir())
 
 
 def _begun(
@@ -86,7 +86,14 @@ def _begun(
     options = replace(options, tokenizer="bpe" if options.tokenizer == "auto" else options.tokenizer)
     given = None if options.tokenizer in ("bpe", "bytes") else tokenizers.load(options.tokenizer)
     made = make(options, 0, corpus, given, temporary / "store", say)
+    if not made.train.documents:
+        raise DataError(
+            "all of this text is for validation",
+            where=", ".join(options.source),
+            fix="give more, or less data.validation",
+        )
     mark(made.folder, Origin(options.tokenizer, options.vocab_size, options.validation, made.fingerprint))
+    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         publish(made.folder, folder)
     except OSError:

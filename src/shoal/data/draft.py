@@ -16,10 +16,7 @@ _PREFIX, _LOCK = ".prepare-", "lock"
 @contextlib.contextmanager
 def draft(cache: Path) -> Iterator[Path]:
     """A new folder in `cache`. The kernel drops its lock with its process, however that ends."""
-    for left in cache.glob(f"{_PREFIX}*/{_LOCK}"):
-        with contextlib.suppress(OSError), left.open() as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left.parent, ignore_errors=True)
+    sweep(cache)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=cache, ignore_cleanup_errors=True) as folder:
         # Locked before it has the name that sweepers look for.
         unnamed = Path(folder) / "unnamed"
@@ -27,6 +24,14 @@ def draft(cache: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             unnamed.rename(unnamed.with_name(_LOCK))
             yield Path(folder)
+
+
+def sweep(cache: Path) -> None:
+    """Removes what processes left in `cache` that did not live to do so."""
+    for left in cache.glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
 
 
 def publish(made: Path, target: Path) -> None:

@@ -60,9 +60,8 @@ class Prepared:
             store, counts = found.store(split), found.counts(split)
             if len(store.length_D) != counts.documents or len(store.tokens) != counts.tokens:
                 what = f"damaged token store: {split} does not hold the {counts.documents} documents of {_META}"
-                raise DataError(
-                    what, where=str(folder), fix=f"restore it from a copy, or remove {folder} and prepare again"
-                )
+                fix = f"restore it from a copy, or remove {folder} and prepare again"
+                raise DataError(what, where=str(folder), fix=fix)
         if not is_store(folder):
             return found
         appended = segments(found)
