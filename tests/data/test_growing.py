@@ -149,6 +149,17 @@ def test_segments_are_opened_again_when_they_have_been_closed(store, monkeypatch
         }))  # fmt: skip
 
 
+def test_without_grow_it_is_a_corpus_as_it_was_when_it_was_loaded(store):
+    corpus = Prepared.load(store)
+    appended(store, ["d"])
+    now = Loader(corpus, replace(OPTIONS, grow=False), "train", global_batch=4)
+    assert (now.samples, now.grow(), now.tokens) == (13, 13, corpus.train.predictions)
+    assert equal(now.stretch(0, 13), reader(store).stretch(0, 13))
+    assert equal(now.stretch(13, 13), now.stretch(0, 13)), "epochs"
+    shuffled = Loader(corpus, replace(OPTIONS, grow=False, order="random"), "train", seed=1)
+    assert sorted(shuffled.stretch(13, 13).sample_B.tolist()) == list(range(13))
+
+
 def test_validation_does_not_grow(tmp_path):
     store = tmp_path / "store"
     appended(store, ["some words " * 9, "others " * 12, "more of them " * 8], validation=0.3)

@@ -14,7 +14,7 @@ from shoal.data.order import permute
 from shoal.data.plans import packed
 from shoal.data.prepared import Prepared
 from shoal.data.rows import Rows
-from shoal.data.segments import segment
+from shoal.data.segments import Segment, segment
 from shoal.data.store import Store
 from shoal.errors import DataError
 from shoal.job.data import DataOptions
@@ -32,8 +32,9 @@ class Loader:
     1, and a global batch may reach from one into the next. samples: rows an epoch. tokens: predictions an
     epoch (weights that are 1).
 
-    Training text of a growing store has no epochs: position p is row p, those of the text that the store was
-    begun with and then of its segments. samples, tokens: what there is so far; `grow` looks for more.
+    The rows of a growing store are those of the text that it was begun with and then of its segments. With
+    `data.grow` there are no epochs, position p is row p, and `grow` looks for more: samples, tokens are what there
+    is so far. Without, they are what there was when `prepared` was loaded.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Loader:
         seed: int = 0,
     ):
         """Raises DataError if the split holds nothing, or training less than one sequence, and will not grow."""
-        self.growing = split == "train" and prepared.segments is not None
+        self.growing = split == "train" and options.grow
         if prepared.counts(split).predictions == 0 and not self.growing:
             fix = "give more text, or another data.validation"
             raise DataError(f"there is no {split} text", where=str(prepared.folder), fix=fix)
@@ -57,6 +58,8 @@ class Loader:
         self.samples, self.tokens = plan.rows, plan.predictions
         self._first_S = [0]
         self._opened = lru_cache(_OPEN)(self._open)
+        for one in (prepared.segments if split == "train" else None) or ():
+            self._follow(one)
         self.grow()
 
     def grow(self) -> int:
@@ -65,11 +68,14 @@ class Loader:
         Rows that were there stay as they were. Raises DataError if a segment is damaged.
         """
         while self.growing and (one := segment(self._prepared, len(self._first_S))) is not None:
-            plan = packed(one.prefix, self._length, self._pack)
-            self._first_S.append(self.samples)
-            self.samples += plan.rows
-            self.tokens += plan.predictions
+            self._follow(one)
         return self.samples
+
+    def _follow(self, one: Segment) -> None:
+        plan = packed(one.prefix, self._length, self._pack)
+        self._first_S.append(self.samples)
+        self.samples += plan.rows
+        self.tokens += plan.predictions
 
     def batch(self, position: int, part: int, parts: int) -> Batch:
         """Part `part` of `parts` equal parts of the global batch that starts at global sample `position`."""
@@ -96,7 +102,7 @@ class Loader:
     def rows(self, row_B: NDArray[np.int64]) -> Batch:
         """The batch of these rows."""
         row_B = np.array(row_B, np.int64)
-        if not self.growing:
+        if len(self._first_S) == 1 and not self.growing:
             return self._base.batch(row_B)
         self._need(row_B)
         segment_B = np.searchsorted(self._first_S, row_B, side="right") - 1
