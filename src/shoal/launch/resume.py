@@ -32,7 +32,7 @@ def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
         fix = f"write its tables again, from the recipe; then `shoal train --resume {folder}`"
         raise JobError("job.toml of this run is damaged: it names no layout", where=str(folder / "job.toml"), fix=fix)
     _same_run(before, job, folder)
-    if before.train.steps and not job.train.steps:
+    if before.train.steps and not (job.train.steps or job.endless):
         what = f"a run that goes on has no length by minutes: it is one of {before.train.steps:,} steps"
         fix = f"say how many it shall have in all: --steps {2 * before.train.steps}"
         raise JobError(what, where=str(folder), fix=fix)

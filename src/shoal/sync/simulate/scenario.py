@@ -49,8 +49,8 @@ class Scenario:
     loss: float = 0.0
     double: float = 0.0
     faults: tuple[Fault, ...] = ()
-    arrivals: tuple[tuple[float, int], ...] = ()
     patience: float = 10_000.0
+    arrivals: tuple[tuple[float, int], ...] = ()
 
 
 class Problem(Protocol):
