@@ -56,7 +56,7 @@ def grows(monkeypatch):
         ({}, 35, 24),
         # Three workers push 4 of 14 sequences each; of steps of their own, three each a round.
         ({"mode": "asp", "batch": 14}, 26, 24),
-        ({"local_steps": 3}, 80, 72),
+        ({"local_steps": 3}, 71, 36),
     ],
 )
 def test_only_whole_rounds_of_all_workers_are_given_out(grows, server, rows, end):

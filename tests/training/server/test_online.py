@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,11 @@ import torch
 from shoal import checkpoint
 from shoal.checkpoint import manifest
 from shoal.data.append import append
+from shoal.data.loader import Loader
+from shoal.data.prepare import Prepared
+from shoal.job import parse
 from shoal.job.data import DataOptions
+from shoal.launch.train import ready
 from shoal.observe import metrics
 from shoal.training.server.pull import pull
 from tests.training.server import runs
@@ -113,6 +118,19 @@ def test_it_waits_for_text_and_ends_as_if_all_of_it_had_been_there(ranks, add, o
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     rows = {row["step"]: row["loss"] for row in metrics.read(run)}
     assert rows == {row["step"]: row["loss"] for row in metrics.read(whole)}
+
+
+def test_measuring_needs_one_row_and_leaves_the_job_without_an_end(ranks, add, online, tmp_path):
+    """A store of fewer rows than a step takes. Cadences cannot be shares of a length."""
+    job = online(tmp_path / "run", add(0, 1), train={"validate_every": 0}, checkpoint={"every": 0})
+    job, arguments = ready(job, None, time.time())
+    assert Loader(Prepared.load(Path(arguments["prepared"])), job.data).samples < BATCH
+    told = {name: arguments[name] for name in ("folder", "job", "prepared", "started")}
+    found = parse(ranks.run("shoal.training.server.settle:main", 2, **told)[0]["job"])
+    assert found.endless
+    assert (found.train.validate_every, found.checkpoint.every) == (100, 100)
+    rest = replace(found.train, validate_every=0), replace(found.checkpoint, every=0)
+    assert replace(found, train=rest[0], checkpoint=rest[1]) == parse(arguments["job"])
 
 
 @pytest.mark.nightly
