@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from shoal.cli.data import DataVerb
+from shoal.cli.data import AppendVerb, DataVerb, TextOptions
 from shoal.cli.doctor import DoctorOptions
 from shoal.cli.flags import docstrings
 from shoal.cli.generate import Generate
@@ -35,7 +35,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]
     return put
 
 
-@pytest.mark.parametrize("options", [DataVerb, DoctorOptions, Generate, PullOptions, ReportOptions, RunsOptions])
+_VERBS = [AppendVerb, DataVerb, DoctorOptions, Generate, PullOptions, ReportOptions, RunsOptions, TextOptions]
+
+
+@pytest.mark.parametrize("options", _VERBS)
 def test_every_option_of_every_verb_is_explained(options: type):
     assert set(docstrings(options)) == {f.name for f in fields(options)} - {"data"}
 
@@ -87,6 +90,10 @@ def test_generate_hands_over_its_options(stand_in, capsys: pytest.CaptureFixture
         (["data", "prepare", "--data.sequence-length", "0"], "data.sequence_length=0 is less than 1"),
         (["data", "prepare", "--data", "no/such/file.txt"], "no/such/file.txt"),
         (["data", "prepare", "--train.steps", "3"], "unknown option --train.steps"),
+        (["data", "append", "store"], "a store and a file of text are to be named"),
+        (["data", "append", "no/store", "no/such/file.txt"], "no/such/file.txt: no such file or folder"),
+        (["data", "append", "store", "x", "--data.order", "random"], "unknown option --data.order"),
+        (["data", "append", "store", "x", "--data.validation", "1"], "data.validation=1.0 is not in [0, 1)"),
     ],
 )
 def test_mistakes(args: list[str], what: str, capsys: pytest.CaptureFixture):
@@ -137,6 +144,38 @@ def test_data_is_prepared_as_the_recipe_says(tmp_path: Path, monkeypatch, capsys
     assert "already prepared" in out
     assert "\nline 1" in out
     assert prepared["folder"] in out
+
+
+def test_text_is_appended_to_a_store(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    monkeypatch.chdir(tmp_path)
+    lines = "".join(json.dumps({"body": f"line {i}"}) + "\n" for i in range(100))
+    for name in ("first.jsonl", "more.jsonl"):
+        Path(name).write_text(lines)
+    how = ["--data.text-field", "body", "--data.workers", "1"]
+    made = ["data", "append", "news", "first.jsonl", *how, "--data.tokenizer", "bytes", "--data.validation", "0.1"]
+    assert main(made) == 0
+    assert "begun with 9" in capsys.readouterr().out
+    assert main([*made, "--format", "json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["store"], answer["segment"], answer["train"]["documents"]) == (str(tmp_path / "news"), 1, 100)
+    assert main(["data", "append", "news", "more.jsonl", "first.jsonl", *how]) == 0
+    assert "segment 2: 200 documents" in capsys.readouterr().out
+    assert (
+        main(["data", "append", "news", "more.jsonl", *how, "--data.vocab-size", "4096", "--data.validation", "0"]) == 2
+    )
+    assert "data.validation=0.0 is not that of the store, 0.1" in capsys.readouterr().err
+    assert main(["data", "inspect", "--data", "news", "--data.sequence-length", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "segment 1" in out
+    assert "segment 2" in out
+    assert "rows of 16 tokens" in out
+    monkeypatch.setattr("shoal.cli.data._SHOWN", 1)
+    assert main(["data", "inspect", "--data", "news", "--data.sequence-length", "16"]) == 0
+    out = capsys.readouterr().out
+    assert "segment 1 " not in out
+    assert "2 segments, the last 1 of them shown" in out
+    assert main(["data", "prepare", "--data", "news"]) == 2
+    assert "growing store" in capsys.readouterr().err
 
 
 def test_a_report_that_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
+from shoal.data.append import Appended, append
 from shoal.data.prepare import Prepared, prepare
 from shoal.job.data import DataOptions
 
@@ -37,3 +39,10 @@ def jsonl(path: Path, documents: list[str], field: str = "text") -> Path:
 
 def quiet(options: DataOptions, seed: int = 0) -> Prepared:
     return prepare(options, seed, lambda text: None)
+
+
+def appended(store: Path, documents: list[str], **options: Any) -> Appended:
+    """Appends these documents to a growing store, which is made if it is not there; a byte is a token."""
+    path = jsonl(store.with_name(f"text{len(list(store.parent.iterdir()))}.jsonl"), documents)
+    asked = {"tokenizer": "bytes", "validation": 0.0, **options}
+    return append(store, DataOptions(source=(str(path),), **asked), (), lambda text: None)

@@ -11,7 +11,7 @@ import pytest
 
 from shoal.data.describe import compressed_bits_per_byte, describe
 from shoal.job.data import DataOptions
-from tests.data.corpora import folder, quiet
+from tests.data.corpora import appended, folder, quiet
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,21 @@ def test_the_sample_is_text_of_the_corpus(made):
     short = replace(options, sequence_length=4000)
     sample = describe(corpus, short)["sample"]
     assert any("<|endoftext|>" in piece for piece in sample)
+
+
+def test_a_growing_store_is_described_with_its_segments(made, tmp_path):
+    _, options = made
+    options = replace(options, sequence_length=8, order="sequential", grow=True, source=(str(tmp_path / "store"),))
+    lots = [["a" * 5, "a" * 30], ["b" * 7], ["c" * 9, "c" * 3]]
+    counts = [appended(tmp_path / "store", lot).train for lot in lots]
+    found = describe(quiet(options), options)
+    assert [segment["tokens"] for segment in found["segments"]] == [9, 11 + 5]
+    assert found["train"]["tokens"] == sum(one.tokens for one in counts)
+    assert (found["length_percentiles"]["0"], found["length_percentiles"]["100"]) == (5, 32)
+    assert found["rows"] == (4 + 1) + 1 + 2, "37 predictions, then 8, then 14"
+    assert found["packing_efficiency"] == (37 + 8 + 14) / (8 * 8)
+    assert found["sample"]
+    assert describe(*made)["segments"] is None
 
 
 def test_compressors_see_the_validation_text(made):

@@ -7,12 +7,14 @@ import sys
 
 import pytest
 
-from shoal.data.draft import draft
+from shoal.data import draft as module
+from shoal.data.draft import draft, publish
 
 _WORK = """
 import sys, time
 from pathlib import Path
-from shoal.data.draft import draft
+from shoal.data import draft as module
+from shoal.data.draft import draft, publish
 with draft(Path(sys.argv[1])) as folder:
     (folder / "new").mkdir()
     print(folder, flush=True)
@@ -43,3 +45,19 @@ def test_what_a_killed_process_leaves_is_swept_up_by_the_next_and_not_before(tmp
     assert theirs.is_dir()
     with draft(tmp_path) as ours:
         assert list(tmp_path.iterdir()) == [ours]
+
+
+def test_a_folder_gets_its_name_when_all_of_it_is_on_disk(tmp_path, monkeypatch):
+    made, target, synced = tmp_path / "made", tmp_path / "target", []
+    made.mkdir()
+    for name in ("one", "two"):
+        (made / name).write_text(name)
+    sync = module._sync
+    monkeypatch.setattr(module, "_sync", lambda path: (synced.append((path.name, target.exists())), sync(path)))
+    publish(made, target)
+    assert sorted(synced[:2]) == [("one", False), ("two", False)]
+    assert synced[2:] == [("made", False), (tmp_path.name, True)]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(OSError, match=r"not empty|exists"):
+        publish(tmp_path / "other", target)
+    assert (target / "one").read_text() == "one"

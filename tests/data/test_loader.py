@@ -85,7 +85,7 @@ def test_rows_are_the_pieces_of_the_plan(made, how):
 def test_a_wrong_place_or_length_is_noticed(made, bug, seen):
     corpus, options = made
     reader = Loader(corpus, options, "train", BATCH)
-    bug(reader)
+    bug(reader._base)
     assert seen <= set(wrong(corpus, corpus.plan("train", 48, "best_fit"), reader.rows(np.arange(reader.samples))))
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.data import encode, prepared, text, tokenizer
-from shoal.data import prepare as prepare_module
+from shoal.data import encode, make, plans, text, tokenizer
 from shoal.data.prepare import Prepared, prepare
 from shoal.errors import DataError
 from shoal.job.data import DataOptions
@@ -90,7 +89,7 @@ def test_workers_and_pieces_do_not_change_the_result(options, tmp_path, monkeypa
 
 def test_a_large_corpus_gives_the_bpe_a_spread_sample(options, monkeypatch):
     monkeypatch.setattr(text, "PIECE", 400)
-    monkeypatch.setattr(prepare_module, "_SAMPLE", 8000)
+    monkeypatch.setattr(make, "_SAMPLE", 8000)
     seen: list[str] = []
     train = tokenizer.train_bpe
     monkeypatch.setattr(tokenizer, "train_bpe", lambda texts, size: train(iter(seen.extend(texts) or seen), size))
@@ -159,7 +158,7 @@ def test_a_failure_leaves_nothing_behind(options, monkeypatch):
 def test_ranks_that_make_the_same_plan_at_once_agree(options, tmp_path):
     corpus = quiet(options)
     made = corpus.plan("train", 48, "best_fit")
-    prepared._publish(made, corpus.folder / "plan-train-48-best_fit")
+    plans._publish(made, corpus.folder / "plan-train-48-best_fit")
     assert not list(corpus.folder.glob(".plan*"))
 
 
@@ -169,7 +168,7 @@ def test_a_read_only_folder_still_gives_plans(options, monkeypatch):
     def deny(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(prepared.tempfile, "mkdtemp", deny)
+    monkeypatch.setattr(plans.tempfile, "mkdtemp", deny)
     assert corpus.plan("train", 40, "best_fit").rows > 0
 
 
@@ -280,5 +279,5 @@ def test_a_reader_that_left_is_no_fault_of_the_data(options, sentences):
 
 
 def test_preparing_does_not_import_torch():
-    code = "import sys, shoal.data.prepare, shoal.data.describe; sys.exit('torch' in sys.modules)"
+    code = "import sys, shoal.data.append, shoal.data.describe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -100,6 +100,16 @@ def test_a_run_that_is_stopped_shows_its_last_step_once():
     assert [line.split()[1] for line in lines] == ["1/1,000", "3/1,000"]
 
 
+def test_a_run_without_an_end_has_neither_a_share_nor_a_time_left(capsys):
+    lines = plain(0, [row(s) for s in range(1, 31)])
+    assert lines[0].startswith("step 1 (no end)  loss ")
+    assert lines[0].endswith("  for 0:00")
+    assert [line.split()[1] for line in lines] == ["1", "11", "21", "30"]
+    frame = last_frame(terminal(120, [row(1), row(1240)], steps=0))
+    assert frame[0] == "step 1,240 (no end)"
+    assert "ETA" not in "".join(frame)
+
+
 def test_no_mfu_without_a_peak_and_no_share_of_one_device():
     (line,) = plain(4, [row(1)], mfu=Mfu(3e6, 1, None))
     assert "MFU" not in line

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from shoal.job import Job, write
+from shoal.job.data import DataOptions
 from shoal.job.train import TrainOptions
 from shoal.observe import result, runs
 from shoal.observe.hold import hold
@@ -53,6 +54,17 @@ def make(root, name: str, steps: int = 10, done: Result | None = None):
 def test_state(tmp_path, steps, done, state):
     run = runs.describe(make(tmp_path, "a", steps, done))
     assert (run.state, run.step, run.steps) == (state, steps, 10)
+
+
+@pytest.mark.parametrize(("grow", "steps", "cell"), [(True, 0, "7 (no end)"), (False, None, "7/–")])
+def test_a_run_without_an_end_is_not_one_of_an_unknown_length(tmp_path, monkeypatch, grow, steps, cell):
+    monkeypatch.setenv("COLUMNS", "120")
+    folder = make(tmp_path, "a", 7, replace(DONE, steps=7, stopped_by="SIGTERM"))
+    job = Job(data=DataOptions(grow=grow, order="sequential"))
+    (folder / "job.toml").write_text(write(job))
+    run = runs.describe(folder)
+    assert (run.state, run.step, run.steps) == ("stopped", 7, steps)
+    assert cell in str(runs.find(tmp_path))
 
 
 def test_a_held_run_is_running_even_after_an_earlier_result(tmp_path):

@@ -53,6 +53,14 @@ def test_a_resumed_run_replaces_what_came_after_its_checkpoint(tmp_path):
     assert [(r["step"], r["loss"], r["mfu"]) for r in metrics.read(tmp_path)] == [(1, 0, None), (2, 1, None)]
 
 
+def test_a_run_without_an_end(tmp_path):
+    with Show(tmp_path) as show:
+        show.begin(0, 0, 1, None, 3e6)
+        show.step(row(1))
+        show.end(1, None)
+    assert (tmp_path / "log.txt").read_text().endswith(" step 1 is done\n")
+
+
 def test_a_quiet_one_does_nothing(tmp_path, capsys):
     with Show(tmp_path, quiet=True) as show:
         show.say("hello")

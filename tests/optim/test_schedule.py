@@ -72,6 +72,30 @@ def test_a_run_may_become_longer_or_shorter_without_changing_the_rates_so_far(
     assert of_length(other, new, new, min(step, open_until(other, new))) == other
 
 
+@given(
+    schedule=st.sampled_from(["cosine", "wsd", "constant"]),
+    warmup=st.integers(2, 300),
+    old=st.integers(1, 300),
+    part=st.floats(0, 1),
+    change=st.integers(1, 600),
+)
+def test_a_warm_up_in_steps_is_the_same_in_a_run_of_any_length(schedule, warmup, old, part, change):
+    o = OptimOptions(lr=0.5, schedule=schedule, warmup=warmup, decay=0.4)
+    o.validate()
+    assert warmup_steps(o, old) == warmup
+    step = min(old, round(part * open_until(o, old)))
+    new = step + change
+    other = of_length(o, old, new, step)
+    assert other.warmup == warmup
+    assert [learning_rate(other, s, new) for s in range(step)] == [learning_rate(o, s, old) for s in range(step)]
+    assert learning_rate(o, warmup - 2, old) == pytest.approx(0.5 * (warmup - 1) / warmup)
+
+
+def test_without_an_end_the_rate_rises_for_so_many_steps_and_stays():
+    o = OptimOptions(lr=2.0, schedule="constant", warmup=4)
+    assert [learning_rate(o, s, 0) for s in (0, 1, 3, 4, 10**9)] == [0.5, 1.0, 2.0, 2.0, 2.0]
+
+
 def test_the_length_of_a_run_is_open_for_as_long_as_it_can_be():
     """One step later and the rates so far would be those of a certain length: a bound that is too late is seen."""
     for schedule, last in (("cosine", 11), ("wsd", 60)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 
@@ -67,6 +68,27 @@ def test_schedules_that_hypothesis_looks_for(mode, workers, staleness, copies, n
     assert wrong(replace(scenario, loss=loss, double=double, jitter=jitter, faults=tuple(faults))) == []
 
 
+def arriving(seed: int) -> Scenario:
+    """A random schedule whose samples come bit by bit, up to long after workers have used up those before."""
+    scenario, chance = schedule(seed), random.Random(seed)
+    times = sorted(chance.uniform(0.0, 30.0) for _ in range(chance.randint(1, 4)))
+    counts = [*sorted(chance.randint(0, scenario.samples) for _ in times[1:]), scenario.samples]
+    return replace(scenario, arrivals=tuple(zip(times, counts, strict=True)))
+
+
+def test_random_schedules_of_samples_that_come_bit_by_bit():
+    """Nobody waits for ever where only some got the last samples before a dry spell, in any mode."""
+    for seed in range(200):
+        assert wrong(arriving(seed)) == [], f"schedule {seed}"
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(10))
+def test_ten_thousand_schedules_of_samples_that_come_bit_by_bit(part):
+    for seed in range(10_000 + 1000 * part, 11_000 + 1000 * part):
+        assert wrong(arriving(seed)) == [], f"schedule {seed}"
+
+
 def test_a_schedule_is_the_same_every_time():
     one, two = (World(schedule(7), Ledgers()).run() for _ in range(2))
     assert one.journal == two.journal
@@ -115,11 +137,18 @@ class NoTable(Coordinator):
         super()._push(member, message)
 
 
-def seen(sentence: str, coordinator: type[Coordinator] = Coordinator) -> bool:
+class TakesADrySpellForTheEnd(Coordinator):
+    """Whoever asks when there is nothing more is told that it is over."""
+
+    def grow(self, samples, growing, now):
+        return super().grow(samples, False, now)
+
+
+def seen(sentence: str, coordinator: type[Coordinator] = Coordinator, of=schedule) -> bool:
     """In one of 400 schedules the audit, or an assertion of the code, says so. sentence: a regular expression."""
     for seed in range(400):
         try:
-            found = wrong(schedule(seed), coordinator)
+            found = wrong(of(seed), coordinator)
         except AssertionError as error:
             found = [str(error)]
         if re.search(sentence, "; ".join(found)):
@@ -141,6 +170,10 @@ def seen(sentence: str, coordinator: type[Coordinator] = Coordinator) -> bool:
 )
 def test_a_mistake_is_seen(mistake, sentence):
     assert seen(sentence, mistake)
+
+
+def test_a_dry_spell_taken_for_the_end_is_seen():
+    assert seen("samples were used", TakesADrySpellForTheEnd, of=arriving)
 
 
 def test_an_order_followed_twice_is_seen(monkeypatch):

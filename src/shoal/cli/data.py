@@ -1,9 +1,9 @@
-"""`shoal data prepare` and `shoal data inspect`: text into tokens, as training would, and what came out."""
+"""`shoal data prepare`, `append` and `inspect`: text into tokens, as training would, and what came out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -11,17 +11,25 @@ from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job import blame, read
-from shoal.job.check import nearest
+from shoal.job.check import count, nearest
 from shoal.job.data import DataOptions
 
+if TYPE_CHECKING:
+    from shoal.data.counts import Counts
+
+_VERBS = ("prepare", "append", "inspect")
+# Segments that `inspect` lists.
+_SHOWN = 20
 SHORT = {"--data": "--data.source"}
 
 _HELP = """usage: shoal data prepare|inspect [RECIPE.toml] [--data FILE ...] [--OPTION VALUE ...]
+       shoal data append STORE FILE ... [--OPTION VALUE ...]
 
   prepare   tokenise the text of a recipe, or your own, before a run needs it
+  append    add text to a growing store, also while a run trains on it; the first time makes the store
   inspect   what a run would train on: counts, document lengths, packing, and a row as text
 
-`shoal data prepare --help` shows the options.
+`shoal data prepare --help` and `shoal data append --help` show the options.
 """
 
 
@@ -43,15 +51,58 @@ class DataVerb:
     """`json` prints one JSON object as the last line on standard output: counts, lengths, packing, a row."""
 
 
+@dataclass(frozen=True)
+class TextOptions:
+    """How text is read, and what a new store is made with."""
+
+    text_field: str = "text"
+    """JSONL: the key that holds the text."""
+    include: tuple[str, ...] = ()
+    """Folders: shell patterns of file names to take, e.g. '*.py'; empty = every text file."""
+    tokenizer: str = "auto"
+    """Of a new store: `bpe` (`auto`) trains a byte-level BPE on this first text; `bytes` takes every byte as a token;
+    else a path to a Hugging Face tokenizer.json or a folder that holds one. Later text is tokenised by the store's."""
+    vocab_size: int = 0
+    """Of a new store: tokens of the BPE, the special one included; 0 = 4096. Later: 0, or the store's."""
+    validation: float = -1.0
+    """Of a new store: share of this first text kept for validation, as of any corpus; -1 = 0.02. What is appended later
+    is all trained on."""
+    workers: int = 0
+    """Threads that tokenise; 0 = one per core."""
+
+
+@dataclass(frozen=True)
+class AppendVerb:
+    """Adds text to a growing store: a folder of tokens that a run with a parameter server can read without an end.
+
+    $ shoal data append news first.jsonl          makes the store `news`, its tokenizer and its validation text
+    $ shoal data append news monday.jsonl tue/    adds a segment; runs that train on the store see it within seconds
+    $ zcat wednesday.gz | shoal data append news -
+
+    Killed at whatever moment, it leaves the store as it was or with all of this text.
+    """
+
+    store: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="STORE")] = ""
+    """Folder of the store. If it is not there, or empty, it is made."""
+    files: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Files or folders of text, *.jsonl (one object a line), or `-` for standard input."""
+    data: TextOptions = field(default_factory=TextOptions)
+    format: str = "text"
+    """`json` prints one JSON object as the last line on standard output: `store`, `segment` (0 = the store was made),
+    counts of `train` and `validation`."""
+
+
 def run(args: list[str]) -> Answer:
-    """Prints what was prepared; `inspect` also a sample of it."""
+    """Prints what was prepared or appended; `inspect` also a sample of it."""
     verb = args[0] if args else "--help"
     if verb in ("-h", "--help"):
         print(_HELP, end="")
         return Answer()
-    if verb not in ("prepare", "inspect"):
-        raise JobError(f"unknown verb 'data {verb}'", fix=nearest(verb, ("prepare", "inspect")))
+    if verb not in _VERBS:
+        raise JobError(f"unknown verb 'data {verb}'", fix=nearest(verb, _VERBS))
     prog = f"shoal data {verb}"
+    if verb == "append":
+        return _append(flags.parse(AppendVerb, args[1:], prog))
     options = flags.parse(DataVerb, args[1:], prog, short=SHORT)
     if not options.recipe:
         flags.refuse_recipe_as_text(options.data.source, prog)
@@ -65,20 +116,50 @@ def run(args: list[str]) -> Answer:
             raise blame(error, options.recipe, base) from None
 
     from shoal.data.describe import describe
+    from shoal.data.growing import names_store
     from shoal.data.prepare import prepare
 
-    facts = describe(prepare(options.data, say=print), options.data)
+    data = options.data
+    if verb == "inspect" and any(map(names_store, data.source)):
+        data = replace(data, grow=True)  # it is only looked at
+    facts = describe(prepare(data, say=print), data)
     print(_counts(facts))
     if verb == "inspect":
         print(_inside(facts))
     return Answer(facts)
 
 
+def _append(verb: AppendVerb) -> Answer:
+    if not verb.store or not verb.files:
+        raise JobError("a store and a file of text are to be named", fix="shoal data append STORE FILE ...")
+    asked = {f.name: value for f in fields(TextOptions) if (value := getattr(verb.data, f.name)) != f.default}
+    options = DataOptions(source=verb.files, **asked)
+    options.validate()
+
+    from shoal.data.append import append
+
+    done = append(verb.store, options, asked, say=print)
+    if done.segment == 0:
+        print(f"begun with {_text(done.train)} to train on, {_text(done.validation)} for validation")
+    else:
+        print(f"segment {done.segment:,}: {_text(done.train)}")
+    print(f"in {done.store}")
+    return Answer(done)
+
+
+def _text(counts: Counts) -> str:
+    return f"{count(counts.documents, 'document')}, {count(counts.tokens, 'token')}"
+
+
 def _counts(facts: dict[str, Any]) -> str:
-    lines = [f"{'':12}{'files':>8}{'documents':>12}{'tokens':>16}{'bytes':>16}"]
-    for split in ("train", "validation"):
-        of = facts[split]
-        lines.append(f"{split:12}{of['files']:8,}{of['documents']:12,}{of['tokens']:16,}{of['bytes']:16,}")
+    shown = {split: facts[split] for split in ("train", "validation")}
+    appended = list(enumerate(facts["segments"] or (), 1))
+    shown |= {f"segment {number}": of for number, of in appended[-_SHOWN:]}
+    lines = [f"{'':14}{'files':>8}{'documents':>12}{'tokens':>16}{'bytes':>16}"]
+    for name, of in shown.items():
+        lines.append(f"{name:14}{of['files']:8,}{of['documents']:12,}{of['tokens']:16,}{of['bytes']:16,}")
+    if len(appended) > _SHOWN:
+        lines.append(f"({len(appended):,} segments, the last {_SHOWN} of them shown; all are part of train)")
     lines.append(f"{facts['vocab_size']:,} different tokens, {facts['bytes_per_token']:.2f} bytes per token")
     lines.append(f"kept in {facts['folder']}")
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
+from shoal.data.segments import is_store
 from shoal.errors import DataError
 from shoal.job.data import DataOptions
 
@@ -71,6 +72,9 @@ def find(options: DataOptions, spool: Path) -> Corpus:
             files = [_spooled("standard input", sys.stdin.buffer, spool / f"{number}")]
         elif name == "python":
             files = _folder(Path(sysconfig.get_paths()["stdlib"]), "python", ("*.py",), _NOT_LIBRARY, skipped)
+        elif path.is_dir() and is_store(path):
+            fix = "give the text that it was made of; a run reads a store by itself, with data.grow"
+            raise DataError("this is a growing store of tokens, not text", where=name, fix=fix)
         elif path.is_dir():
             files = _folder(path, path.resolve().name, options.include, set(), skipped)
         elif path.is_file():
@@ -118,7 +122,7 @@ def _folder(root: Path, name: str, include: tuple[str, ...], leave: set[str], sk
 
 
 def _walk(folder: Path, leave: set[str], skipped: Counter[str]) -> Iterator[Path]:
-    """Regular files below a folder, in the order of their names, without hidden ones."""
+    """Regular files below a folder, in the order of their names, without hidden ones and growing stores."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError:
@@ -128,7 +132,7 @@ def _walk(folder: Path, leave: set[str], skipped: Counter[str]) -> Iterator[Path
         if entry.name.startswith(".") or entry.name == "__pycache__":
             continue
         if entry.is_dir(follow_symlinks=False):
-            if entry.name not in leave:
+            if entry.name not in leave and not is_store(entry.path):
                 yield from _walk(Path(entry.path), leave, skipped)
         elif entry.is_file():
             yield Path(entry.path)

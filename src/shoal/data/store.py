@@ -133,4 +133,5 @@ def _map(path: Path, dtype: np.dtype) -> NDArray:
 
 
 def _damaged(what: str, path: Path) -> DataError:
-    return DataError(f"damaged token store: {what}", where=str(path), fix=f"remove {path.parent} and prepare again")
+    fix = f"restore it from a copy, or remove {path.parent} and prepare again"
+    return DataError(f"damaged token store: {what}", where=str(path), fix=fix)

@@ -12,7 +12,8 @@ class CheckpointOptions:
     """Checkpoints are written by a helper process; training waits for the copy only."""
 
     every: int = 0
-    """Steps between checkpoints; 0 = about five times a run. There is always one at the end."""
+    """Steps between checkpoints; 0 = about five times a run, of one without an end every 100. There is always one at
+    the end."""
     keep: int = 2
     """Newest checkpoints that are kept; at least 1."""
 

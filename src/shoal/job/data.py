@@ -31,6 +31,9 @@ class DataOptions:
     each."""
     order: str = "random"
     """`random`: another permutation each epoch, from the seed; `sequential`: as stored."""
+    grow: bool = False
+    """Read a growing store, which data.source names: a folder that `shoal data append` made, and may add text to while
+    a run trains on it. Every row once, in the order in which the text came; needs order=sequential."""
     validation: float = 0.02
     """Share of the files (by bytes) kept for validation; whole files, never trained on. 0 = none.
     A single file or stream is split by documents instead (JSONL lines, or blocks of lines)."""
@@ -46,4 +49,9 @@ class DataOptions:
         at_least("data.workers", self.workers, 0)
         one_of("data.pack", self.pack, ("best_fit", "pad"))
         one_of("data.order", self.order, ("random", "sequential"))
+        require(
+            not self.grow or self.order == "sequential",
+            f"data.grow needs data.order='sequential', not {self.order!r}: what is still to come cannot be shuffled",
+            "data.order = 'sequential' (--data.order sequential)",
+        )
         require(0 <= self.validation < 1, f"data.validation={self.validation} is not in [0, 1)", "e.g. 0.02")

@@ -14,6 +14,7 @@ from shoal.job.fits import check_layout, check_model
 from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
 from shoal.job.nearby import or_nearest
+from shoal.job.online import check_growing
 from shoal.job.optim import OptimOptions
 from shoal.job.run import RunOptions
 from shoal.job.server import ServerOptions, check_server
@@ -39,6 +40,11 @@ class Job:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     run: RunOptions = field(default_factory=RunOptions)
 
+    @property
+    def endless(self) -> bool:
+        """It trains on a store that grows until it is asked to stop: it has no number of steps, `train.steps` is 0."""
+        return self.data.grow and not self.train.steps
+
     def validate(self) -> Job:
         """This job, each option checked, and those that depend on each other; to be used in its place. Raises JobError.
 
@@ -51,6 +57,7 @@ class Job:
         if job.layout is not None:
             job.layout.validate()
         check_server(job)
+        check_growing(job)
         if not job.model.weights:  # with weights, once their folder has been read: models.config.architecture
             check_context(job)
         if job.layout is not None:

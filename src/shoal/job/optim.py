@@ -29,7 +29,7 @@ class OptimOptions:
     schedule: str = "wsd"
     """`wsd`: warm-up, stable, then linear decay; `cosine`: warm-up, then half a cosine; `constant`: warm-up only."""
     warmup: float = 0.02
-    """Share of the steps with linearly rising learning rate."""
+    """Share of the steps with linearly rising learning rate; above 1: so many steps."""
     decay: float = 0.25
     """wsd: share of the steps, at the end, with falling learning rate."""
     final_lr: float = 0.0
@@ -44,8 +44,9 @@ class OptimOptions:
         positive("optim.eps", self.eps)
         for name in ("weight_decay", "warmup", "decay", "final_lr", "clip"):
             at_least(f"optim.{name}", getattr(self, name), 0)
-        for name in ("warmup", "decay"):
-            require(getattr(self, name) <= 1, f"optim.{name}={getattr(self, name)} is not a share", "from 0 to 1")
+        require(self.decay <= 1, f"optim.decay={self.decay} is not a share", "from 0 to 1")
+        what = f"optim.warmup={self.warmup} is neither a share nor a number of steps"
+        require(self.warmup <= 1 or self.warmup == int(self.warmup), what, "from 0 to 1, or a whole number of steps")
         momenta = [(name, getattr(self, name)) for name in ("momentum", "muon_momentum")]
         for name, value in (("betas", self.betas[0]), ("betas", self.betas[1]), *momenta):
             require(0 <= value < 1, f"optim.{name}: {value} is not in [0, 1)", "e.g. 0.9")

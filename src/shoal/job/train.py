@@ -13,7 +13,8 @@ class TrainOptions:
 
     steps: int = 0
     """Optimizer updates; 0 = as many as fit into `minutes`: estimated at the start, decided by the run's own
-    pace as soon as the learning rate depends on it (wsd: where the decay begins), written into job.toml."""
+    pace as soon as the learning rate depends on it (wsd: where the decay begins), written into job.toml; with
+    data.grow no end."""
     minutes: float = 3.5
     """With steps = 0: the length of the run in minutes, from the command to the end, validation included;
     saving and exporting a large model takes longer than the 8 seconds that are kept for it."""
@@ -36,7 +37,8 @@ class TrainOptions:
     loss_chunk: int = 0
     """Tokens whose logits exist at a time; 0 = by size, in tiles of about 16 MiB."""
     validate_every: int = 0
-    """Steps between validations; 0 = about ten times a run. There is always one at the end."""
+    """Steps between validations; 0 = about ten times a run, of one without an end every 100. There is always one at
+    the end of a run that comes to it."""
     validate_tokens: int = 0
     """Tokens per validation; 0 = all held-out text at the end, and up to 16,384 during training."""
     on_nonfinite: str = "stop"

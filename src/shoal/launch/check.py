@@ -121,7 +121,9 @@ def check(
     if job.sync.name != "allreduce":
         say(f"sync.name={job.sync.name} lets replicas differ, so no two layouts agree: checked with allreduce")
     sync = replace(job.sync, name="allreduce", codec="none", pace="")
-    job = replace(vocabulary(job, prepared), layout=None, sync=sync, server=ServerOptions())
+    # Of a store that grows, the text that there is now.
+    data = replace(job.data, grow=False)
+    job = replace(vocabulary(job, prepared), layout=None, sync=sync, server=ServerOptions(), data=data)
     given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
     reasons = {text: refusal(job, layout) for text, layout in given.items()}
     refused = [Refused(text, reason) for text, reason in reasons.items() if reason]

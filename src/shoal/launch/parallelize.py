@@ -98,7 +98,7 @@ def _update(optimizer: str, lr: float, steps: int, options: dict[str, Any]) -> O
         raise JobError(what, fix="optimizer adamw or sgd, or a model of shoal's own")
     update = OptimOptions(name=optimizer, lr=lr, **(_PLAIN | options))
     update.validate()
-    if not steps and (update.schedule != "constant" or update.warmup):
+    if not steps and (update.schedule != "constant" or 0 < update.warmup <= 1):
         raise JobError(
             f"schedule={update.schedule} with warmup={update.warmup} needs to know how long", fix="steps=1000"
         )

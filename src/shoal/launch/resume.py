@@ -32,7 +32,7 @@ def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
         fix = f"write its tables again, from the recipe; then `shoal train --resume {folder}`"
         raise JobError("job.toml of this run is damaged: it names no layout", where=str(folder / "job.toml"), fix=fix)
     _same_run(before, job, folder)
-    if before.train.steps and not job.train.steps:
+    if before.train.steps and not (job.train.steps or job.endless):
         what = f"a run that goes on has no length by minutes: it is one of {before.train.steps:,} steps"
         fix = f"say how many it shall have in all: --steps {2 * before.train.steps}"
         raise JobError(what, where=str(folder), fix=fix)
@@ -41,15 +41,19 @@ def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
     except (OSError, msgspec.DecodeError):
         raise CheckpointError("the run cannot be resumed: data.json is missing or damaged", where=str(folder)) from None
     if (Path(known["folder"]) / "meta.json").exists():
-        return Prepared.load(Path(known["folder"]))
+        return _unchanged(Prepared.load(Path(known["folder"])), known["fingerprint"], job)
     if job.data.source == ("-",):
         raise DataError(
             "the run was trained on standard input, and its token store is gone",
             where=known["folder"],
             fix=f"start a new run from {folder / 'model'} (--model.weights)",
         )
-    prepared = prepare(job.data, say=say)
-    if prepared.fingerprint != known["fingerprint"]:
+    return _unchanged(prepare(job.data, say=say), known["fingerprint"], job)
+
+
+def _unchanged(prepared: Prepared, fingerprint: str, job: Job) -> Prepared:
+    """A growing store has a name of the user's, who may have begun another one under it; else text was read again."""
+    if prepared.fingerprint != fingerprint:
         raise DataError(
             "the text has changed since this run began, and its token store is gone",
             where=", ".join(job.data.source),

@@ -52,7 +52,7 @@ def run(
     """From the job to its figures, as `training.worker.main` gives them. arguments: of that, too."""
     folder, started = arguments["folder"], arguments["started"]
     here = {name: arguments[name] for name in ("folder", "job", "prepared")}
-    threads, minutes = job.run.threads, not job.train.steps
+    threads, minutes = job.run.threads, not (job.train.steps or job.endless)
     _known(job)
     # Of an earlier start.
     (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
@@ -218,7 +218,8 @@ def _of_all_machines(text: str, job: Job) -> str:
 def _undecided(job: Job) -> bool:
     assert job.layout is not None
     autos = (job.train.precision, job.train.compile, job.sync.codec, job.layout.replica_share)
-    return not job.train.steps or "auto" in autos or not job.train.validate_every or not job.checkpoint.every
+    measured = not (job.train.steps or job.endless) or "auto" in autos
+    return measured or not job.train.validate_every or not job.checkpoint.every
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:

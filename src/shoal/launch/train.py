@@ -202,8 +202,10 @@ def architecture(job: Job) -> Job:
     tokenizer = job.data.tokenizer
     if job.model.weights and tokenizer == "auto":
         tokenizer = job.model.weights
+    elif tokenizer == "auto" and not job.data.grow:  # a growing store has its own
+        tokenizer = "bpe"
     job = config.architecture(job)
-    return replace(job, data=replace(job.data, tokenizer="bpe" if tokenizer == "auto" else tokenizer))
+    return replace(job, data=replace(job.data, tokenizer=tokenizer))
 
 
 def vocabulary(job: Job, prepared: Prepared) -> Job:

@@ -39,7 +39,10 @@ class Progress:
         first: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """steps: of the whole run. first: steps that were done before. clock: seconds, from any zero."""
+        """steps: of the whole run, 0 = it has no end. first: steps that were done before.
+
+        clock: seconds, from any zero.
+        """
         self.console, self.steps, self.mfu, self.clock = console, steps, mfu, clock
         self.first = self.done = first
         self.row: dict[str, Any] = {}
@@ -84,13 +87,16 @@ class Progress:
 
     def _due(self) -> bool:
         now = self.clock()
-        if self.done in (self.first + 1, self.steps):
+        if self.done in (self.first + 1, self.steps or None):
             return True
         if self._live:
             return now - self._shown >= _REDRAW
-        if "val_loss" in self.row or 10 * self.done // self.steps > 10 * self._shown_step // self.steps:
+        if "val_loss" in self.row or self._tenth(self.done) > self._tenth(self._shown_step):
             return True
         return now - self._shown >= max(_PAUSE, _PAUSE_SHARE * (now - self._begun))
+
+    def _tenth(self, step: int) -> int:
+        return 10 * step // self.steps if self.steps else 0
 
     def _show(self) -> None:
         self._shown, self._shown_step = self.clock(), self.done
@@ -117,6 +123,8 @@ class Progress:
         return (self.steps - self.done) * each
 
     def position(self) -> str:
+        if not self.steps:
+            return f"step {self.done:,} (no end)"
         return f"step {self.done:,}/{self.steps:,}  {percent(self.done / self.steps)}"
 
     def figures(self) -> Iterator[tuple[str, str]]:
@@ -136,6 +144,9 @@ class Progress:
         if late := mean_staleness(self.row):
             yield "staleness", number(late, ".1f")
         yield "lr", number(self.row.get("lr"), ".2e")
+        if not self.steps:
+            yield "for", duration(self.clock() - self._begun)
+            return
         ended = self.done >= self.steps
         yield ("took", duration(self.clock() - self._begun)) if ended else ("ETA", duration(self.left))
 
@@ -151,7 +162,7 @@ class _Display:
         position = self.progress.position()
         line = Text(position, style="bold", no_wrap=True, overflow="crop")
         room = min(_BAR, width - len(position) - 2)
-        if room >= 10:
+        if room >= 10 and self.progress.steps:
             line.append("  ")
             line.append_text(self._bar(room, options.ascii_only))
         yield line

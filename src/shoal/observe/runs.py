@@ -28,7 +28,7 @@ class Run:
     """`running`, or how it ended, as `result.state` says."""
     step: int
     steps: int | None
-    """Of the whole run."""
+    """Of the whole run; 0 = it has no end."""
     val_loss: float | None
     """Nats per token, of the last validation."""
     tokens_per_second: float | None
@@ -60,7 +60,7 @@ class Runs:
             table.add_row(
                 run.name,
                 run.state,
-                f"{run.step:,}/{number(run.steps, ',')}",
+                f"{run.step:,} (no end)" if run.steps == 0 else f"{run.step:,}/{number(run.steps, ',')}",
                 number(run.val_loss, ".3f"),
                 number(run.tokens_per_second),
                 f"{duration(run.age)} ago",
@@ -100,9 +100,10 @@ def describe(folder: Path) -> Run:
 
 def _steps(folder: Path) -> int | None:
     try:
-        return read_job(folder / "job.toml").train.steps or None
+        job = read_job(folder / "job.toml")
     except ShoalError:
         return None
+    return job.train.steps or (0 if job.endless else None)
 
 
 def _files(folder: Path) -> tuple[float, int]:

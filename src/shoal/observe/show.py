@@ -67,7 +67,7 @@ class Show:
                 self._log.write(text)
 
     def begin(self, step: int, steps: int, devices: int, peak: float | None, flops_per_token: float) -> None:
-        """The run goes on after `step`, to `steps`. peak: FLOP/s of one device, None if unknown."""
+        """The run goes on after `step`, to `steps`, 0 = with no end. peak: FLOP/s of one device, None if unknown."""
         if self.quiet:
             return
         self._mfu = Mfu(flops_per_token, devices, peak)
@@ -107,7 +107,8 @@ class Show:
         if self._progress is None:
             return
         self._progress.close()
-        text = f"step {step:,} of {self._progress.steps:,} is done"
+        steps = self._progress.steps
+        text = f"step {step:,} of {steps:,} is done" if steps else f"step {step:,} is done"
         if last is not None:
             text += f"; validation loss {last.nats:.4f} nats per token, over {last.tokens:,} tokens"
         self.say(text)

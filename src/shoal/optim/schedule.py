@@ -45,20 +45,27 @@ def open_until(options: OptimOptions, steps: int) -> int:
 def of_length(options: OptimOptions, old: int, new: int, step: int) -> OptimOptions:
     """The schedule of `new` steps whose rates are those of `old` ones until `step`, for which the length was open.
 
-    new: not less than the steps of warm-up. wsd: its decay keeps its share of the steps, unless it would have begun
-    already: then it is all that is left.
+    new: not less than the steps of warm-up, where that is a share. wsd: its decay keeps its share of the steps, unless
+    it would have begun already: then it is all that is left.
     """
     assert step <= open_until(options, old)
-    assert step < new >= warmup_steps(options, old)
-    changed = replace(options, warmup=warmup_steps(options, old) / new)
+    assert step < new >= least_steps(options, old)
+    changed = options if options.warmup > 1 else replace(options, warmup=warmup_steps(options, old) / new)
     if options.schedule == "wsd" and step > open_until(changed, new):
         changed = replace(changed, decay=(new - step) / new)
     return changed
 
 
 def warmup_steps(options: OptimOptions, steps: int) -> int:
-    """Steps with rising rate, of a run of `steps`."""
+    """Steps with rising rate, of a run of `steps`; where they are given as steps, of any."""
+    if options.warmup > 1:
+        return int(options.warmup)
     return max(1, round(options.warmup * steps)) if options.warmup else 0
+
+
+def least_steps(options: OptimOptions, steps: int) -> int:
+    """To which a run of `steps` may become shorter with the same warm-up: a share of it is at most all of it."""
+    return 0 if options.warmup > 1 else warmup_steps(options, steps)
 
 
 def _decay(options: OptimOptions, steps: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from shoal import device
 from shoal.data.batch import Batch
 from shoal.job import Job, shares
-from shoal.optim.schedule import of_length, open_until, warmup_steps
+from shoal.optim.schedule import least_steps, of_length, open_until
 from shoal.training.parts import Parts
 
 # Validations that a run has on the way (see `settle.cadences`), beside the one at its end.
@@ -83,7 +83,7 @@ class Length:
         a_step = job.train.global_batch * job.data.sequence_length
         final = self.final * self._validating if self._validating else self.final / 3 / a_step * pace
         fits = round(agree((self.ends - time.time() - final) / pace))
-        steps = max(step + 1, step + fits, warmup_steps(job.optim, job.train.steps))
+        steps = max(step + 1, step + fits, least_steps(job.optim, job.train.steps))
         self.decided = step >= open_until(of_length(job.optim, job.train.steps, steps, step), steps)
         if self.decided:
             # However late it is: without a decay the run would be half wasted.

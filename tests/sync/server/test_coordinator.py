@@ -277,6 +277,47 @@ def test_the_gate_of_ssp():
     assert any(isinstance(said, m.Grant) and said.key == Key(0, 0, 2) for said in bench.said)
 
 
+def test_who_waits_for_text_hears_that_the_coordinator_lives_and_gets_what_comes():
+    bench = Bench("bsp", workers=2, samples=8)
+    bench.coordinator.at.samples.growing = True
+    for worker in (0, 1):
+        bench.join(worker)
+    bench.tell(m.Ask(Key(0, 0, 0)))
+    bench.tell(m.Ask(Key(1, 0, 0)))
+    grants = {said.key.worker: said for said in bench.said if isinstance(said, m.Grant)}
+    for grant in grants.values():
+        bench.tell(m.Push(grant.key, grant.version, 1.0, 0.0, grant.samples))
+        bench.tell(m.Staged(grant.key, 0, 0, (Square("w", 0, 1.0),)))
+    keys = (grants[0].key, grants[1].key)
+    bench.tell(m.Combined(1, keys, 0, 0, (Square("w", 0, 1.0),)))
+    assert bench.coordinator.version == 1
+    for worker in (0, 1):
+        assert bench.tell(m.Ask(Key(worker, 0, 1))) == []
+        (echo,) = bench.tell(m.Ask(Key(worker, 0, 1)))
+        assert isinstance(echo, m.Primaries)
+    assert not bench.coordinator.idle
+    said = bench.do(bench.coordinator.grow(16, True, bench.now))
+    assert [(one.key.worker, one.samples) for one in said] == [(0, Range(8, 12)), (1, Range(12, 16))]
+    assert bench.do(bench.coordinator.drain(bench.now)) == []
+
+
+def test_a_coordinator_that_comes_back_in_a_dry_spell_waits_on():
+    bench = Bench(workers=1, samples=4)
+    bench.coordinator.at.samples.growing = True
+    bench.join(0)
+    bench.push(bench.granted(Key(0, 0, 0)))
+    bench.journal, _ = decode(MAGIC + encode(bench.journal))
+    bench.coordinator = bench.make()
+    bench.coordinator.at.samples.growing = True
+    assert bench.ask(Key(0, 0, 1)) is None
+    assert not bench.coordinator.idle
+    (grant,) = bench.do(bench.coordinator.grow(6, False, bench.now))
+    assert grant.samples == Range(4, 6)
+    bench.push(grant)
+    assert bench.coordinator.at.samples.finished
+    assert bench.tell(m.Ask(Key(0, 0, 2))) == [m.Finished(0, 0)]
+
+
 def test_nothing_can_be_learned_from_nan_or_from_no_tokens():
     bench = Bench(workers=1)
     bench.join(0)

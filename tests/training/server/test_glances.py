@@ -16,6 +16,7 @@ class Tokens:
     """Sample i has the tokens i and 2 i; 4 samples a step."""
 
     global_batch = 4
+    growing = False
 
     def stretch(self, position: int, count: int) -> SimpleNamespace:
         sample_B = torch.arange(position, position + count)
@@ -47,6 +48,19 @@ def test_everything_is_pulled_before_a_look_at_held_out_text(tiny, tmp_path):
         found.append((row_N is None, glances.due(step, whole)))
     assert [step for step, (everything, _) in enumerate(found) if everything] == [3, 4, 6]
     assert [step for step, (_, looks) in enumerate(found) if looks] == [4, 6]
+
+
+def test_everything_is_pulled_for_samples_that_are_not_to_be_seen_here_yet(monkeypatch):
+    """Of a growing store on a file system that shows another machine's text late."""
+    tokens, later = Tokens(), iter([4, 8])
+    tokens.growing, tokens.samples = True, 4
+    monkeypatch.setattr(
+        tokens, "grow", lambda: setattr(tokens, "samples", next(later)) or tokens.samples, raising=False
+    )
+    words = Words(tokens, None)
+    assert words(Range(2, 4)).tolist() == [2, 3, 4, 6]
+    assert words(Range(4, 6)) is None
+    assert words(Range(4, 6)).tolist() == [4, 5, 8, 10]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ class Coordinator:
         *,
         journal: Sequence[r.AnyRecord],
         samples: int | None = None,
+        growing: bool = False,
         model: str = "",
         tokenizer: str = "",
         now: float = 0.0,
@@ -48,12 +49,13 @@ class Coordinator:
         """rate: learning rate by samples used up so far (`staleness.token_schedule`). copies: of each shard, at first.
 
         journal: what the job's coordinators wrote so far, in this process or before a crash; a new one is one Opened.
-        samples: of the whole job, None = no end. model, tokenizer: hashes that workers must have, too. due: asked at
-        each commit whether there is to be a checkpoint of it: the values of its manifest, as JSON, or None.
+        samples: of the whole job, None = no end; where they are `growing`, those that there are by now (`grow`).
+        model, tokenizer: hashes that workers must have, too. due: asked at each commit whether there is to be a
+        checkpoint of it: the values of its manifest, as JSON, or None.
         """
         self.rules, self.rate, self.model, self.tokenizer = rules.validate(), rate, model, tokenizer
         self.due = due
-        self.at = Standing(rules, copies, samples, journal, now)
+        self.at = Standing(rules, copies, samples, journal, now, growing)
         if (job := self.at.opened.job) != model:
             raise JobError(
                 f"this is the journal of model {job}, not of {model}", where="journal",
@@ -119,6 +121,12 @@ class Coordinator:
         for member in list(self.at.members.values()):
             self._give_up(member, "replaced")
         self.at.started = False
+        return self._done()
+
+    def grow(self, samples: int, growing: bool, now: float) -> list[Effect]:
+        """There are so many samples by now: who waits for some gets them. growing: more may come."""
+        self.at.now = now
+        self.at.samples.extend(samples, growing)
         return self._done()
 
     def drain(self, now: float) -> list[Effect]:
@@ -209,6 +217,10 @@ class Coordinator:
         elif self.at.samples.finished or self.at.draining:
             self._finish(member)
         else:
+            if member.asked is not None:
+                # It may wait for long, for others or for text: lest it takes this for a coordinator that is gone.
+                told = m.Primaries(self.at.copies.epoch, self.at.copies.primaries())
+                self._say(member.address, told)
             member.asked = message
 
     def _push(self, member: Member, message: m.Push) -> None:

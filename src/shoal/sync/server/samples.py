@@ -10,12 +10,12 @@ from shoal.sync.server.messages import Range
 class Samples:
     """Leases ranges of samples; a range is used up when its gradient is committed, and goes back when it is not.
 
-    Sample i is used up if i < watermark or it lies in one of the exceptions.
+    Sample i is used up if i < watermark or it lies in one of the exceptions. growing: more may come after `end`.
     """
 
     def __init__(self, end: int | None, watermark: int = 0, exceptions: tuple[Range, ...] = ()):
         """end: number of samples of the job; None = it has no end."""
-        self.end = end
+        self.end, self.growing = end, False
         self.watermark, self.exceptions = watermark, list(exceptions)
         self._next = max([watermark, *(e.stop for e in exceptions)])
         self._free: list[Range] = []
@@ -25,6 +25,11 @@ class Samples:
                 self._free.append(Range(low, used.start))
             low = used.stop
         self.used = watermark + sum(stop - start for start, stop in exceptions)
+
+    def extend(self, end: int, growing: bool) -> None:
+        """There are so many samples by now; where they are still growing, the job has more to come."""
+        assert self.end is not None
+        self.end, self.growing = max(self.end, end), growing
 
     def lease(self, most: int) -> Range | None:
         """The lowest free samples, at most so many in a row; None if there are none (now)."""
@@ -82,7 +87,12 @@ class Samples:
     @property
     def finished(self) -> bool:
         """Every sample of the job is used up."""
-        return self.end is not None and self.watermark >= self.end
+        return self.end is not None and not self.growing and self.watermark >= self.end
+
+    @property
+    def dry(self) -> bool:
+        """All that there are so far have been leased, and more may come."""
+        return self.growing and not self.available
 
     def state(self) -> tuple[int, tuple[Range, ...]]:
         """(watermark, exceptions), for a checkpoint."""

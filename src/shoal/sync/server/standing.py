@@ -23,9 +23,11 @@ class Standing:
     """
 
     def __init__(
-        self, rules: Rules, copies: Sequence[int], samples: int | None, journal: Sequence[r.AnyRecord], now: float
-    ):
-        """journal: at least an Opened. copies: of each shard, at first. samples: of the whole job, None = no end."""
+        self, rules: Rules, copies: Sequence[int], samples: int | None, journal: Sequence[r.AnyRecord], now: float,
+        growing: bool = False,
+    ):  # fmt: skip
+        """journal: at least an Opened. copies: of each shard, at first. samples: of the whole job, None = no end; if
+        they are `growing`, so many by now."""
         first = journal[0]
         assert isinstance(first, r.Opened), "a journal begins with what was opened"
         self.rules, self.now = rules, now
@@ -41,7 +43,7 @@ class Standing:
         self.opened = first
         for record in journal[1:]:
             self.take(record)
-        self.samples.end = samples
+        self.samples.end, self.samples.growing = samples, growing
 
     @property
     def version(self) -> int:

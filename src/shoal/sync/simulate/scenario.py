@@ -33,7 +33,8 @@ class Scenario:
 
     delay: seconds a message is on its way; jitter: times `delay`, the mean of what comes on top (exponential, so that
     messages overtake each other). loss, double: share of messages. patience: simulated seconds after which it is given
-    up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each.
+    up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each. arrivals: of a store that grows,
+    seconds and how many of the samples there are from then on, in order; none = all from the beginning.
     """
 
     rules: Rules
@@ -49,6 +50,7 @@ class Scenario:
     double: float = 0.0
     faults: tuple[Fault, ...] = ()
     patience: float = 10_000.0
+    arrivals: tuple[tuple[float, int], ...] = ()
 
 
 class Problem(Protocol):

@@ -83,6 +83,8 @@ class World:
             self._start_worker(number, _Host(None))
         for fault in scenario.faults:
             self._at(fault.time, self._on_fault, fault)
+        for time, _ in scenario.arrivals:
+            self._at(time, self._on_arrival)
         for address in self.hosts:
             self._at(self.rules.retry * (1 + self.rng.random()), self._on_tick, address)
 
@@ -125,9 +127,18 @@ class World:
 
     def _coordinator(self) -> Coordinator:
         counts = [self.scenario.copies] * self.scenario.shards
+        samples, growing = self._arrived()
         return self.make(
-            self.rules, self.problem.rate, counts, journal=self.journal, samples=self.scenario.samples, now=self.now
+            self.rules, self.problem.rate, counts, journal=self.journal, samples=samples, growing=growing, now=self.now
         )
+
+    def _arrived(self) -> tuple[int, bool]:
+        """How many samples there are by now, and whether more will come."""
+        samples, arrivals = self.scenario.samples, self.scenario.arrivals
+        if not arrivals:
+            return samples, False
+        here = max((count for time, count in arrivals if time <= self.now), default=0)
+        return here, here < samples
 
     def _shard(self, number: int, copy: int, others: tuple[int, ...]) -> ServerShard:
         return ServerShard(
@@ -290,6 +301,14 @@ class World:
         host = self.hosts[COORDINATOR]
         if host.up and host.life == life:
             self._do(COORDINATOR, host, host.machine.tick(self.now))
+
+    def _on_arrival(self) -> None:
+        """Its coordinator looks at the store at once, unless it hangs; one that is down does when it is back."""
+        host = self.hosts[COORDINATOR]
+        if host.asleep > self.now:
+            self._at(host.asleep, self._on_arrival)
+        elif host.up:
+            self._do(COORDINATOR, host, host.machine.grow(*self._arrived(), self.now))
 
     def _on_fault(self, fault: Fault) -> None:
         if fault.role == "coordinator":

@@ -15,6 +15,7 @@ from shoal.observe import files
 from shoal.observe.log import speaker
 from shoal.sync.server import journal
 from shoal.sync.server import records as r
+from shoal.sync.server.messages import Range
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.journal_file import FILE
 from shoal.training import folder as folders
@@ -76,3 +77,14 @@ def _start(run: Path) -> int:
     """The version that the newest checkpoint holds."""
     newest = checkpoint.newest(run / "checkpoints", lambda text: None)
     return int(manifest.read(newest).values["update"]["updates"]) if newest is not None else 0
+
+
+def opened_at(run: Path, job: Job) -> r.Opened:
+    """Where a journal begins: at the newest checkpoint, or at nothing."""
+    newest = checkpoint.newest(run / "checkpoints", lambda text: None)
+    if newest is None:
+        return r.Opened(plan.model_hash(job))
+    values = manifest.read(newest).values
+    told = values.get("sync", {})
+    used = tuple(Range(*pair) for pair in told.get("exceptions", ()))
+    return r.Opened(plan.model_hash(job), int(values["update"]["updates"]), values["position"], used)

@@ -10,8 +10,7 @@ from typing import Any
 
 import msgspec
 
-from shoal import checkpoint, device
-from shoal.checkpoint import manifest
+from shoal import device
 from shoal.data.prepare import Prepared
 from shoal.errors import DivergedError
 from shoal.job import Job, parse, read, write
@@ -23,7 +22,7 @@ from shoal.observe.show import Show
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
-from shoal.sync.server.messages import COORDINATOR, Address, Range
+from shoal.sync.server.messages import COORDINATOR, Address
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.conduct import Conductor
 from shoal.sync.server.node.journal_file import JournalFile
@@ -35,6 +34,8 @@ from shoal.training import folder as folders
 from shoal.training.length import Length
 from shoal.training.loop import MOST_SKIPPED
 from shoal.training.server import plan
+from shoal.training.server.begin import opened_at
+from shoal.training.server.growth import Growth, Reached
 from shoal.training.server.rows import Rows
 from shoal.training.stop import Stop
 from shoal.training.worker import length_of
@@ -62,11 +63,12 @@ def main(
         journal = JournalFile(run / FOLDER)
         ending.callback(journal.close)
         if not journal.records:
-            journal.append([opened := _opened(run, given)], durable=True)
+            journal.append([opened := opened_at(run, given)], durable=True)
             journal.records.append(opened)
         # Workers that take steps of their own go by the length that the job began with.
         length = length_of(given, corpus, started) if minutes and given.server.local_steps == 1 else None
-        lead = _Lead(given, run, show, station, journal, stop, length)
+        growth = Growth(given, corpus) if given.data.grow else None
+        lead = _Lead(given, run, show, station, journal, stop, length, growth)
         if life:
             show.say(
                 f"the coordinator was started again: it goes on from its journal, version {lead.machine.version:,}"
@@ -97,35 +99,26 @@ def main(
         }  # fmt: skip
 
 
-def _opened(run: Path, job: Job) -> r.Opened:
-    """Where a journal begins: at the newest checkpoint, or at nothing."""
-    newest = checkpoint.newest(run / "checkpoints", lambda text: None)
-    if newest is None:
-        return r.Opened(plan.model_hash(job))
-    values = manifest.read(newest).values
-    told = values.get("sync", {})
-    used = tuple(Range(*pair) for pair in told.get("exceptions", ()))
-    return r.Opened(plan.model_hash(job), int(values["update"]["updates"]), values["position"], used)
-
-
 class _Lead:
     """What a run's coordinator does besides coordinating. rows.step: global batches that are used up."""
 
     def __init__(
-        self, job: Job, run: Path, show: Show, station: Station, journal: JournalFile, stop: Stop, length: Length | None
-    ):
+        self, job: Job, run: Path, show: Show, station: Station, journal: JournalFile, stop: Stop,
+        length: Length | None, growth: Growth | None,
+    ):  # fmt: skip
         assert job.layout is not None
         self.job, self.run, self.show, self.station, self.journal = job, run, show, station, journal
-        self.stop, self.length = stop, length
+        self.stop, self.length, self.growth = stop, length, growth
         self.skipped, self._in_a_row, self._diverged = 0, 0, ""
         self._saving: int | None = None
         self._last: int | None = None
         self._attempts, self._asked = 0, 0.0
         self._glance: m.Noted | None = None
         self._since_save = 0
+        reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
             plan.rules(job), self._rate, [job.server.copies] * job.server.shards, journal=journal.records,
-            samples=plan.samples(job, job.train.steps), model=plan.model_hash(job),
+            samples=reached.end, growing=reached.growing, model=plan.model_hash(job),
             tokenizer=plan.tokenizer_hash(run), now=time.monotonic(), due=self._due,
         )  # fmt: skip
         opened = self.machine.at.opened
@@ -265,11 +258,21 @@ class _Lead:
             self.show.step(row)
             self._follow()
         now = time.monotonic()
+        if self.growth is not None and not self.machine.at.draining:
+            self._grow(self.growth, now)
         if (self.stop.asked or self._diverged) and not self.machine.at.draining:
             self._conductor.do(self.machine.drain(now))
         if not self.machine.idle:
             return False
         return self._all_saved(now)
+
+    def _grow(self, growth: Growth, now: float) -> None:
+        """Gives out what was appended to the store, and says when there is nothing to do and when there is again."""
+        at = self.machine.at
+        if (reached := growth.look(now)) is not None:
+            self._conductor.do(self.machine.grow(reached.end, reached.growing, now))
+        if news := growth.news(at.samples, any(member.grant is not None for member in at.members.values())):
+            self.show.say(news)
 
     def _all_saved(self, now: float) -> bool:
         """Asks for the last checkpoint, and again where a shard was lost meanwhile."""

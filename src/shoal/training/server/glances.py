@@ -56,8 +56,11 @@ class Words:
         return not tied and job.server.local_steps == 1 and job.sync.codec == "none"
 
     def __call__(self, samples: Range) -> NDArray[np.int64] | None:
-        """In order, each once; None where held-out text is read before these samples."""
+        """In order, each once; None where held-out text is read before these samples, or they are not to be seen here
+        yet: then all rows are needed, or may be."""
         loader, glances = self.loader, self._glances
         if glances is not None and glances.near(samples.start // loader.global_batch):
+            return None
+        if loader.growing and loader.samples < samples.stop and loader.grow() < samples.stop:
             return None
         return np.unique(loader.stretch(samples.start, samples.stop - samples.start).tokens_BL.numpy())

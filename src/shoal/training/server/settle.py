@@ -6,6 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shoal import device, mesh
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
@@ -16,29 +19,50 @@ from shoal.observe.log import speaker
 from shoal.training.server import plan
 from shoal.training.worker import length_of, settled
 
+# Steps between validations and between checkpoints of a run without an end; and minutes that it may be taken to last.
+_ENDLESS, _DAY = 100, 24.0 * 60
+
 
 def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float) -> dict[str, Any]:
     """Measured on all workers' ranks at a time, as they will compute. Returns the job as TOML.
 
     The number of steps is that of replicas which all-reduce, a first guess: the coordinator follows the workers' pace.
+    A job without an end keeps 0.
     """
     given = parse(job)
     assert given.layout is not None
     say = speaker(Path(folder)) if seat.member == 0 else lambda text: None
     plan.placement(given)  # refuses more shards than there are parameters
-    batch = replace(given.train, global_batch=pushed_batch(given))
-    alike = replace(given, sync=replace(given.sync, name="allreduce"), train=batch)
+    alike = _alike(given)
     with mesh.build(given.layout, seat, timeout=given.sync.timeout) as ranks:
         device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
         corpus = Prepared.load(Path(prepared))
-        training = Loader(corpus, given.data, "train", batch.global_batch, given.train.seed)
-        length = None if given.train.steps else length_of(given, corpus, started)
+        training = _Repeated(corpus, given.data, "train", alike.train.global_batch, given.train.seed)
+        length = None if given.train.steps or given.endless else length_of(given, corpus, started)
         found = settled(alike, ranks, training, length, say)
     return {"job": write(_as(found, given))}
+
+
+class _Repeated(Loader):
+    """A growing store may have fewer rows than a step takes, to begin with: each again, to measure on."""
+
+    def order(self, position_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        return super().order(position_N % max(1, self.samples) if self.growing else position_N)
+
+
+def _alike(job: Job) -> Job:
+    """Whose replicas compute what the workers do, of the text that there is now."""
+    train, every = replace(job.train, global_batch=pushed_batch(job)), job.checkpoint.every
+    if job.endless:
+        # A share of its length would be none: so often, and whatever saves time pays.
+        train = replace(train, validate_every=train.validate_every or _ENDLESS, minutes=_DAY)
+        every = every or _ENDLESS
+    sync, saved = replace(job.sync, name="allreduce"), replace(job.checkpoint, every=every)
+    return replace(job, sync=sync, train=train, data=replace(job.data, grow=False), checkpoint=saved)
 
 
 def _as(found: Job, given: Job) -> Job:
     """What was measured, of the job that was given."""
     codec = replace(given.sync, codec=found.sync.codec)
-    train = replace(found.train, global_batch=given.train.global_batch)
-    return replace(found, sync=codec, train=train, server=given.server)
+    train = replace(found.train, global_batch=given.train.global_batch, minutes=given.train.minutes)
+    return replace(found, sync=codec, train=train, data=given.data, server=given.server)

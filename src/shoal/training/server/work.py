@@ -26,6 +26,7 @@ from shoal.training.parts import spread
 from shoal.training.server import plan
 from shoal.training.server.apart import Apart
 from shoal.training.server.glances import Glances, Words
+from shoal.training.server.growth import wait_for
 from shoal.training.validate import validate
 from shoal.training.worker import held_out
 
@@ -67,6 +68,8 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
         )
         apart = Apart(given, ranks, replica, objective) if given.server.local_steps > 1 else None
         while (work := sync.begin()) is not None:
+            if given.data.grow:
+                wait_for(training, work.samples.stop)
             step = work.samples.start // given.train.global_batch
             operations.step(step + 1)
             if validation is not None and glances.due(step, work.whole):
