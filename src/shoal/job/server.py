@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
 from shoal.job.codec import POWERSGD, parse
+from shoal.job.idle import OF_MODE, refuse_idle
 from shoal.job.sync import SyncOptions
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def check_server(job: Job) -> None:
             what = f"server.{field.name}={value} has no effect with sync.name={sync}"
             require(value == field.default, what, f"--sync server, or leave out server.{field.name}")
         return
+    refuse_idle(options, OF_MODE, "server.", "mode")
     _check_elsewhere(options)
     if options.local_steps == 1:
         check_optimizer(options.compensation, job.optim.name)
