@@ -13,7 +13,7 @@ import msgspec
 from shoal import checkpoint, device
 from shoal.checkpoint import manifest
 from shoal.data.prepare import Prepared
-from shoal.errors import DivergedError
+from shoal.errors import DivergedError, RankError
 from shoal.job import Job, parse, read, write
 from shoal.mesh import Seat
 from shoal.models.spec import count, flops_per_token
@@ -71,9 +71,7 @@ def main(
             show.say(
                 f"the coordinator was started again: it goes on from its journal, version {lead.machine.version:,}"
             )
-        else:
-            lead.anew()
-        if lead.machine.version and not life:
+        elif lead.machine.version:
             show.say(f"goes on from version {lead.machine.version:,}: step {lead.rows.step:,}")
         folders.fill(run, given, corpus)
         world = given.layout.world if given.layout else 1
@@ -106,6 +104,13 @@ def _opened(run: Path, job: Job) -> r.Opened:
     told = values.get("sync", {})
     used = tuple(Range(*pair) for pair in told.get("exceptions", ()))
     return r.Opened(plan.model_hash(job), int(values["update"]["updates"]), values["position"], used)
+
+
+def _bare(shard: int, copies: int) -> RankError:
+    """For a shard that nobody holds any more."""
+    what = f"all {copies} copies of server shard {shard} were lost before one of them could be replaced"
+    fix = "resume the run: it goes on from its newest checkpoint; with server.copies=1, logs on a disk hold all"
+    return RankError(what, fix=fix)
 
 
 class _Lead:
@@ -147,10 +152,6 @@ class _Lead:
         self._conductor = Conductor(
             self.machine, station, journal, written=self._written, noted=self._noted, gone=self._gone
         )
-
-    def anew(self) -> None:
-        """Not only the coordinator was started again, but the whole run: no worker of before is there any more."""
-        self._conductor.do(self.machine.anew(time.monotonic()))
 
     def run_on(self) -> bool:
         """Until the samples are used up, or somebody asks it to stop; whether it was the former. All is saved then.
@@ -265,6 +266,8 @@ class _Lead:
             self.show.step(row)
             self._follow()
         now = time.monotonic()
+        if (shard := self.machine.bare(now)) is not None:
+            raise _bare(shard, self.job.server.copies)
         if (self.stop.asked or self._diverged) and not self.machine.at.draining:
             self._conductor.do(self.machine.drain(now))
         if not self.machine.idle:
