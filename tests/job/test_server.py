@@ -64,6 +64,8 @@ EXPERTS = (
         ("copies = 2\nelsewhere = ['server 0']", "server.elsewhere=['server 0'] with server.copies=2", "copies=1"),
         ("host = ''", "server.host is empty", "127.0.0.1"),
         ("host = '0.0.0.0'", "server.host=0.0.0.0 without server.token", "server.token=FILE"),
+        ("host = '0.0.0.0'\ntoken = 'a'", "server.host=0.0.0.0 is every interface", "ip -brief address"),
+        ("host = '::'\ntoken = 'a'", "server.host=:: is every interface", "ip -brief address"),
         ("host = '::'", "server.host=:: without server.token", "server.token=FILE"),
         ("host = 'node7'", "server.host=node7 without server.token", "server.token=FILE"),
         ("key = 'a.key'", "server.certificate and server.authority are not given", "none of them"),

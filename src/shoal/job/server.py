@@ -137,6 +137,8 @@ class ServerOptions:
         what = f"{table}host={self.host} without {table}token: beyond loopback, strangers could take part"
         fix = f"{table}token=FILE with the same text on all machines, or {table}host=127.0.0.1"
         require(bool(self.token) or _loopback(self.host), what, fix)
+        what = f"{table}host={self.host} is every interface, and no address by which others could find this machine"
+        require(not _everywhere(self.host), what, "the address of one of its interfaces (`ip -brief address`)")
 
     def closing(self, workers: int, table: str = "server.") -> int:
         """Gradients that close a round of `quorum`, of so many workers. Raises JobError for more than there are."""
@@ -229,6 +231,14 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _everywhere(host: str) -> bool:
+    """`0.0.0.0` and the like."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def too_many(shards: int, parameters: int) -> JobError:

@@ -7,6 +7,7 @@ run's folder, too.
 from __future__ import annotations
 
 import shutil
+import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -100,6 +101,8 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
         if job.server.elsewhere:
             fix = nearest(name, list(job.server.elsewhere))
         raise JobError(what, where=str(folder), fix=fix)
+    if name.startswith("server "):
+        _may_listen(host or job.server.host, "--host")
     say = speaker()
     ranks = Ranks(ENTRIES)
     try:
@@ -150,6 +153,7 @@ def check(job: Job) -> None:
     learned = sum(spec.learned for spec in parameters(job.model).values())
     if job.server.shards > learned:
         raise too_many(job.server.shards, learned)
+    _may_listen(job.server.host, "server.host")
     if job.server.token or job.server.certificate:
         # Here and not above: it imports torch.
         from shoal.sync.server.wire import Credentials
@@ -157,6 +161,17 @@ def check(job: Job) -> None:
         credentials = Credentials.of(job.server)
         if credentials.tls:
             credentials.context(ssl.Purpose.CLIENT_AUTH)
+
+
+def _may_listen(host: str, option: str) -> None:
+    """Raises JobError for an address that this machine does not have."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+    except OSError as error:
+        what = f"{option}={host}: this machine cannot listen there: {error.strerror or error}"
+        raise JobError(what, fix=f"{option}: an address that it has (`ip -brief address`)") from None
 
 
 def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import msgspec
 import pytest
 
 from shoal.cli.main import main
 from shoal.errors import JobError
+from shoal.job import write
 from shoal.launch import server
 from tests.training.server import runs
 from tests.training.server.test_equality import QUIET, through_a_server
@@ -42,6 +44,18 @@ def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):
     assert "no run with a parameter server has begun here within 0.2 s" in capsys.readouterr().err
     assert main(["join", str(tmp_path)]) == 2
     assert "a run and a part of it are to be named" in capsys.readouterr().err
+
+
+def test_a_server_needs_an_address_of_its_own_machine(tiny, tmp_path, capsys):
+    """By default that of the first machine."""
+    job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("server 0",))
+    start = server._Start(write(job), "", "0")
+    (tmp_path / "run/server").mkdir(parents=True)
+    (tmp_path / "run/server/start.json").write_bytes(msgspec.json.encode(start))
+    assert main(["join", str(tmp_path / "run"), "server 0", "--host", "192.0.2.1"]) == 2
+    error = capsys.readouterr().err
+    assert "--host=192.0.2.1: this machine cannot listen there" in error
+    assert "Traceback" not in error
 
 
 def test_parts_that_there_are_not_are_refused(ranks, tiny, tmp_path):
