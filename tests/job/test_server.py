@@ -126,6 +126,33 @@ def test_an_outer_optimizer_is_for_workers_that_take_steps_of_their_own(option: 
     parse(text + "2").validate()
 
 
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        ("[server]\nelsewhere = ['worker 2']", "the job has no 'worker 2'", "'worker 1'"),
+        ("[server]\nelsewhere = ['server 1']", "the job has no 'server 1'", "server 0"),
+        ("[server]\nelsewhere = ['worker 1', 'worker 1']", "server.elsewhere names 'worker 1' twice", "once"),
+        ("codec = 'auto'\n[server]\nelsewhere = ['worker 1']", "sync.codec=auto with server.elsewhere", "int8"),
+    ],
+)
+def test_what_other_machines_start_is_a_part_and_not_measured_here(options: str, what: str, fix: str):
+    with pytest.raises(JobError) as caught:
+        parse(f"layout = 'replicas=2'\n[sync]\nname = 'server'\n{options}").validate()
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+
+
+def test_shares_of_workers_elsewhere_are_given():
+    shares = (
+        "layout = 'replicas=2,replica_share={}'\n[train]\nglobal_batch = 12\n"
+        + SERVER
+        + "elsewhere = ['worker 1', 'server 0']"
+    )
+    with pytest.raises(JobError, match=r"replica_share=auto with server.elsewhere=\['worker 1', 'server 0'\]"):
+        parse(shares.format("auto")).validate()
+    parse(shares.format("2+1")).validate()
+
+
 @pytest.mark.parametrize("codec", ["none", "auto", "int8", "topk:0.05+int2"])
 def test_a_server_takes_codecs(codec: str):
     parse(f"[sync]\nname = 'server'\ncodec = '{codec}'\nfeedback = false").validate()

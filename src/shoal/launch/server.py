@@ -21,13 +21,13 @@ from shoal.errors import JobError
 from shoal.job import Job, parse, write
 from shoal.job.check import nearest
 from shoal.job.server import ROUNDS, pushed_batch, too_many
-from shoal.job.shares import AUTO
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
 from shoal.models.spec import parameters
 from shoal.observe import files
+from shoal.observe.hold import alone
 from shoal.observe.log import speaker
 
 _ROOM = "shoal.training.server"
@@ -54,7 +54,6 @@ def run(
     folder, started = arguments["folder"], arguments["started"]
     here = {name: arguments[name] for name in ("folder", "job", "prepared")}
     threads, minutes = job.run.threads, not job.train.steps
-    _known(job)
     # Of an earlier start.
     (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
     if _undecided(job):
@@ -104,12 +103,14 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
     if name.startswith("server "):
         _may_listen(host or job.server.host, "--host")
     say = speaker()
-    ranks = Ranks(ENTRIES)
-    try:
-        say(f"{name} of {folder}")
-        roles.run(ranks, [parts[name]], say=say)
-    finally:
-        ranks.close()
+    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
+    with alone(folder / _FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
+        ranks = Ranks(ENTRIES)
+        try:
+            say(f"{name} of {folder}")
+            roles.run(ranks, [parts[name]], say=say)
+        finally:
+            ranks.close()
 
 
 def _wait(folder: Path, patience: float) -> _Start:
@@ -177,21 +178,6 @@ def _may_listen(host: str, option: str) -> None:
 def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:
     name = f"server {number}" + (f" copy {copy}" if job.server.copies > 1 else "")
     return Role(name, f"{_ROOM}.hold:main", {**args, "number": number, "copy": copy})
-
-
-def _known(job: Job) -> None:
-    """Raises JobError for a part that the job does not have."""
-    known = [part.name for part in _roles(job, "", _Start("", "", ""), "")]
-    assert job.layout is not None
-    if job.server.elsewhere and job.layout.replica_share == AUTO:
-        what = "replica_share=auto with server.elsewhere: other machines cannot be measured before they are there"
-        raise JobError(what, fix="give the shares, e.g. replica_share=2+1")
-    if job.server.elsewhere and job.sync.codec == "auto":
-        what = "sync.codec=auto with server.elsewhere: links to other machines cannot be tried before they are there"
-        raise JobError(what, fix="name a codec, e.g. int8, or none")
-    for name in job.server.elsewhere:
-        if name not in known:
-            raise JobError(f"server.elsewhere: the job has no '{name}'", fix=nearest(name, known))
 
 
 def _local_workers(job: Job) -> int:
