@@ -65,6 +65,7 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
         (["--staleness", "-1"], "staleness=-1 is less than 0"),
         (["--max-staleness", "-2"], "max_staleness=-2 is less than -1"),
         (["--mode", "bsp", "--max-staleness", "3"], "max_staleness=3 with mode=bsp"),
+        (["--mode", "asp", "--staleness", "3"], "staleness=3 has no effect with mode=asp"),
         (["--strength", "2"], "strength=2.0 has no effect with compensation=none"),
         (["--speeds", "1,2"], "--speeds has 2 numbers for 4 workers"),
         (["--speeds", "1,x,1,1"], "--speeds=1,x,1,1 is not numbers with commas"),

@@ -20,6 +20,7 @@ from shoal.job import Job, Layout, read, write
 from shoal.job.check import kinds
 from shoal.job.optim import OptimOptions
 from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
 
 
 class Recorder(SimpleNamespace):
@@ -102,6 +103,22 @@ def test_a_parameter_server_by_its_short_names(trained: Recorder):
     assert trained.job.server == ServerOptions(mode="quorum", quorum=2, grace=0.5, copies=2)
     assert main(["train", "--sync", "server", "--mode", "asp", "--max-staleness=6", "--compensation", "rate"]) == 0
     assert trained.job.server == ServerOptions(mode="asp", max_staleness=6, compensation="rate")
+
+
+def test_a_run_that_goes_on_with_another_sync_or_mode_forgets_what_it_said_for_the_one_before(
+    trained: Recorder, tmp_path: Path
+):
+    server = ["--sync", "server", "--servers", "2", "--mode", "ssp", "--staleness", "6"]
+    assert main(["train", *server]) == 0
+    (tmp_path / "job.toml").write_text(write(trained.job))
+    run = ["train", "--resume", str(tmp_path)]
+    assert main(run) == 0
+    assert trained.job.server == ServerOptions(shards=2, mode="ssp", staleness=6)
+    assert main([*run, "--mode", "quorum", "--grace", "1"]) == 0
+    assert trained.job.server == ServerOptions(shards=2, mode="quorum", grace=1.0)
+    assert main([*run, "--sync", "local", "--sync.every", "20"]) == 0
+    assert (trained.job.server, trained.job.sync) == (ServerOptions(), SyncOptions(name="local", every=20))
+    assert main([*run, "--mode", "bsp", "--staleness", "3"]) == 2, "said now, it is a mistake"
 
 
 def test_workers_are_the_replicas_of_the_layout(trained: Recorder, tmp_path: Path):

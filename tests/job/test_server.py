@@ -64,6 +64,8 @@ EXPERTS = (
         ("copies = 2\nelsewhere = ['server 0']", "server.elsewhere=['server 0'] with server.copies=2", "copies=1"),
         ("host = ''", "server.host is empty", "127.0.0.1"),
         ("host = '0.0.0.0'", "server.host=0.0.0.0 without server.token", "server.token=FILE"),
+        ("host = '0.0.0.0'\ntoken = 'a'", "server.host=0.0.0.0 is every interface", "ip -brief address"),
+        ("host = '::'\ntoken = 'a'", "server.host=:: is every interface", "ip -brief address"),
         ("host = '::'", "server.host=:: without server.token", "server.token=FILE"),
         ("host = 'node7'", "server.host=node7 without server.token", "server.token=FILE"),
         ("key = 'a.key'", "server.certificate and server.authority are not given", "none of them"),
@@ -122,6 +124,33 @@ def test_an_outer_optimizer_is_for_workers_that_take_steps_of_their_own(option: 
     with pytest.raises(JobError, match=f"sync.{option.split()[0]} has no effect with server.local_steps=1"):
         parse(text + "1").validate()
     parse(text + "2").validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "what", "fix"),
+    [
+        ("[server]\nelsewhere = ['worker 2']", "the job has no 'worker 2'", "'worker 1'"),
+        ("[server]\nelsewhere = ['server 1']", "the job has no 'server 1'", "server 0"),
+        ("[server]\nelsewhere = ['worker 1', 'worker 1']", "server.elsewhere names 'worker 1' twice", "once"),
+        ("codec = 'auto'\n[server]\nelsewhere = ['worker 1']", "sync.codec=auto with server.elsewhere", "int8"),
+    ],
+)
+def test_what_other_machines_start_is_a_part_and_not_measured_here(options: str, what: str, fix: str):
+    with pytest.raises(JobError) as caught:
+        parse(f"layout = 'replicas=2'\n[sync]\nname = 'server'\n{options}").validate()
+    assert what in caught.value.what
+    assert fix in caught.value.fix
+
+
+def test_shares_of_workers_elsewhere_are_given():
+    shares = (
+        "layout = 'replicas=2,replica_share={}'\n[train]\nglobal_batch = 12\n"
+        + SERVER
+        + "elsewhere = ['worker 1', 'server 0']"
+    )
+    with pytest.raises(JobError, match=r"replica_share=auto with server.elsewhere=\['worker 1', 'server 0'\]"):
+        parse(shares.format("auto")).validate()
+    parse(shares.format("2+1")).validate()
 
 
 @pytest.mark.parametrize("codec", ["none", "auto", "int8", "topk:0.05+int2"])

@@ -13,6 +13,7 @@ import torch
 from shoal import checkpoint
 from shoal.checkpoint import manifest
 from shoal.job import Layout, read, write
+from shoal.job.idle import without_idle
 from shoal.observe import metrics
 
 NONFINITE = "tests.training.cases:nonfinite"
@@ -41,7 +42,7 @@ def broken_off(whole: Path, run: Path, step: int = 7) -> Path:
 def changed(run: Path, layout: str = "", **sync: object) -> Path:
     job = read(run / "job.toml")
     job = replace(job, layout=Layout.parse(layout) if layout else job.layout, sync=replace(job.sync, **sync))
-    (run / "job.toml").write_text(write(job.validate()))
+    (run / "job.toml").write_text(write(without_idle(job).validate()))
     return run
 
 

@@ -143,7 +143,7 @@ def test_the_folder_is_generated_from_and_shown_but_not_resumed(live, capsys):
     assert main(["ckpt", "show", folder]) == 0
     assert "model" in capsys.readouterr().out
     assert main(["train", "--resume", folder]) == 2
-    assert "cannot be resumed" in capsys.readouterr().err
+    assert "weights that `shoal pull` has taken out" in capsys.readouterr().err
 
 
 def test_a_run_that_is_over_or_none_or_without_a_server_is_refused_in_a_sentence(live, train, tiny, tmp_path, capsys):

@@ -28,10 +28,10 @@ class PullOptions:
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Folder of the run, on this machine or on a file system that it shares."""
     to: str = ""
-    """Folder to make; must not exist. Empty = RUN/pulled/version-00000123."""
+    """Folder to make; must not exist. Empty = RUN/pulled/version-00000123, where the same weights may be already."""
     format: str = "text"
     """`json` prints one JSON object as the last line on standard output: `folder`, `checkpoint`, `version`, `step`,
-    `position` (samples below it are used up)."""
+    `position` (samples below it are used up), `new` (false: it was there already)."""
 
 
 def run(args: list[str]) -> Answer:
@@ -44,6 +44,7 @@ def run(args: list[str]) -> Answer:
     from shoal.training.server.pull import pull
 
     pulled = pull(Path(options.run), Path(options.to) if options.to else None)
-    print(f"version {pulled.version:,}, step {pulled.step:,}: {pulled.folder}")
+    already = "" if pulled.new else ", there already and whole"
+    print(f"version {pulled.version:,}, step {pulled.step:,}: {pulled.folder}{already}")
     print(f"next: {commands.generate(pulled.folder)}")
     return Answer(pulled)

@@ -10,6 +10,7 @@ from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.idle import OF_MODE, refuse_idle
 from shoal.job.server import ServerOptions, check_codec
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _server(options: SimulateOptions) -> ServerOptions:
         lease=options.lease,
     )
     given.check("")
+    refuse_idle(given, OF_MODE, "", "mode")
     check_codec(options.codec, given, "codec", "")
     return replace(given, quorum=given.closing(options.workers, ""))
 

@@ -15,6 +15,7 @@ from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job import Job, Layout, blame, read, read_run
 from shoal.job.check import at_least
+from shoal.job.idle import without_idle
 from shoal.job.train import TrainOptions
 
 SHORT = {
@@ -79,6 +80,9 @@ def run(args: list[str]) -> Answer:
         file = f"{options.resume}/job.toml" if options.resume else options.recipe
         base = read_run(options.resume) if options.resume else read(file)
         options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(base)))
+        if options.resume and (going_on := _going_on(base, options)) != base:
+            base = going_on
+            options = flags.parse(Train, args, "shoal train", short=SHORT, default=Train(**vars(base)))
         _refuse_idle_minutes(base.train, options.train)
         job = _job(options, layout_given)
         try:
@@ -93,6 +97,14 @@ def run(args: list[str]) -> Answer:
     stopped = Signals.__members__.get(result.stopped_by, Signals.SIGTERM) if result.stopped_by else 0
     silent = elastic.is_worker() and os.environ["RANK"] != "0"
     return Answer(None if silent else msgspec.Raw(result.line().encode()), 128 + stopped if stopped else 0)
+
+
+def _going_on(before: Job, given: Train) -> Job:
+    """The job of the run before, without what it said for another sync or mode than it shall go on with."""
+    sync, server = replace(before.sync, name=given.sync.name), replace(before.server, mode=given.server.mode)
+    if (sync, server) == (before.sync, before.server):
+        return before
+    return without_idle(replace(before, sync=sync, server=server))
 
 
 def _job(options: Train, layout_given: bool) -> Job:

@@ -7,8 +7,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from shoal.errors import JobError
-from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.check import at_least, nearest, one_of, positive, require
 from shoal.job.codec import POWERSGD, parse
+from shoal.job.idle import OF_MODE, refuse_idle
+from shoal.job.shares import AUTO
 from shoal.job.sync import SyncOptions
 
 if TYPE_CHECKING:
@@ -136,6 +138,8 @@ class ServerOptions:
         what = f"{table}host={self.host} without {table}token: beyond loopback, strangers could take part"
         fix = f"{table}token=FILE with the same text on all machines, or {table}host=127.0.0.1"
         require(bool(self.token) or _loopback(self.host), what, fix)
+        what = f"{table}host={self.host} is every interface, and no address by which others could find this machine"
+        require(not _everywhere(self.host), what, "the address of one of its interfaces (`ip -brief address`)")
 
     def closing(self, workers: int, table: str = "server.") -> int:
         """Gradients that close a round of `quorum`, of so many workers. Raises JobError for more than there are."""
@@ -144,10 +148,23 @@ class ServerOptions:
         return self.quorum or max(1, workers - 1)
 
 
-def _check_elsewhere(options: ServerOptions) -> None:
-    servers = [name for name in options.elsewhere if name.startswith("server ")]
+def _check_elsewhere(job: Job) -> None:
+    """The parts that other machines start are parts of the job, and what is measured here is not of them."""
+    options, named = job.server, job.server.elsewhere
+    servers = [name for name in named if name.startswith("server ")]
     what = f"server.elsewhere={servers} with server.copies={options.copies}: a copy that comes again would begin anew"
     require(not servers or options.copies == 1, what, "server.copies=1 (a log on disk), or keep servers together")
+    what = f"sync.codec=auto with server.elsewhere={list(named)}: links to them cannot be tried before they are there"
+    require(not named or job.sync.codec != "auto", what, "name a codec, e.g. int8, or none")
+    twice = [name for name in named if named.count(name) > 1]
+    require(not twice, f"server.elsewhere names '{''.join(twice[:1])}' twice", "name each part once")
+    if job.layout is None:
+        return
+    what = f"replica_share=auto with server.elsewhere={list(named)}: they cannot be measured before they are there"
+    require(not named or job.layout.replica_share != AUTO, what, "give the shares, e.g. replica_share=2+1")
+    known = [f"worker {n}" for n in range(job.layout.replicas)] + [f"server {n}" for n in range(options.shards)]
+    for name in named:
+        require(name in known, f"server.elsewhere: the job has no '{name}'", nearest(name, known))
 
 
 def check_server(job: Job) -> None:
@@ -159,7 +176,8 @@ def check_server(job: Job) -> None:
             what = f"server.{field.name}={value} has no effect with sync.name={sync}"
             require(value == field.default, what, f"--sync server, or leave out server.{field.name}")
         return
-    _check_elsewhere(options)
+    refuse_idle(options, OF_MODE, "server.", "mode")
+    _check_elsewhere(job)
     if options.local_steps == 1:
         check_optimizer(options.compensation, job.optim.name)
         for name in ("outer_lr", "outer_momentum"):
@@ -227,6 +245,14 @@ def _loopback(host: str) -> bool:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _everywhere(host: str) -> bool:
+    """`0.0.0.0` and the like."""
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 def too_many(shards: int, parameters: int) -> JobError:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shoal.job.check import at_least, one_of, positive, require
 from shoal.job.codec import POWERSGD, parse
+from shoal.job.idle import OF_SYNC, refuse_idle
 from shoal.job.shares import AUTO, flaw
 from shoal.job.shares import parse as parse_shares
 
@@ -110,13 +111,14 @@ class SyncOptions:
             self._validate_gossip()
         if self.name == "server":
             self._validate_server()
+        if self.pace:
+            self._validate_pace()
+        refuse_idle(self, OF_SYNC, "sync.", "name")
         require(
             self.fragments <= self.every,
             f"sync.fragments={self.fragments} take turns in sync.every={self.every} steps: more than one a step",
             f"sync.fragments={self.every} or fewer",
         )
-        if self.pace:
-            self._validate_pace()
         require(
             self.delay < self.every,
             f"sync.delay={self.delay} is not less than sync.every={self.every}: a fragment would leave twice",

@@ -15,7 +15,7 @@ from shoal.errors import JobError, RankError
 from shoal.job import Job, Layout, write
 from shoal.job.check import at_least, count, require
 from shoal.job.every import MOST_PROCESSES, accumulated, layouts, refusal, small
-from shoal.job.server import ServerOptions
+from shoal.job.idle import without_idle
 from shoal.launch.pool import Pool
 from shoal.launch.train import absolute_paths, architecture, vocabulary
 
@@ -120,10 +120,10 @@ def check(
         say(f"sync.codec={job.sync.codec} rounds each replica's gradient, so no two layouts agree: checked without")
     if job.sync.name != "allreduce":
         say(f"sync.name={job.sync.name} lets replicas differ, so no two layouts agree: checked with allreduce")
-    sync = replace(job.sync, name="allreduce", codec="none", pace="")
+    sync = replace(job.sync, name="allreduce", codec="none")
     # Of a store that grows, the text that there is now.
     data = replace(job.data, grow=False)
-    job = replace(vocabulary(job, prepared), layout=None, sync=sync, server=ServerOptions(), data=data)
+    job = without_idle(replace(vocabulary(job, prepared), layout=None, sync=sync, data=data))
     given = named or {str(layout): layout for layout in layouts(processes, job.model.num_experts)}
     reasons = {text: refusal(job, layout) for text, layout in given.items()}
     refused = [Refused(text, reason) for text, reason in reasons.items() if reason]

@@ -13,7 +13,7 @@ from shoal.errors import CheckpointError, DataError, JobError
 from shoal.job import Job, read_run
 from shoal.observe import commands
 from shoal.observe.hold import hold
-from shoal.training.folder import DATA
+from shoal.training.folder import DATA, PULLED
 
 
 def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
@@ -22,6 +22,7 @@ def resumable(job: Job, folder: Path, say: Callable[[str], None]) -> Prepared:
     Raises JobError where `job` would make another run of it.
     """
     before = read_run(folder)
+    _refuse_pulled(folder)
     try:
         with hold(folder):  # refuses while somebody trains in it
             pass
@@ -60,6 +61,23 @@ def _unchanged(prepared: Prepared, fingerprint: str, job: Job) -> Prepared:
             fix="restore the text as it was, or start a new run from model/ of this one (model.weights)",
         )
     return prepared
+
+
+def _refuse_pulled(folder: Path) -> None:
+    """Raises JobError for weights that `shoal pull` has taken out of a run."""
+    if not (folder / PULLED).is_file():
+        return
+    try:
+        run = msgspec.json.decode((folder / PULLED).read_bytes())["run"]
+    except (OSError, msgspec.DecodeError, LookupError, TypeError):
+        run = "RUN"
+    out = folder.with_name(f"{folder.name}-hf")
+    raise JobError(
+        "this is no run but weights that `shoal pull` has taken out of one: the optimizer's state stayed there",
+        where=str(folder),
+        fix=f"{commands.resume(run)} goes on with the run; to begin a new one from these weights, `shoal ckpt "
+        f"export-hf {folder} {out}`, then `shoal train --model.weights {out}`; `shoal generate {folder}` uses them",
+    )
 
 
 def _same_run(before: Job, job: Job, folder: Path) -> None:

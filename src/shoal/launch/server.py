@@ -7,6 +7,7 @@ run's folder, too.
 from __future__ import annotations
 
 import shutil
+import socket
 import ssl
 import time
 from collections.abc import Callable
@@ -20,13 +21,13 @@ from shoal.errors import JobError
 from shoal.job import Job, parse, write
 from shoal.job.check import nearest
 from shoal.job.server import ROUNDS, pushed_batch, too_many
-from shoal.job.shares import AUTO
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
 from shoal.models.spec import parameters
 from shoal.observe import files
+from shoal.observe.hold import alone
 from shoal.observe.log import speaker
 
 _ROOM = "shoal.training.server"
@@ -53,7 +54,6 @@ def run(
     folder, started = arguments["folder"], arguments["started"]
     here = {name: arguments[name] for name in ("folder", "job", "prepared")}
     threads, minutes = job.run.threads, not (job.train.steps or job.endless)
-    _known(job)
     # Of an earlier start.
     (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
     if _undecided(job):
@@ -100,13 +100,17 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
         if job.server.elsewhere:
             fix = nearest(name, list(job.server.elsewhere))
         raise JobError(what, where=str(folder), fix=fix)
+    if name.startswith("server "):
+        _may_listen(host or job.server.host, "--host")
     say = speaker()
-    ranks = Ranks(ENTRIES)
-    try:
-        say(f"{name} of {folder}")
-        roles.run(ranks, [parts[name]], say=say)
-    finally:
-        ranks.close()
+    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
+    with alone(folder / _FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
+        ranks = Ranks(ENTRIES)
+        try:
+            say(f"{name} of {folder}")
+            roles.run(ranks, [parts[name]], say=say)
+        finally:
+            ranks.close()
 
 
 def _wait(folder: Path, patience: float) -> _Start:
@@ -150,6 +154,7 @@ def check(job: Job) -> None:
     learned = sum(spec.learned for spec in parameters(job.model).values())
     if job.server.shards > learned:
         raise too_many(job.server.shards, learned)
+    _may_listen(job.server.host, "server.host")
     if job.server.token or job.server.certificate:
         # Here and not above: it imports torch.
         from shoal.sync.server.wire import Credentials
@@ -159,24 +164,20 @@ def check(job: Job) -> None:
             credentials.context(ssl.Purpose.CLIENT_AUTH)
 
 
+def _may_listen(host: str, option: str) -> None:
+    """Raises JobError for an address that this machine does not have."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+    except OSError as error:
+        what = f"{option}={host}: this machine cannot listen there: {error.strerror or error}"
+        raise JobError(what, fix=f"{option}: an address that it has (`ip -brief address`)") from None
+
+
 def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:
     name = f"server {number}" + (f" copy {copy}" if job.server.copies > 1 else "")
     return Role(name, f"{_ROOM}.hold:main", {**args, "number": number, "copy": copy})
-
-
-def _known(job: Job) -> None:
-    """Raises JobError for a part that the job does not have."""
-    known = [part.name for part in _roles(job, "", _Start("", "", ""), "")]
-    assert job.layout is not None
-    if job.server.elsewhere and job.layout.replica_share == AUTO:
-        what = "replica_share=auto with server.elsewhere: other machines cannot be measured before they are there"
-        raise JobError(what, fix="give the shares, e.g. replica_share=2+1")
-    if job.server.elsewhere and job.sync.codec == "auto":
-        what = "sync.codec=auto with server.elsewhere: links to other machines cannot be tried before they are there"
-        raise JobError(what, fix="name a codec, e.g. int8, or none")
-    for name in job.server.elsewhere:
-        if name not in known:
-            raise JobError(f"server.elsewhere: the job has no '{name}'", fix=nearest(name, known))
 
 
 def _local_workers(job: Job) -> int:

@@ -26,15 +26,24 @@ def hold(folder: Path, patience: float = 5.0) -> Iterator[None]:
 
     The patience is for a run that was killed a moment ago and resumed at once.
     """
+    taken = ShoalError(
+        "another process is training in this run folder",
+        where=str(folder),
+        fix="wait for it or stop it, or give --run-dir another folder",
+    )
+    with alone(folder / FILE, taken, patience):
+        yield
+
+
+@contextlib.contextmanager
+def alone(path: Path, taken: ShoalError, patience: float = 5.0) -> Iterator[None]:
+    """Holds a file, which is made where there is none. Raises `taken` if somebody else still does after `patience`
+    seconds."""
     deadline = time.monotonic() + patience
-    with (folder / FILE).open("ab") as file:
+    with path.open("ab") as file:
         while not _lock(file.fileno(), fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                raise ShoalError(
-                    "another process is training in this run folder",
-                    where=str(folder),
-                    fix="wait for it or stop it, or give --run-dir another folder",
-                )
+                raise taken
             time.sleep(0.1)
         yield
 

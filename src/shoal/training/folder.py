@@ -12,6 +12,8 @@ from shoal.observe import files
 
 # Which token store a run reads: folder and fingerprint.
 DATA = "data.json"
+# In a folder that `shoal pull` has made, which is no run's though it looks like one: the run, and the version.
+PULLED = "pulled.json"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 

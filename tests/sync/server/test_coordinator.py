@@ -229,19 +229,81 @@ def test_a_silent_worker_is_fenced_and_its_samples_go_to_others():
     assert r.Left(1, 0, "lost") in bench.journal
 
 
-def test_a_run_that_begins_anew_waits_for_all_workers_again():
-    """In bsp, updates are then of all of them, as they were before."""
-    bench = Bench(workers=2)
+@pytest.mark.parametrize("mode", ["asp", "bsp"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_begins_anew_waits_for_all_workers_again(mode: str, killed: bool):
+    """In bsp, updates are then of all of them, as they were before. killed: the coordinator too, right after that."""
+    bench = Bench(mode, workers=2)
     for worker in (0, 1):
-        bench.join(worker)
-    samples = bench.granted(Key(0, 0, 0)).samples
-    bench.do(bench.coordinator.anew(0.0))
+        bench.join(worker, nonce=10 + worker)
+    bench.tell(m.Ask(Key(0, 0, 0)))
+    bench.tell(m.Ask(Key(1, 0, 0)))
+    assert len(bench.coordinator.at.members[0].grant.samples) == 2
+    bench.journal.append(r.Anew())
+    bench.coordinator = bench.make()
     assert not bench.coordinator.at.members
-    bench.join(0)
+    bench.join(0, nonce=20)
+    if killed:
+        bench.coordinator = bench.make()
     assert bench.ask(Key(0, 1, 0)) is None, "worker 1 is not there"
+    assert bench.tell(m.Ask(Key(1, 0, 0)), Address("worker", 1, 11)) == [m.Fenced(1, 0)]
+    bench.join(1, nonce=21)
+    bench.tell(m.Ask(Key(1, 1, 0)))
+    members = bench.coordinator.at.members
+    if mode == "asp":
+        bench.granted(Key(0, 1, 0))
+    assert sorted(member.grant.samples for member in members.values()) == [Range(0, 4), Range(4, 8)]
+
+
+def test_a_summary_after_a_run_has_begun_anew_waits_too():
+    bench = Bench("bsp", workers=2)
+    bench.join(0)
     bench.join(1)
-    assert bench.granted(Key(0, 1, 0)).samples == samples
-    assert bench.granted(Key(1, 1, 0)).samples.start == samples.stop
+    bench.journal.append(r.Anew())
+    bench.journal = bench.make().at.summary()
+    bench.coordinator = bench.make()
+    bench.join(0, nonce=7)
+    assert bench.ask(Key(0, 1, 0)) is None
+
+
+def test_a_new_copy_takes_the_place_of_one_whose_end_this_coordinator_has_not_seen():
+    """It was killed together with the coordinator: nobody's connection has broken."""
+    bench = Bench(copies=2)
+    bench.join(0)
+    bench.do(bench.coordinator.replaced(0, 2, 0.0))
+    assert bench.coordinator.at.copies.primaries() == (1,)
+    assert bench.journal[-1] == r.Changed(0, (1,))
+    assert m.Primaries(1, (1,)) in bench.said
+    bench.do(bench.coordinator.replaced(0, 2, 0.5))
+    assert not bench.said, "it asks again while it waits"
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    assert bench.coordinator.at.copies.of_shard == [(1, 2)]
+    assert bench.coordinator.bare(100.0) is None
+    bench.do(bench.coordinator.replaced(7, 2, 0.0))
+    assert not bench.effects, "there is no such shard"
+
+
+def test_a_shard_whose_copies_have_all_been_replaced_has_nothing():
+    bench = Bench(copies=2, retry=1.0)
+    for copy in (0, 1):
+        bench.do(bench.coordinator.lost(Address("shard", 0, copy), 0.0))
+    for copy in (2, 3):
+        assert bench.coordinator.bare(50.0) is None
+        bench.do(bench.coordinator.replaced(0, copy, 3.0))
+    assert bench.coordinator.bare(3.9) is None
+    assert bench.coordinator.bare(4.0) == 0
+
+
+def test_a_copy_that_has_got_all_just_before_the_last_one_went_saves_the_shard():
+    bench = Bench(copies=2, retry=1.0)
+    bench.do(bench.coordinator.lost(Address("shard", 0, 0), 0.0))
+    bench.do(bench.coordinator.replaced(0, 2, 1.0))
+    bench.do(bench.coordinator.replaced(0, 3, 2.0))
+    bench.now = 2.5
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    bench.do(bench.coordinator.replaced(0, 3, 3.0))
+    assert bench.coordinator.bare(9.0) is None
+    assert bench.coordinator.at.copies.primaries() == (2,)
 
 
 def test_without_a_time_to_reconnect_a_worker_is_given_up_at_once():

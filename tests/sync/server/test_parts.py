@@ -116,6 +116,7 @@ RECORDS = [
     r.Committed(4, (Key(0, 0, 0),), (0,), (2.0,), (Range(12, 14),), 0.5, 1.0, 0.1, (1,)),
     r.Rejected(Key(0, 0, 1), 4, 1, r.LATE),
     r.Left(0, 0, "expired"),
+    r.Anew(),
     r.Answered(m.Answer(Key(0, 0, 1), False, 4, 1, r.LATE)),
 ]
 

@@ -37,6 +37,16 @@ MISTAKES = {
     "no token beyond loopback": (
         lambda _: ["--server.host", "0.0.0.0"], "server.host=0.0.0.0 without server.token", "server.token=FILE",
     ),
+    "an address that the machine lacks": (
+        lambda f: ["--server.host", "192.0.2.1", "--server.token", corpus_of(f, b"x" * 32, "token")],
+        "server.host=192.0.2.1: this machine cannot listen there: Cannot assign requested address",
+        "ip -brief address",
+    ),
+    "a name that nobody knows": (
+        lambda f: ["--server.host", "no.such.host.invalid", "--server.token", corpus_of(f, b"x" * 32, "token")],
+        "server.host=no.such.host.invalid: this machine cannot listen there",
+        "ip -brief address",
+    ),
     "no file with a token": (
         lambda f: ["--server.token", str(f / "none")], "none: cannot read the job token: No such file", "secrets.token",
     ),

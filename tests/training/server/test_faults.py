@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -19,6 +23,8 @@ OPTIONS = {
 }  # fmt: skip
 # Seconds until others have gone on, on a machine however busy; within seconds on an idle one.
 GOES_ON = 60.0
+# Seconds until a run ends that cannot go on; a new copy would wait for longer.
+NOTICED = 50.0
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +59,26 @@ def test_shards_and_the_coordinator_are_killed_and_bsp_is_bitwise_the_same(ranks
     assert max(killer.waits) < GOES_ON
     assert len(runs.audit(run, STEPS * BATCH)) == runs.version(run) == STEPS
     assert same(run, whole)
+
+
+def test_all_copies_of_a_shard_are_killed_and_the_run_ends_at_once_and_says_why(ranks, tiny, tmp_path):
+    run, said, killed = tmp_path / "run", [], []
+    job = tiny(run, "replicas=2", server={"copies": 2}, **OPTIONS | {"train": {"steps": 100_000, "validate_every": 0}})
+
+    def kill() -> None:
+        while runs.steps(run) < 8:
+            time.sleep(0.01)
+        for pid in runs.pids("shoal-server0co"):
+            os.kill(pid, signal.SIGKILL)
+        killed.append(time.monotonic())
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(RankError, match="all 2 copies of server shard 0 were lost before one") as caught:
+        runs.run(ranks, job, said=said)
+    assert time.monotonic() - killed[0] < NOTICED
+    assert caught.value.where == "coordinator"
+    assert "goes on from its newest checkpoint" in caught.value.fix
+    assert len([line for line in said if "was killed by SIGKILL: started again" in line]) == 2, said
 
 
 @pytest.mark.parametrize(

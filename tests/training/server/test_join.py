@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from pathlib import Path
 
-import pytest
+import msgspec
 
 from shoal.cli.main import main
-from shoal.errors import JobError
+from shoal.job import Job, write
 from shoal.launch import server
 from tests.training.server import runs
 from tests.training.server.test_equality import QUIET, through_a_server
+from tests.training.test_bad_input import NoRanks
 
 PLAIN = {"steps": 12, "validate_every": 1000}
+
+
+def ready_to_join(run: Path, job: Job) -> None:
+    """As if its first machine had started it."""
+    (run / "server").mkdir(parents=True)
+    (run / "server/start.json").write_bytes(msgspec.json.encode(server._Start(write(job), "", "0")))
 
 
 def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
@@ -44,11 +51,31 @@ def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):
     assert "a run and a part of it are to be named" in capsys.readouterr().err
 
 
-def test_parts_that_there_are_not_are_refused(ranks, tiny, tmp_path):
-    job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("worker 2",))
-    with pytest.raises(JobError, match="the job has no 'worker 2'"):
-        runs.run(ranks, job)
-    layout = replace(job.layout, replica_share="auto")
-    with pytest.raises(JobError, match="replica_share=auto with server"):
-        server.run(replace(job, layout=layout), {"folder": str(tmp_path), "started": 0.0, "job": "", "prepared": ""},
-                   ranks.start(), print, print)  # fmt: skip
+def test_a_server_needs_an_address_of_its_own_machine(tiny, tmp_path, capsys):
+    """By default that of the first machine."""
+    job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("server 0",))
+    ready_to_join(tmp_path / "run", job)
+    assert main(["join", str(tmp_path / "run"), "server 0", "--host", "192.0.2.1"]) == 2
+    error = capsys.readouterr().err
+    assert "--host=192.0.2.1: this machine cannot listen there" in error
+    assert "Traceback" not in error
+
+
+def test_a_part_is_taken_once(tiny, tmp_path, capsys, monkeypatch):
+    """Two of a kind would fence each other for ever."""
+    job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("worker 0", "worker 1"))
+    ready_to_join(tmp_path / "run", job)
+    monkeypatch.setattr("shoal.launch.server.Ranks", NoRanks)
+    told = []
+
+    def run(ranks, parts, **options):
+        told.append(parts[0].name)
+        if told == ["worker 1"]:
+            assert main(["join", str(tmp_path / "run"), "worker 1"]) == 2
+            assert main(["join", str(tmp_path / "run"), "worker 0"]) == 0
+
+    monkeypatch.setattr("shoal.launch.server.roles.run", run)
+    assert main(["join", str(tmp_path / "run"), "worker 1"]) == 0
+    assert "run: another process is worker 1 of this run" in capsys.readouterr().err
+    assert main(["join", str(tmp_path / "run"), "worker 1"]) == 0
+    assert told == ["worker 1", "worker 0", "worker 1"]

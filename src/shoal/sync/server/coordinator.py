@@ -62,6 +62,9 @@ class Coordinator:
                 fix="name the folder of this run",
             )  # fmt: skip
         self._round = Round(rules)
+        self._places = tuple(copies)
+        # Shards without a copy that lives, and since when that is known.
+        self._bare: dict[int, float] = {}
         self._out: list[Effect] = []
 
     @property
@@ -115,12 +118,19 @@ class Coordinator:
                 self._change(address.number, left)
         return self._done()
 
-    def anew(self, now: float) -> list[Effect]:
-        """All processes of the job are new: gives up the workers of before, and waits for as many as at first."""
+    def replaced(self, shard: int, copy: int, now: float) -> list[Effect]:
+        """A copy that has nothing yet has been started in the place of one that is gone, though its connection may
+        never have come to this coordinator: in each life of its process a copy has the number of the life before, and
+        as many more as the shard has copies."""
         self.at.now = now
-        for member in list(self.at.members.values()):
-            self._give_up(member, "replaced")
-        self.at.started = False
+        if not 0 <= shard < len(self._places):
+            return []
+        copies, places = self.at.copies.of_shard[shard], self._places[shard]
+        left = tuple(other for other in copies if other >= copy or (copy - other) % places)
+        if not left:
+            self._bare.setdefault(shard, now)
+        elif left != copies:
+            self._change(shard, left)
         return self._done()
 
     def grow(self, samples: int, growing: bool, now: float) -> list[Effect]:
@@ -128,6 +138,11 @@ class Coordinator:
         self.at.now = now
         self.at.samples.extend(samples, growing)
         return self._done()
+
+    def bare(self, now: float) -> int | None:
+        """A shard of which no copy is left, if any: what it held is gone. One that has just got all of it from the
+        last of them has `retry` seconds to say so."""
+        return next((shard for shard, since in self._bare.items() if now - since >= self.rules.retry), None)
 
     def drain(self, now: float) -> list[Effect]:
         """Nobody begins anything any more: whoever asks is told that it is over."""
@@ -295,6 +310,7 @@ class Coordinator:
             return
         if copy not in copies.applied:
             self._change(message.shard, (*copies.of_shard[message.shard], message.copy))
+        self._bare.pop(message.shard, None)
         copies.applied[copy] = message.version
         self._out += copies.again(copy, self.at.now)
 

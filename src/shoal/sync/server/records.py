@@ -44,6 +44,11 @@ class Left(Record, frozen=True):
     why: str
 
 
+class Anew(Record, frozen=True):
+    """All processes of the job are new, in one record: no worker of before lives, and nothing begins before as many as
+    at first have joined."""
+
+
 class Granted(Record, frozen=True):
     """peers: other incarnations that may commit before it does, so far as is known. gone: of the Ask."""
 
@@ -113,4 +118,4 @@ class Changed(Record, frozen=True):
     copies: tuple[int, ...]
 
 
-AnyRecord = Opened | Entered | Left | Granted | Begun | Committed | Rejected | Changed | Answered
+AnyRecord = Opened | Entered | Left | Anew | Granted | Begun | Committed | Rejected | Changed | Answered

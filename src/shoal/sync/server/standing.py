@@ -70,10 +70,11 @@ class Standing:
             self.incarnations[record.worker] = record.incarnation
             self.started = self.started or len(self.members) >= self.rules.workers
         elif isinstance(record, r.Left):
-            member = self.members.pop(record.worker)
-            if member.grant is not None:
-                self.samples.give_back(member.grant.samples)
-            self._forget(member)
+            self._left(record.worker)
+        elif isinstance(record, r.Anew):
+            for worker in list(self.members):
+                self._left(worker)
+            self.started = False
         elif isinstance(record, r.Changed):
             self.copies.change(record)
         elif isinstance(record, r.Answered):
@@ -100,6 +101,12 @@ class Standing:
                 grant = member.grant
                 records.append(r.Granted(grant.key, grant.version, grant.samples, member.peers, grant.gone))
         return records
+
+    def _left(self, worker: int) -> None:
+        member = self.members.pop(worker)
+        if member.grant is not None:
+            self.samples.give_back(member.grant.samples)
+        self._forget(member)
 
     def _granted(self, member: Member, record: r.Granted) -> None:
         if member.grant is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from shoal.sync.server import journal
 from shoal.sync.server import records as r
 from shoal.sync.server.messages import Range
 from shoal.sync.server.node.book import FOLDER
-from shoal.sync.server.node.journal_file import FILE
+from shoal.sync.server.node.journal_file import FILE, JournalFile
 from shoal.training import folder as folders
 from shoal.training.server import plan
 
@@ -43,10 +44,18 @@ def main(seat: Seat, *, folder: str, job: str) -> None:
             say(f"{newest - start:,} updates since the checkpoint are computed again: shards are other ones now")
     elif fits and newest > start:
         say(f"the journal of this run goes on after its checkpoint: version {start:,} → {newest:,}")
+    if fits:
+        _anew(here)
     here.mkdir(parents=True, exist_ok=True)
     # A coordinator that is started again reads it.
     folders.write_job(run, given)
     files.replace(here / _PLAN, lasting)
+
+
+def _anew(here: Path) -> None:
+    """Into the journal, before anybody joins: whoever was in the run before is gone, and all workers are waited for."""
+    with contextlib.closing(JournalFile(here)) as told:
+        told.append([r.Anew()], durable=True)
 
 
 def _lasting(job: Job) -> bytes:

@@ -12,7 +12,7 @@ import msgspec
 
 from shoal import device
 from shoal.data.prepare import Prepared
-from shoal.errors import DivergedError
+from shoal.errors import DivergedError, RankError
 from shoal.job import Job, parse, read, write
 from shoal.mesh import Seat
 from shoal.models.spec import count, flops_per_token
@@ -73,9 +73,7 @@ def main(
             show.say(
                 f"the coordinator was started again: it goes on from its journal, version {lead.machine.version:,}"
             )
-        else:
-            lead.anew()
-        if lead.machine.version and not life:
+        elif lead.machine.version:
             show.say(f"goes on from version {lead.machine.version:,}: step {lead.rows.step:,}")
         folders.fill(run, given, corpus)
         world = given.layout.world if given.layout else 1
@@ -97,6 +95,13 @@ def main(
             "seconds": time.time() - started, "devices": world, "device": device.name(device.of_rank(0)),
             "stopped_by": "" if finished else stop.signal or "another rank", "mfu_note": show.note,
         }  # fmt: skip
+
+
+def _bare(shard: int, copies: int) -> RankError:
+    """For a shard that nobody holds any more."""
+    what = f"all {copies} copies of server shard {shard} were lost before one of them could be replaced"
+    fix = "resume the run: it goes on from its newest checkpoint; with server.copies=1, logs on a disk hold all"
+    return RankError(what, fix=fix)
 
 
 class _Lead:
@@ -140,10 +145,6 @@ class _Lead:
         self._conductor = Conductor(
             self.machine, station, journal, written=self._written, noted=self._noted, gone=self._gone
         )
-
-    def anew(self) -> None:
-        """Not only the coordinator was started again, but the whole run: no worker of before is there any more."""
-        self._conductor.do(self.machine.anew(time.monotonic()))
 
     def run_on(self) -> bool:
         """Until the samples are used up, or somebody asks it to stop; whether it was the former. All is saved then.
@@ -258,6 +259,8 @@ class _Lead:
             self.show.step(row)
             self._follow()
         now = time.monotonic()
+        if (shard := self.machine.bare(now)) is not None:
+            raise _bare(shard, self.job.server.copies)
         if self.growth is not None and not self.machine.at.draining:
             self._grow(self.growth, now)
         if (self.stop.asked or self._diverged) and not self.machine.at.draining:

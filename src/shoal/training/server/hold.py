@@ -42,7 +42,8 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
     """Holds a copy of shard `number` until the job is over.
 
     copy: which of its copies. nonce: of this start of the run. host: to listen on. life: how often it was
-    started before; where there are several copies, a new life is a new one, which takes all from another.
+    started before; where there are several copies, a new life is a new one, which takes all from another: by its number
+    the coordinator knows that those before it in this place are gone (`Coordinator.replaced`).
     """
     run, given = Path(folder), parse(job)
     rules, options = plan.rules(given), given.server

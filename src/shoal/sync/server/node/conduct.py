@@ -87,7 +87,10 @@ class Conductor:
         assert isinstance(event, Said)
         message = event.message
         if isinstance(message, m.Look):
-            return [self._look(event.sender)]
+            who = event.sender
+            # Of all that look, copies of shards are those that have taken the place of others.
+            came = self.machine.replaced(who.number, who.copy, now) if who.role == "shard" else []
+            return [*came, self._look(who)]
         if isinstance(message, m.Noted | m.Saved | m.Push | m.Hello):
             self._noted(event.sender, message)
         if isinstance(message, m.Noted | m.Saved) or not isinstance(message, _HEARD):
