@@ -21,7 +21,7 @@ class Rows:
         """used: samples, by the time that this begins."""
         self.global_batch, self.workers = global_batch, workers
         self.step = used // global_batch
-        self._used = used
+        self._used, self._version = used, 0
         # The latest of each worker, which has one at a time.
         self._said: dict[int, m.Push] = {}
         self._since: float | None = None
@@ -48,12 +48,17 @@ class Rows:
 
     def committed(self, record: r.Committed) -> None:
         """Another version."""
-        self._last = record
+        # A rest alone is an update, and no gradient of this step.
+        if any(samples.stop > samples.start for samples in record.samples):
+            self._last = record
+        self._version = record.version
         self._commits += 1
         self._loss += sum(record.losses)
         for key, late, weight, samples in zip(
             record.keys, record.staleness, record.weights, record.samples, strict=True
         ):
+            if samples.stop <= samples.start:
+                continue
             said = self._said.get(key.worker)
             self._staleness[late] += 1
             self._tokens += weight
@@ -84,7 +89,7 @@ class Rows:
             "communication_s": sum(each.waited for each in spent) / self.workers,
             "sent_bytes": sum(each.sent for each in spent),
             "received_bytes": sum(each.received for each in spent),
-            "version": self._last.version,
+            "version": self._version,
             "commits": self._commits,
             "rejected": self._rejected,
             "staleness": {str(late): count for late, count in sorted(self._staleness.items())},

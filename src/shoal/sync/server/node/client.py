@@ -35,9 +35,12 @@ class Client:
     A worker that was fenced joins again by itself, as a new incarnation: whatever is computed for the old one is void.
     """
 
-    def __init__(self, machine: Worker, station: Callable[[int], Station]):
-        """station: for a nonce, one that listens to nobody and calls coordinator and shards."""
-        self.machine = machine
+    def __init__(self, machine: Worker, station: Callable[[int], Station], leaving: Callable[[], bool] = lambda: False):
+        """station: for a nonce, one that listens to nobody and calls coordinator and shards.
+
+        leaving: whether the worker has been asked to leave.
+        """
+        self.machine, self._leaving = machine, leaving
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._closing = False
@@ -81,15 +84,19 @@ class Client:
 
     def push(
         self, key: Key, gradients: Mapping[int, Pushed], weight: float, loss_sum: float, samples: Range,
-        parts: int, spent: m.Spent,
+        parts: int, spent: m.Spent, owes: bool = False,
     ) -> bool:  # fmt: skip
-        """False where this clock is void: the worker was fenced meanwhile."""
+        """As `Worker.push`; False where this clock is void: the worker was fenced meanwhile."""
         with self._changed:
             if not self._is(key, "computing"):
                 return False
             now = time.monotonic()
             self._missing.clear()
-            self._do(self.machine.push(gradients, weight, loss_sum, now, samples=samples, parts=parts, spent=spent))
+            self._do(
+                self.machine.push(
+                    gradients, weight, loss_sum, now, samples=samples, parts=parts, spent=spent, owes=owes
+                )
+            )
             self._missing.clear()
             return True
 
@@ -154,6 +161,8 @@ class Client:
             self._do(machine.handle(event.message, event.tensors, now))
         elif isinstance(event, Lost) and event.error is not None:
             self._error = event.error
+        if self._leaving() and not machine.leaves:
+            self._do(machine.retire(now))
         self._do(machine.tick(now))
         if machine.refused is not None:
             self._error = JobError(machine.refused.why, fix=machine.refused.fix)
