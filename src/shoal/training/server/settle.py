@@ -6,9 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shoal import device, mesh
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
@@ -41,21 +38,14 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float) ->
     with mesh.build(given.layout, seat, timeout=given.sync.timeout) as ranks:
         device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
         corpus = Prepared.load(Path(prepared))
-        training = _Repeated(corpus, given.data, "train", alike.train.global_batch, given.train.seed)
+        training = Loader(corpus, alike.data, "train", alike.train.global_batch, given.train.seed)
         length = None if given.train.steps or given.endless else length_of(given, corpus, started)
         found = settled(alike, ranks, training, length, say)
     return {"job": write(_as(found, given))}
 
 
-class _Repeated(Loader):
-    """A growing store may have fewer rows than a step takes, to begin with: each again, to measure on."""
-
-    def order(self, position_N: NDArray[np.int64]) -> NDArray[np.int64]:
-        return super().order(position_N % max(1, self.samples) if self.growing else position_N)
-
-
 def _alike(job: Job) -> Job:
-    """Whose replicas compute what the workers do, of the text that there is now."""
+    """Whose replicas compute what the workers do, of the text that there is now, over and over."""
     train, every = replace(job.train, global_batch=pushed_batch(job)), job.checkpoint.every
     if job.endless:
         # A share of its length would be none: so often, and whatever saves time pays.
