@@ -48,13 +48,13 @@ def add(corpus, tmp_path) -> Callable[..., Path]:
 def online(tiny) -> Callable[..., object]:
     """online(run, store, ...): a job of two workers without an end, with some options changed by table."""
 
-    def make(run: Path, store: Path, **tables):
+    def make(run: Path, store: Path, layout: str = "replicas=2", **tables):
         data = {"source": (str(store),), "grow": True, "order": "sequential"}
         optim = {"schedule": "constant", "warmup": 5.0}
         train = {"steps": 0, "validate_every": 5} | tables.pop("train", {})
         # So that rows of the embedding are pulled by themselves.
         tables = {"model": {"tie_word_embeddings": False}} | tables
-        return tiny(run, "replicas=2", data=data, optim=optim, train=train, sync={"name": "server"}, **tables)
+        return tiny(run, layout, data=data, optim=optim, train=train, sync={"name": "server"}, **tables)
 
     return make
 
@@ -137,18 +137,20 @@ def test_measuring_needs_one_row_and_leaves_the_job_without_an_end(ranks, add, o
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    "server",
+    ("layout", "server"),
     [
-        {},
-        {"mode": "asp"},
-        {"mode": "ssp", "staleness": 0},
-        {"mode": "quorum"},
-        {"mode": "asp", "local_steps": 2},
-        {"copies": 2},
+        ("replicas=2", {}),
+        ("replicas=2", {"mode": "asp"}),
+        ("replicas=2", {"mode": "ssp", "staleness": 0}),
+        ("replicas=2", {"mode": "quorum"}),
+        ("replicas=2", {"mode": "asp", "local_steps": 2}),
+        ("replicas=2", {"copies": 2}),
+        ("replicas=2,fsdp=2", {"mode": "asp"}),
+        ("replicas=2,tensor=2", {}),
     ],
     ids=str,
 )
-def test_every_mode_waits_and_goes_on_and_uses_every_row_once(ranks, add, online, tmp_path, server):
+def test_every_mode_waits_and_goes_on_and_uses_every_row_once(ranks, add, online, tmp_path, layout, server):
     """Coordinator and a worker are killed while all wait."""
     run = tmp_path / "run"
     store = add(0, 6)
@@ -160,7 +162,7 @@ def test_every_mode_waits_and_goes_on_and_uses_every_row_once(ranks, add, online
     with aside(
         waits(run, 1), kill, waits(run, 2), lambda: add(6, 12), waits(run, 3), lambda: add(12, 16), waits(run, 4)
     ):
-        figures = runs.run(ranks, online(run, store, server=server))
+        figures = runs.run(ranks, online(run, store, layout, server=server))
     assert figures["stopped_by"] == "SIGTERM"
     newest = checkpoint.newest(run / "checkpoints", print)
     assert newest is not None
