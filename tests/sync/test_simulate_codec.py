@@ -69,6 +69,17 @@ class Recording(LeastSquares):
         return super().gradient(pulled, samples, token)
 
 
+class Named(World):
+    """A rest is named, too, as a gradient is."""
+
+    problem: Recording
+
+    def _on_computed(self, address, life):
+        if (host := self.hosts.get(address)) is not None:
+            self.problem.names[host.machine.key] = host.machine.nonce
+        super()._on_computed(address, life)
+
+
 def encoded(seed: int) -> Scenario:
     scenario = schedule(seed)
     level = "shard" if scenario.rules.level == "hogwild" else scenario.rules.level
@@ -98,7 +109,7 @@ def watched() -> Iterator[Counter[str]]:
 
 def run(scenario: Scenario) -> tuple[list[str], Counter[str]]:
     with watched() as counts:
-        world = World(scenario, Recording(scenario)).run()
+        world = Named(scenario, Recording(scenario)).run()
     copies = {}
     for shard in world.shards():
         held = shard.held.parameters.live()
@@ -165,7 +176,7 @@ def test_residuals_of_rejected_pushes_are_as_they_were(monkeypatch):
     monkeypatch.setattr(Encoder, "settle", counted)
     rules = Rules("asp", workers=3, max_staleness=1, clip=0.0, codec="sign")
     scenario = Scenario(rules, (0.5, 0.5, 4.0), 60)
-    world = World(scenario, Recording(scenario)).run()
+    world = Named(scenario, Recording(scenario)).run()
     answers = Counter(answer.accepted for seen in world.seen for answer, _ in seen.answers)
     assert settled == answers
     assert answers[False] > 0

@@ -96,7 +96,7 @@ def balance(mode: str, settle: Callable[[Encoder, bool], None]) -> float:
     bsp: of sums over tokens. asp: of means over a push's tokens.
     """
     encoder, total = Encoder(Rules(mode, codec="topk:0.05+int2")), {}
-    codec, rng, last = encoder.codec, random.Random(2), 1.0
+    codec, rng = encoder.codec, random.Random(2)
     for clock in range(30):
         given = gradients(clock, torch.float64)
         weight, accepted = rng.choice((2.0, 6.0)), rng.random() < 0.7
@@ -106,15 +106,13 @@ def balance(mode: str, settle: Callable[[Encoder, bool], None]) -> float:
             sent = from_bytes(codec, payload, piece, torch.float64)
             total[piece] = total.get(piece, 0.0) + accepted * (gradient - sent) / unit
         settle(encoder, accepted)
-        last = unit if accepted else last
-    kept = {
-        Piece(s.name.split(".", 1)[1], s.offsets, tuple(s.local.shape)): s.local for s in encoder.state(SHAPES).shards
-    }
-    return max((total[piece] - kept[piece] / last).norm().item() for piece in total)
+    kept, weight = encoder.rest()
+    unit = weight if mode == "asp" else 1.0
+    return max((total[piece] - tensor / unit).norm().item() for piece, tensor in flat(kept))
 
 
 @pytest.mark.parametrize("mode", ["bsp", "asp"])
-def test_what_was_pushed_and_what_is_kept_are_all_accepted_gradients(mode):
+def test_what_was_pushed_and_the_rest_are_all_accepted_gradients(mode):
     assert balance(mode, Encoder.settle) < 1e-12
 
 
@@ -147,47 +145,36 @@ def test_what_is_random_follows_from_seed_worker_part_and_clock(codec):
         assert not same(pushed(4), other)
 
 
-def test_a_plain_push_leaves_nothing_owed():
+def test_the_rest_is_all_that_was_lost_until_it_is_accepted():
     encoder = Encoder(Rules("asp", codec="sign"))
     codec = encoder.codec
     first = encoder.encode(gradients(0), 8.0, 0)
     assert not encoder.owed
     encoder.settle(True)
-    assert encoder.owed
+    encoder.encode(gradients(1), 4.0, 1)
+    encoder.settle(False)
     lost = {
         p: g - from_bytes(codec, b, p, g.dtype) for (p, b), (_, g) in zip(flat(first), flat(gradients(0)), strict=True)
     }
     for accepted in (False, True):
-        last = encoder.encode(gradients(1), 4.0, 1, plain=True)
-        assert not any(one.encoded for one in last.values())
-        for (piece, tensor), (_, gradient) in zip(flat(last), flat(gradients(1)), strict=True):
-            assert torch.equal(tensor, gradient + 0.5 * lost[piece])
+        assert encoder.owed
+        rest, weight = encoder.rest()
+        assert weight == 8.0
+        assert {shard: pushed.pieces for shard, pushed in rest.items()} == PLACED
+        assert not any(one.encoded for one in rest.values())
+        assert all(torch.equal(tensor, lost[piece]) for piece, tensor in flat(rest))
         encoder.settle(accepted)
-        assert encoder.owed != accepted
+    assert not encoder.owed
+    anew = Encoder(Rules("asp", codec="sign"))
+    assert same(encoder.encode(gradients(2), 4.0, 2), anew.encode(gradients(2), 4.0, 2))
 
 
 def test_without_feedback_nothing_is_kept():
-    encoder = Encoder(Rules("asp", codec="sign"), feedback=False)
+    encoder = Encoder(Rules("asp", codec="sign", feedback=False))
     first = encoder.encode(gradients(0), 1.0, 0)
     encoder.settle(True)
     assert not encoder.owed
     assert same(encoder.encode(gradients(0), 1.0, 0), first)
-
-
-def test_residuals_go_on_from_a_checkpoint():
-    one, two = (Encoder(Rules("asp", codec="topk:0.05+int2"), worker=2) for _ in range(2))
-    one.encode(gradients(0), 8.0, 0)
-    one.settle(True)
-    one.encode(gradients(1), 8.0, 1)
-    saved = one.state(SHAPES)
-    one.settle(False)
-    assert sorted({shard.name for shard in saved.shards}) == ["residual@2.a", "residual@2.b", "residual@2.s"]
-    pieces = [piece for shard in sorted(PLACED) for piece in PLACED[shard]]
-    for shard, old in zip(two.wanted(pieces, SHAPES), saved.shards, strict=True):
-        assert (shard.name, shard.offsets, shard.global_shape) == (old.name, old.offsets, old.global_shape)
-        shard.local.copy_(old.local)
-    two.restore(saved.values)
-    assert same(one.encode(gradients(2), 4.0, 2), two.encode(gradients(2), 4.0, 2))
 
 
 def test_what_is_not_finite_is_seen_and_leaves_no_trace():

@@ -13,7 +13,7 @@ from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copy
-from shoal.sync.server.decisions import as_granted, commit, leases, may_begin, refusal
+from shoal.sync.server.decisions import as_granted, commit, how_late, leases, may_begin, refusal, rests
 from shoal.sync.server.effects import Effect, Send, Summary, Write
 from shoal.sync.server.members import Member
 from shoal.sync.server.messages import Address, Key, Message, Range, Square
@@ -145,20 +145,20 @@ class Coordinator:
         return next((shard for shard, since in self._bare.items() if now - since >= self.rules.retry), None)
 
     def drain(self, now: float) -> list[Effect]:
-        """Nobody begins anything any more: whoever asks is told that it is over."""
+        """Nobody begins anything any more: whoever asks is told that it is over, or pushes what it owes."""
         self.at.now, self.at.draining = now, True
-        for member in list(self.at.members.values()):
-            if member.asked is not None:
-                self._finish(member)
         return self._done()
 
     @property
     def idle(self) -> bool:
-        """Nobody computes on anything, every commit is applied everywhere, and nothing more can begin."""
-        copies = self.at.copies
-        busy = any(member.grant is not None for member in self.at.members.values())
-        behind = any(version < self.version for version in copies.applied.values())
-        return (self.at.draining or self.at.samples.finished) and not busy and not behind
+        """Nobody computes on anything or owes anything, every commit is applied everywhere, and nothing more can begin.
+
+        What workers owe they alone know: where they may, all must have asked whether anything is left to do.
+        """
+        members = self.at.members.values()
+        busy = any(member.grant or (self.rules.residuals and not member.dismissed) for member in members)
+        behind = any(version < self.version for version in self.at.copies.applied.values())
+        return self.at.over and not busy and not behind
 
     def save(self, values: bytes) -> list[Effect]:
         """Has the shards save the latest version, now."""
@@ -229,8 +229,6 @@ class Coordinator:
             return
         if member.grant is not None and message.gone <= member.grant.gone:
             self._say(member.address, member.grant)
-        elif self.at.samples.finished or self.at.draining:
-            self._finish(member)
         else:
             if member.asked is not None:
                 # It may wait for long, for others or for text: lest it takes this for a coordinator that is gone.
@@ -271,10 +269,9 @@ class Coordinator:
         return True
 
     def _late(self, push: m.Push) -> bool:
-        staleness = self.version - push.version
         if self.rules.rounds:
-            return staleness > 0 and push.key not in self._round.keys
-        return self.rules.max_staleness is not None and staleness > self.rules.max_staleness
+            return push.version < self.version and push.key not in self._round.keys
+        return self.rules.max_staleness is not None and how_late(self.at, push) > self.rules.max_staleness
 
     def _give_up(self, member: Member, why: str) -> None:
         """Fences an incarnation: none of its gradients will count from now on, but those that are being summed."""
@@ -418,7 +415,10 @@ class Coordinator:
     # What workers may begin.
 
     def _grant(self) -> None:
-        if self._round.pushes or self.at.draining:
+        if self._round.pushes:
+            return
+        if self.at.over:
+            self._end()
             return
         if self.rules.mode == "bsp":
             self._begin(may_begin(self.at))
@@ -426,6 +426,17 @@ class Coordinator:
         for member in may_begin(self.at):
             if self.at.turn in (None, member.worker) or not member.starved:
                 self._give(member)
+
+    def _end(self) -> None:
+        """There is nothing more to compute: whoever owes something pushes that, everybody else may go."""
+        for member in list(self.at.members.values()):
+            if member.asked is not None and not member.asked.owes:
+                self._say(member.address, m.Finished(member.worker, member.incarnation))
+                member.asked, member.dismissed = None, True
+        if grants := rests(self.at):
+            self._write(r.Begun(grants))
+        for grant in grants:
+            self._say_grant(self.at.members[grant.key.worker])
 
     def _begin(self, asked: list[Member]) -> None:
         """bsp: all begin together, and get their samples in the order of their numbers."""
@@ -450,15 +461,9 @@ class Coordinator:
         self._say_grant(member)
 
     def _say_grant(self, member: Member) -> None:
-        """Or that there is nothing left; where others' samples may yet come back, it waits."""
+        """Where there are no samples for it, but others' may yet come back, it waits."""
         if member.grant is not None:
             self._say(member.address, member.grant)
-        elif self.at.samples.finished:
-            self._finish(member)
-
-    def _finish(self, member: Member) -> None:
-        self._say(member.address, m.Finished(member.worker, member.incarnation))
-        member.asked = None
 
     def _write(self, record: r.AnyRecord, durable: bool = True) -> None:
         self._out.append(Write(record, durable=durable))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import Join, Key, Push, Refused, Square
+from shoal.sync.server.messages import NOTHING, Join, Key, Push, Refused, Square
 from shoal.sync.server.records import Committed, Granted
 from shoal.sync.server.staleness import rate_factor, weight_factor
 from shoal.sync.server.standing import Standing
@@ -26,11 +26,14 @@ def refusal(message: Join, model: str, tokenizer: str) -> Refused | None:
 
 
 def as_granted(at: Standing, member: Member, push: Push) -> bool:
-    """It is of samples that are leased for it, from the first one on or not, and of a version that there is."""
+    """It is of samples that are leased for it, from the first one on or not, and of a version that there is.
+
+    A rest is what was asked for, and it alone.
+    """
     assert member.grant is not None
     start, stop = member.grant.samples
     samples_fit = start <= push.samples.start < push.samples.stop <= stop
-    return samples_fit and member.grant.version <= push.version <= at.version
+    return (samples_fit or push.rest is member.grant.rest is True) and member.grant.version <= push.version <= at.version
 
 
 def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...], squares: list[Square]) -> Committed:
@@ -39,9 +42,11 @@ def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...],
     squares: of their sum, in the order in which they are to be added up.
     """
     rules, keys = at.rules, tuple(push.key for push in pushes)
-    staleness = tuple(at.version - push.version for push in pushes)
+    staleness = tuple(how_late(at, push) for push in pushes)
     _check_bounds(at, keys, staleness)
-    weights = tuple(push.weight for push in pushes)
+    # A rest weighs as the gradients with which it arrives; where there are none, as those from which it is left.
+    alone = all(push.rest for push in pushes)
+    weights = tuple(push.weight if alone or not push.rest else 0.0 for push in pushes)
     norm = math.sqrt(sum(square.value for square in squares)) / sum(weights)
     clip = min(1.0, rules.clip / norm) if rules.clip and norm else 1.0
     clip *= weight_factor(rules, max(staleness))
@@ -50,6 +55,11 @@ def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...],
     holders = _holders(at, keys) if rules.compensation == "dc" else ()
     losses = tuple(push.loss_sum for push in pushes)
     return Committed(at.version + 1, keys, staleness, weights, samples, norm, clip, lr, holders, losses)
+
+
+def how_late(at: Standing, push: Push) -> int:
+    """Staleness: commits since the pull. A rest is of many gradients, each of which was in time: it counts as 0."""
+    return 0 if push.rest else at.version - push.version
 
 
 def _check_bounds(at: Standing, keys: tuple[Key, ...], staleness: tuple[int, ...]) -> None:
@@ -85,6 +95,21 @@ def may_begin(at: Standing) -> list[Member]:
         slowest = min(member.clock for member in members)
         return [member for member in asked if member.clock - slowest <= at.rules.staleness]
     return asked
+
+
+def rests(at: Standing) -> tuple[Granted, ...]:
+    """When there is nothing more to compute: what workers owe, pushed by all of them at a time.
+
+    Not before all that take part have asked: nobody computes any more, so gradients meet nothing on their way that the
+    mode does not promise, and with bsp and quorum all rests are one update.
+    """
+    members = sorted((o for o in at.members.values() if not o.dismissed), key=lambda member: member.worker)
+    if any(member.asked is None for member in members):
+        return ()
+    return tuple(
+        Granted(member.key, at.version, NOTHING, len(members) - 1, member.asked.gone)
+        for member in members if member.asked is not None
+    )  # fmt: skip
 
 
 def leases(at: Standing, members: list[Member]) -> tuple[Granted, ...]:

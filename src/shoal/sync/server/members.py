@@ -17,6 +17,7 @@ class Member:
     staged: which copies of shards have all bytes of the push. answer: to the clock before.
     peers: incarnations that may commit between the grant and its own commit.
     until: when it is given up unless it is heard of. broken: its connection is, since it was.
+    dismissed: told that nothing is left to do, and owes nothing.
     """
 
     worker: int
@@ -34,6 +35,7 @@ class Member:
     answer: Answer | None = None
     peers: int = 0
     broken: bool = False
+    dismissed: bool = False
 
     @classmethod
     def of(cls, record: Entered, until: float) -> Member:

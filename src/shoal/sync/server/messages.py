@@ -125,16 +125,21 @@ class Heartbeat(Message, frozen=True):
 
 
 class Ask(Message, frozen=True):
-    """May this clock begin, on which samples, from which version? gone: grants whose version a shard had no more."""
+    """May this clock begin, on which samples, from which version? gone: grants whose version a shard had no more.
+
+    owes: what a codec lost of earlier pushes is still to be pushed.
+    """
 
     key: Key
     gone: int = 0
+    owes: bool = False
 
 
 class Push(Message, frozen=True):
     """A gradient is on its way to the shards. version: pulled. weight: valid tokens in it; loss_sum: over them.
 
     samples: what it was computed from; less than was granted where a slow worker computed fewer micro-batches.
+    None of them: the rest, what a codec lost of earlier pushes and is still owed; weight: tokens of the last of these.
     """
 
     key: Key
@@ -143,6 +148,10 @@ class Push(Message, frozen=True):
     loss_sum: float
     samples: Range
     spent: Spent = UNKNOWN
+
+    @property
+    def rest(self) -> bool:
+        return self.samples.stop <= self.samples.start
 
 
 class Noted(Message, frozen=True):
@@ -179,16 +188,23 @@ class Refused(Message, frozen=True):
 
 
 class Grant(Message, frozen=True):
-    """Begin this clock: pull `version`, compute on `samples`. gone: of the Ask that it answers."""
+    """Begin this clock: pull `version`, compute on `samples`. gone: of the Ask that it answers.
+
+    No samples: there is nothing more to compute, and what the worker owes is to be pushed, without a pull.
+    """
 
     key: Key
     version: int
     samples: Range
     gone: int = 0
 
+    @property
+    def rest(self) -> bool:
+        return self.samples.stop <= self.samples.start
+
 
 class Finished(Message, frozen=True):
-    """Every sample of the job is used up."""
+    """Every sample of the job is used up, or the job is asked to end, and this worker owes nothing."""
 
     worker: int
     incarnation: int

@@ -60,7 +60,7 @@ class Granted(Record, frozen=True):
 
 
 class Begun(Record, frozen=True):
-    """All grants of a round of bsp, in one: after a crash the round has all its workers, or has not begun."""
+    """All grants of a round of bsp, or of all rests, in one: after a crash it has all its workers, or has not begun."""
 
     grants: tuple[Granted, ...]
 
@@ -68,6 +68,7 @@ class Begun(Record, frozen=True):
 class Committed(Record, frozen=True):
     """One version: what is in it. Per push: key, staleness, weight (valid tokens), samples and sum of losses.
 
+    Without samples: a rest, what a codec had lost of earlier pushes; of no loss.
     grad_norm: of the mean, before clipping. clip: what the mean is multiplied with (age weighting included).
     """
 

@@ -24,14 +24,15 @@ class Round:
     def closes(self, at: Standing) -> bool:
         """The gradients that are here make an update, and no other is waited for.
 
-        bsp: all that began the round and live. quorum: `quorum` of them, then `grace` seconds (Chen et al. 2016,
+        bsp, and rests: all that began the round and live. quorum: `quorum` of them, then `grace` seconds (Chen et al. 2016,
         "Revisiting Distributed Synchronous SGD", section 3, for backup workers whose late gradients are dropped).
         """
         here = len(at.ready)
         going = [member for member in at.members.values() if member.grant and member.grant.version == at.version]
         if not here or any(member.worker == at.turn and member.key not in at.ready for member in going):
             return False
-        if self.rules.mode == "bsp":
+        rests = bool(going) and all(member.grant is not None and member.grant.rest for member in going)
+        if self.rules.mode == "bsp" or rests:
             return here == len(going)
         if here < min(self.rules.quorum, len(at.members)):
             # At the end of the data there may be no work for so many.

@@ -41,17 +41,19 @@ class Rules:
     """Of the compensation: the power p of `rate` (None = 1) and `age` (½), λ of `dc` (0.04)."""
     codec: str = "none"
     """In which gradients are pushed and weights are pulled; `none` = as they are."""
+    feedback: bool = True
+    """What the codec loses of a push goes along with the next one."""
     outer: bool = False
     """What workers push is how far steps of their own took them, not a gradient."""
 
     @classmethod
     def of(
         cls, options: ServerOptions, *, workers: int, micro_batch: int, clip: float, retry: float = 1.0,
-        codec: str = "none",
+        codec: str = "none", feedback: bool = True,
     ) -> Rules:  # fmt: skip
         """What options that have been checked mean for so many workers. Raises JobError for a quorum that they are not.
 
-        micro_batch: samples. clip: `optim.clip`. retry: seconds. codec: `sync.codec`.
+        micro_batch: samples. clip: `optim.clip`. retry: seconds. codec, feedback: `sync.codec`, `sync.feedback`.
         """
         return cls(
             mode=options.mode,
@@ -70,6 +72,7 @@ class Rules:
             strength=None if options.strength < 0 else options.strength,
             outer=options.local_steps > 1,
             codec=codec,
+            feedback=feedback,
         ).validate()
 
     def validate(self) -> Rules:
@@ -87,6 +90,11 @@ class Rules:
     @property
     def rounds(self) -> bool:
         return self.mode in ROUNDS
+
+    @property
+    def residuals(self) -> bool:
+        """Whether workers hold what a codec has lost, and so may owe something when there is nothing more to compute."""
+        return self.codec != "none" and self.feedback
 
     def bound(self, others: int) -> int | None:
         """Largest number of commits between a worker's pull and its own, or None.

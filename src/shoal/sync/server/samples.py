@@ -52,7 +52,9 @@ class Samples:
             self._join_free()
 
     def claim(self, samples: Range) -> bool:
-        """Leases exactly these, if they are free: for a lease that was forgotten in a crash."""
+        """Leases exactly these, if they are free: for a lease that was forgotten in a crash. None are always free."""
+        if samples.stop <= samples.start:
+            return True
         if self.end is not None and samples.stop > self.end:
             return False
         if samples.start >= self._next:
@@ -69,6 +71,8 @@ class Samples:
 
     def consume(self, samples: Range) -> None:
         """Leased ones are used up."""
+        if samples.stop <= samples.start:
+            return
         self.used += samples.stop - samples.start
         insort(self.exceptions, samples)
         while self.exceptions and self.exceptions[0].start == self.watermark:

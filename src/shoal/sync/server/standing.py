@@ -49,6 +49,11 @@ class Standing:
     def version(self) -> int:
         return self.copies.version
 
+    @property
+    def over(self) -> bool:
+        """Nothing more is to be computed."""
+        return self.draining or self.samples.finished
+
     def take(self, record: r.AnyRecord) -> None:
         """Follows one record, a new one or, after a crash, an old one."""
         if isinstance(record, r.Committed):
@@ -112,6 +117,9 @@ class Standing:
         if member.grant is None:
             free = self.samples.claim(record.samples)
             assert free, f"{record.samples} is leased to another"
+        elif record.samples != member.grant.samples:
+            # Nothing more is to be computed, and what it owes goes first.
+            self.samples.give_back(member.grant.samples)
         member.grant = m.Grant(record.key, record.version, record.samples, record.gone)
         member.asked = None
         member.peers = record.peers

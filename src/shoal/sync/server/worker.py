@@ -11,6 +11,7 @@ import msgspec
 from shoal.sync.server import messages as m
 from shoal.sync.server.effects import Effect, Send
 from shoal.sync.server.messages import COORDINATOR, Address, Key, Message, Piece, Range, Rows
+from shoal.sync.server.records import LATE
 
 if TYPE_CHECKING:
     from shoal.sync.server.follower import Follower
@@ -32,8 +33,11 @@ class Worker:
     """One incarnation after another of one worker.
 
     state: `joining` → `asking` → `pulling` → `computing` → `pushing` → `asking` … until `finished`, `left`, `fenced` or
-    `refused`. While `computing`, the host computes from `pulled` on `grant.samples` and then calls `push`; when
-    `fenced`, everything it holds is void, and it calls `start` again, with another nonce, or ends.
+    `refused`. While `computing`, the host computes from `pulled` on `grant.samples` and then calls `push`; a grant
+    without samples (`grant.rest`) asks for what is left of earlier pushes, and nothing is pulled. When `fenced`,
+    everything it holds is void but what it owes, and it calls `start` again, with another nonce, or ends.
+
+    owes: whether accepted pushes have left something that is still to be pushed.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class Worker:
         self.pulled: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
         self.answer: m.Answer | None = None
         self.refused: m.Refused | None = None
+        self.owes = self._will_owe = False
         self._rows: Mapping[int, tuple[Rows, ...]] | None = None
         self._gone = 0
         self._epoch = -1
@@ -95,18 +100,18 @@ class Worker:
 
     def push(
         self, gradients: Mapping[int, Pushed], weight: float, loss_sum: float, now: float, *,
-        samples: Range | None = None, part: int = 0, parts: int = 1, spent: m.Spent = m.UNKNOWN,
+        samples: Range | None = None, part: int = 0, parts: int = 1, spent: m.Spent = m.UNKNOWN, owes: bool = False,
     ) -> list[Effect]:  # fmt: skip
-        """Sends the gradient of the granted samples, or of the first of them.
+        """Sends the gradient of the granted samples, or of the first of them; or the rest.
 
         gradients: for every shard. weight: valid tokens in it. part, parts: which of the worker's ranks this is.
-        spent: what it cost.
+        spent: what it cost. owes: once it is accepted, something of it is left to be pushed.
         """
         assert self.state == "computing"
         assert self.grant is not None
         assert len(gradients) == self.shards, "every shard must hear of every push"
         self.state, self.pulled, self._pushed = "pushing", {}, gradients
-        self._part, self._parts = part, parts
+        self._part, self._parts, self._will_owe = part, parts, owes
         self._push = m.Push(self.key, self.grant.version, weight, loss_sum, samples or self.grant.samples, spent)
         self._out += [self._stage(shard) for shard in range(self.shards)]
         self._again(now)
@@ -161,7 +166,7 @@ class Worker:
         if self.state == "joining":
             self._out.append(Send(COORDINATOR, m.Join(self.number, self.nonce, self.share, self.model, self.tokenizer)))
         elif self.state == "asking":
-            self._out.append(Send(COORDINATOR, m.Ask(self.key, self._gone)))
+            self._out.append(Send(COORDINATOR, m.Ask(self.key, self._gone, self.owes)))
         elif self.state == "pulling":
             self._out += [self._pull(shard) for shard in range(self.shards) if shard not in self.pulled]
             self._live()
@@ -202,8 +207,8 @@ class Worker:
 
     def _granted(self, message: m.Grant, now: float) -> None:
         if self.state == "asking" and message.key == self.key and message.gone == self._gone:
-            self.state, self.grant = "pulling", message
-            self._rows = self.rows(message.samples) if self.rows is not None else None
+            self.state, self.grant = "computing" if message.rest else "pulling", message
+            self._rows = self.rows(message.samples) if self.rows is not None and not message.rest else None
             self._again(now)
 
     def _take(self, message: m.Pulled, tensors: Sequence[Any]) -> None:
@@ -245,7 +250,11 @@ class Worker:
 
     def _answered(self, message: m.Answer, now: float) -> None:
         if self.state == "pushing" and message.key == self.key:
+            assert self._push is not None
             self.answer = message
+            # A rest that cannot be applied at all is given up: it would come back for ever.
+            if message.accepted or (self._push.rest and message.reason != LATE):
+                self.owes = self._will_owe
             self._forget()
             self.clock += 1
             self._ask(now)

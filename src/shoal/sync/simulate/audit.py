@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from shoal.sync.server import records as r
-from shoal.sync.server.messages import Key, Range
+from shoal.sync.server.messages import NOTHING, Key, Range
 from shoal.sync.simulate.ledger import Ledger, Token
 from shoal.sync.simulate.world import World
 
@@ -25,6 +25,7 @@ def violations(world: World) -> list[str]:
         *_samples(world, commits),
         *_bounds(world, commits),
         *_snapshots(world, commits),
+        *_owed(world),
     ]
 
 
@@ -115,16 +116,19 @@ def _bounds(world: World, commits: list[r.Committed]) -> Iterator[str]:
         elif isinstance(record, r.Granted):
             others = {(e.worker, e.incarnation) for e in live.values()} - {record.key[:2]}
             granted[record.key] = (record.version, others)
+            if record.samples == NOTHING:
+                # What is left is pushed when nobody computes any more: nobody is ahead of anybody.
+                continue
             ahead = record.key.clock - min(clocks.values())
             if rules.mode == "ssp" and ahead > rules.staleness:
                 yield f"{record.key} began {ahead} clocks ahead of the slowest"
         elif isinstance(record, r.Rejected):
             clocks[record.key.worker] += 1
         elif isinstance(record, r.Committed):
-            for key in record.keys:
+            for key, samples in zip(record.keys, record.samples, strict=True):
                 if key.worker in clocks and live[key.worker].incarnation == key.incarnation:
                     clocks[key.worker] += 1
-                yield from _stale(world, record.version, key, granted.get(key))
+                yield from _stale(world, record.version, key, samples, granted.get(key))
 
 
 def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
@@ -132,7 +136,9 @@ def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
         yield from record.grants if isinstance(record, r.Begun) else (record,)
 
 
-def _stale(world: World, version: int, key: Key, grant: tuple[int, set[tuple[int, int]]] | None) -> Iterator[str]:
+def _stale(
+    world: World, version: int, key: Key, samples: Range, grant: tuple[int, set[tuple[int, int]]] | None
+) -> Iterator[str]:
     rules = world.rules
     if grant is None:
         yield f"{key} was committed and never granted"
@@ -140,6 +146,8 @@ def _stale(world: World, version: int, key: Key, grant: tuple[int, set[tuple[int
     late, others = version - 1 - grant[0], len(grant[1])
     if rules.rounds and late:
         yield f"{key} is {late} commits late in a round"
+    if samples == NOTHING:
+        return
     if rules.max_staleness is not None and late > rules.max_staleness:
         yield f"{key} is {late} commits late, more than {rules.max_staleness}"
     if rules.mode == "ssp" and late > others * (2 * rules.staleness + 1):
@@ -154,3 +162,10 @@ def _snapshots(world: World, commits: list[r.Committed]) -> Iterator[str]:
         for (_, key), versions in seen.pulled.items():
             if len(set(versions)) > 1:
                 yield f"{key} was computed on versions {sorted(set(versions))} at once"
+
+
+def _owed(world: World) -> Iterator[str]:
+    """Nobody keeps to itself what its codec has lost."""
+    for address, host in world.hosts.items():
+        if world.finished and host.up and host.encoder is not None and host.encoder.owed:
+            yield f"{address} has ended and still owes what its codec lost"

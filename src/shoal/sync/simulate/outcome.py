@@ -10,7 +10,7 @@ import torch
 
 from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
-from shoal.sync.server.messages import COORDINATOR
+from shoal.sync.server.messages import COORDINATOR, NOTHING
 from shoal.sync.server.records import Committed, Left
 from shoal.sync.server.rules import Rules
 from shoal.sync.simulate.problem import LeastSquares
@@ -112,7 +112,12 @@ def _run(scenario: Scenario, options: OptimOptions, global_batch: int) -> Outcom
 def _outcome(world: World, problem: LeastSquares) -> Outcome:
     rules, scenario = world.rules, world.scenario
     commits = [record for record in world.journal if isinstance(record, Committed)]
-    late = [staleness for record in commits for staleness in record.staleness]
+    late = [
+        staleness
+        for record in commits
+        for staleness, samples in zip(record.staleness, record.samples, strict=True)
+        if samples != NOTHING
+    ]
     seconds = world.committed[-1]
     computed = sum(seen.computed for seen in world.seen)
     rejected = sum(seen.wasted for seen in world.seen)

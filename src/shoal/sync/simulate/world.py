@@ -277,6 +277,11 @@ class World:
         if worker.state != "computing" or worker.key != host.busy:
             return
         assert worker.grant is not None
+        if worker.grant.rest:
+            assert host.encoder is not None
+            rest, weight = host.encoder.rest()
+            self._do(address, host, worker.push(rest, weight, 0.0, self.now))
+            return
         token, seen = (worker.nonce, worker.key), self.seen[worker.number]
         seen.pulled[token] = tuple(pulled.version for pulled, _ in worker.pulled.values())
         seen.computed += 1
@@ -285,7 +290,8 @@ class World:
         gradients, weight, loss = self.problem.gradient(weights, worker.grant.samples, token)
         if host.encoder is not None:
             gradients = host.encoder.encode(gradients, weight, worker.clock)
-        self._do(address, host, worker.push(gradients, weight, loss, self.now))
+        owes = host.encoder is not None and host.encoder.feedback
+        self._do(address, host, worker.push(gradients, weight, loss, self.now, owes=owes))
 
     def _on_tick(self, address: Address) -> None:
         """Of servers by address; of workers by number, whichever incarnation."""

@@ -67,8 +67,9 @@ def samples(job: Job, steps: int) -> int:
 def rules(job: Job) -> Rules:
     assert job.layout is not None
     return Rules.of(
-        job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=optim(job).clip, codec=job.sync.codec
-    )
+        job.server, workers=job.layout.replicas, micro_batch=unit(job), clip=optim(job).clip, codec=job.sync.codec,
+        feedback=job.sync.feedback,
+    )  # fmt: skip
 
 
 def placement(job: Job) -> list[list[Block]]:

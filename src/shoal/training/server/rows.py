@@ -13,7 +13,7 @@ from shoal.sync.server import records as r
 class Rows:
     """Takes in pushes, commits and rejections; gives a row when the samples of another step have been used up.
 
-    loss: mean over the tokens of its commits. staleness: commits that were so late, by lateness. rejected: gradients
+    loss: mean over the tokens of its commits. Of rests only their updates count. staleness: commits that were so late, by lateness. rejected: gradients
     whose work was lost. waited_s, computed_s: seconds of each worker, without those of rejected gradients.
     """
 
@@ -54,6 +54,8 @@ class Rows:
         for key, late, weight, samples in zip(
             record.keys, record.staleness, record.weights, record.samples, strict=True
         ):
+            if samples.stop <= samples.start:
+                continue
             said = self._said.get(key.worker)
             self._staleness[late] += 1
             self._tokens += weight

@@ -49,7 +49,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
         encoded = rules.codec != "none"
         encoder = None
         if encoded:
-            encoder = Encoder(rules, seed=train.seed, worker=number, part=ranks.rank, feedback=given.sync.feedback)
+            encoder = Encoder(rules, seed=train.seed, worker=number, part=ranks.rank)
         machine = Worker(
             number, plan.share(whole, number), given.server.shards, model=plan.model_hash(whole),
             tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,

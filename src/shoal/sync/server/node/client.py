@@ -81,15 +81,19 @@ class Client:
 
     def push(
         self, key: Key, gradients: Mapping[int, Pushed], weight: float, loss_sum: float, samples: Range,
-        parts: int, spent: m.Spent,
+        parts: int, spent: m.Spent, owes: bool = False,
     ) -> bool:  # fmt: skip
-        """False where this clock is void: the worker was fenced meanwhile."""
+        """As `Worker.push`; False where this clock is void: the worker was fenced meanwhile."""
         with self._changed:
             if not self._is(key, "computing"):
                 return False
             now = time.monotonic()
             self._missing.clear()
-            self._do(self.machine.push(gradients, weight, loss_sum, now, samples=samples, parts=parts, spent=spent))
+            self._do(
+                self.machine.push(
+                    gradients, weight, loss_sum, now, samples=samples, parts=parts, spent=spent, owes=owes
+                )
+            )
             self._missing.clear()
             return True
 

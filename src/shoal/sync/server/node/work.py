@@ -39,8 +39,9 @@ _MOST_RUNS = 4096
 _NEWS = 20.0
 # Seconds after which a rank asks a shard again, and those after which it gives up.
 _RETRY, _PATIENCE = 1.0, 120.0
-# What the lead says: the worker has ended, weights are to be pulled, a push goes out, parts of it again, it is over.
-_END, _PULL, _PUSH, _AGAIN, _DONE = range(5)
+# What the lead says: the worker has ended, weights are to be pulled, what is owed is to be pushed, a push goes out,
+# parts of it again, it is over.
+_END, _PULL, _REST, _PUSH, _AGAIN, _DONE = range(6)
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class Server:
             command, primaries = self._hear(self._lead_begin)
             if command.kind == _END:
                 return None
+            if command.kind == _REST:
+                self._push_rest(command.key)
             if command.kind != _PULL:
                 continue
             found = self._pull(command, primaries)
@@ -135,6 +138,8 @@ class Server:
         granted = self._client.granted()
         if granted is None:
             return _Command(_DONE), ()
+        if granted.grant.rest:
+            return _Command(_REST, granted.grant.key), granted.primaries
         self._grant = grant = granted.grant
         return _Command(_PULL, grant.key, grant.version, grant.samples, int(granted.whole)), granted.primaries
 
@@ -217,27 +222,42 @@ class Server:
         sent, received = self._moved()
         spent = m.Spent(self._waited, now - self._began, memory_gib, sent, received)
         gradients = {shard: self._gradient(found) for shard, found in self._pushes.items()}
+        owes = False
         if self._encoder is not None:
             gradients = self._encoder.encode(gradients, weight, key.clock)
+            owes = self._encoder.feedback
         self._since = time.perf_counter()
+        self._push(key, gradients, weight, loss_sum, samples, spent, owes)
+        return self._client.answer(key) if self._client is not None else None
+
+    def _push_rest(self, key: Key) -> None:
+        """What the codec lost of earlier pushes, when nothing more is to be computed."""
+        assert self._encoder is not None, "nothing is lost without a codec"
+        gradients, weight = self._encoder.rest()
+        self._push(key, gradients, weight, 0.0, m.NOTHING, m.UNKNOWN, owes=False)
+
+    def _push(
+        self, key: Key, gradients: dict[int, Pushed], weight: float, loss_sum: float, samples: Range, spent: m.Spent,
+        owes: bool,
+    ) -> None:  # fmt: skip
+        """One push, from its first byte to its answer. What the codec lost of it counts if it was accepted."""
 
         def push() -> tuple[_Command, tuple[int, ...]]:
             assert self._client is not None
             told = self._client.granted()
-            pushed = self._client.push(key, gradients, weight, loss_sum, samples, self.mesh.world, spent)
+            pushed = self._client.push(key, gradients, weight, loss_sum, samples, self.mesh.world, spent, owes)
             return _Command(_PUSH if pushed else _DONE, key), told.primaries if told else ()
 
         command, primaries = self._hear(push)
         if command.kind == _DONE:
             self._settle(False)
-            return None
+            return
         self._stage(gradients, key, [(shard, primaries[shard]) for shard in range(self.shards)])
         while command.kind != _DONE:
             command, copies = self._hear(lambda: self._follow(key))
             if command.kind == _AGAIN:
                 self._stage(gradients, key, [(i, copy) for i, copy in enumerate(copies) if copy >= 0])
         self._settle(command.version > 0)
-        return self._client.answer(key) if self._client is not None else None
 
     def _settle(self, accepted: bool) -> None:
         if self._encoder is not None:
