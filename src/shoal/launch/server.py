@@ -86,7 +86,7 @@ def run(
 
 
 def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> None:
-    """Takes one part in a run that another machine leads, until the run is over.
+    """Takes one part in a run that another machine leads, until the run is over; a worker, or until a first signal.
 
     name: `worker 2`, `server 0`. host: of this machine, on which a shard listens; empty = server.host. patience:
     seconds to wait for the run to begin. Raises JobError where there is no such run or part.
@@ -102,13 +102,19 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
         raise JobError(what, where=str(folder), fix=fix)
     if name.startswith("server "):
         _may_listen(host or job.server.host, "--host")
-    say = speaker()
+    say, part, stopping = speaker(), parts[name], None
+    if name.startswith("worker "):
+        part = replace(part, args={**part.args, "leaves": True})
+
+        def stopping(signal: str) -> None:
+            say(f"{signal}: {name} leaves the run after the gradient that it is at; again: at once")
+
     taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
     with alone(folder / _FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
         ranks = Ranks(ENTRIES)
         try:
             say(f"{name} of {folder}")
-            roles.run(ranks, [parts[name]], say=say)
+            roles.run(ranks, [part], say=say, on_signal=stopping)
         finally:
             ranks.close()
 

@@ -256,3 +256,68 @@ def test_a_worker_that_was_fenced_owes_as_before():
     worker.start(8, 0.0)
     (ask,) = worker.handle(m.Joined(0, 8, 1, 0, 0, (0,)), (), 0.0)
     assert ask.message == m.Ask(Key(0, 1, 0), 0, True)
+
+
+# One that leaves while the others go on.
+
+
+def leaving(on: Bench, worker: int, clock: int, owes: bool = True, gone: int = 0) -> list:
+    return on.tell(m.Ask(Key(worker, 0, clock), gone, owes, True))
+
+
+@pytest.mark.parametrize("mode", ["asp", "ssp", "quorum"])
+def test_one_that_leaves_pushes_what_it_owes_and_may_go(mode):
+    on = bench(mode)
+    first, second = begun(on)
+    assert on.push(first).accepted
+    (rest,) = grants(leaving(on, 0, 1))
+    assert rest == m.Grant(Key(0, 0, 1), 1, NOTHING)
+    assert not grants(asked(on, 1, 1))
+    if mode == "quorum":
+        assert on.push(second).reason == r.LATE
+    assert on.push(rest, weight=3.0).accepted
+    assert on.journal[-1].weights == (3.0,)
+    assert leaving(on, 0, 2, False) == [m.Finished(0, 0)]
+    on.tell(m.Leave(0, 0))
+    if mode != "quorum":
+        assert on.push(second).accepted
+    assert asked(on, 1, 1)[0].samples.start == (4 if mode == "quorum" else 8)
+
+
+def test_with_bsp_what_a_leaving_worker_owes_is_in_the_next_update():
+    on = bench("bsp", clip=0.0)
+    for grant in begun(on):
+        on.push(grant)
+    on.tell(m.Combined(1, tuple(Key(worker, 0, 0) for worker in (0, 1)), 0, 0, (Square("w", 0, 9.0),)), SHARD)
+    assert leaving(on, 0, 1) == []
+    rest, gradient = asked(on, 1, 1)
+    assert (rest.samples, gradient.samples) == (NOTHING, Range(8, 12))
+    on.push(rest, weight=6.0)
+    on.push(gradient, weight=4.0)
+    on.tell(m.Combined(2, (rest.key, gradient.key), 0, 0, (Square("w", 0, 16.0),)), SHARD)
+    assert (on.journal[-1].weights, on.journal[-1].grad_norm) == ((0.0, 4.0), 1.0)
+    assert asked(on, 1, 2) == []
+    assert leaving(on, 0, 2, False) == [m.Finished(0, 0)]
+    assert grants(on.tell(m.Leave(0, 0)))[0].key == Key(1, 0, 2)
+
+
+@pytest.mark.parametrize("mode", ["asp", "bsp"])
+def test_one_that_leaves_and_owes_nothing_goes_at_once(mode):
+    on = bench(mode)
+    assert leaving(on, 0, 0, False) == [m.Finished(0, 0)]
+    assert grants(asked(on, 1, 0, False) + on.tell(m.Leave(0, 0)))[0].samples == Range(0, 4)
+
+
+def test_a_worker_that_is_to_leave_finishes_what_it_is_at():
+    worker = pushing()
+    (ask,) = worker.retire(0.0)
+    assert ask.message == m.Ask(Key(0, 0, 1), 0, True, True)
+    worker = pushing()
+    worker.handle(m.Grant(Key(0, 0, 1), 1, Range(4, 8)), (), 0.0)
+    assert worker.retire(0.0) == []
+    worker.handle(m.Pulled(Key(0, 0, 1), 0, 1, ()), (), 0.0)
+    worker.push({0: Pushed((), ())}, 1.0, 0.0, 0.0, owes=True)
+    (ask,) = worker.handle(m.Answer(Key(0, 0, 1), True, 2, 0), (), 0.0)
+    assert ask.message == m.Ask(Key(0, 0, 2), 0, True, True)
+    worker.handle(m.Finished(0, 0), (), 0.0)
+    assert worker.state == "finished"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from shoal.cli.main import main
 from shoal.job import Job, write
 from shoal.launch import server
+from shoal.sync.server.messages import NOTHING
 from tests.training.server import runs
 from tests.training.server.test_equality import QUIET, through_a_server
 from tests.training.test_bad_input import NoRanks
@@ -42,6 +47,37 @@ def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
     assert f"to be started elsewhere: shoal join {folder} 'worker 1'" in said
     commits = runs.audit(folder, 12 * 12)
     assert {key.worker for commit in commits for key in commit.keys} == {0, 1}, "both have worked"
+
+
+@pytest.mark.nightly
+def test_a_worker_that_joined_leaves_with_all_that_it_owes_and_the_others_go_on(ranks, tiny, tmp_path):
+    folder, said = tmp_path / "run", []
+    options = {**QUIET, "train": {"steps": 40, "validate_every": 1000}}
+    sync = {"name": "server", "codec": "topk:0.1+int2"}
+    server = {"shards": 2, "mode": "asp", "elsewhere": ("worker 1",)}
+    job = tiny(folder, "replicas=2", sync=sync, server=server, **options)
+    other = subprocess.Popen([sys.executable, "-m", "shoal.cli.main", "join", str(folder), "worker 1"])
+
+    def leave() -> None:
+        while other.poll() is None and runs.steps(folder) < 3:
+            time.sleep(0.05)
+        other.send_signal(signal.SIGTERM)
+
+    try:
+        asking = threading.Thread(target=leave)
+        asking.start()
+        assert runs.run(ranks, job, said=said)["step"] == 40
+        asking.join()
+        assert other.wait(60) == 0
+    finally:
+        other.kill()
+        other.wait()
+    commits = runs.audit(folder, 40 * 12)
+    (rest,) = [commit for commit in commits if commit.keys[0].worker == 1 and commit.samples == (NOTHING,)]
+    last = max(key.clock for commit in commits for key in commit.keys if key.worker == 1)
+    assert rest.keys[0].clock == last > 3
+    assert rest.version < len(commits) - 10, "others go on"
+    assert "worker 1 has left" in (folder / "log.txt").read_text()
 
 
 def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):

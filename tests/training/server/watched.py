@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+from safetensors.torch import save_file
+
 from shoal.mesh import Seat
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
+from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.messages import Address
 from shoal.sync.server.node.journal_file import JournalFile
 from shoal.sync.server.node.shard_log import ShardLog
@@ -28,7 +32,7 @@ from shoal.training.server import work as real_work
 from shoal.training.server.glances import Words
 
 # Beside a run's journal: what it was before each checkpoint made it short again; and what workers were told.
-OLD, TOLD = "old-journal", "told"
+OLD, TOLD, SUM = "old-journal", "told", "sum"
 # What is said once, because it is lost only with a connection, after which shards greet the coordinator again.
 _ONCE = m.Save | m.Saved | m.Kept | m.Over
 
@@ -77,6 +81,7 @@ def hold(seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, **
 def work(seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True, **args: Any) -> Any:
     """Writes down every answer that this worker gets: `worker incarnation clock accepted version`.
 
+    Where there is a codec, also the sum of what each rank encodes, each gradient divided by its tokens: `name@row`.
     rows: False where it pulls all rows of embeddings, also where those of its tokens are enough.
     """
     real = Worker._answered
@@ -88,9 +93,26 @@ def work(seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True
             with (Path(args["folder"]) / "server" / f"{TOLD}-{self.number}").open("a") as file:
                 file.write(" ".join(map(str, [*message.key, int(message.accepted), message.version])) + "\n")
 
+    encode, sums = Encoder.encode, dict[str, torch.Tensor]()
+
+    def encoded(self: Encoder, gradients: Any, weight: float, clock: int) -> Any:
+        for pushed in gradients.values():
+            for piece, tensor in zip(pushed.pieces, pushed.tensors, strict=True):
+                name = f"{piece.name}@{','.join(map(str, piece.offsets))}"
+                sums[name] = sums.get(name, 0.0) + tensor / weight
+        return encode(self, gradients, weight, clock)
+
     all_rows = contextlib.nullcontext() if rows else mock.patch.object(Words, "enough", return_value=False)
-    with mock.patch.object(Worker, "_answered", answered), _bad(network, f"worker {args['number']}"), all_rows:
-        return real_work.main(seat, **args)
+    with (
+        mock.patch.object(Worker, "_answered", answered),
+        mock.patch.object(Encoder, "encode", encoded),
+        _bad(network, f"worker {args['number']}"),
+        all_rows,
+    ):
+        told = real_work.main(seat, **args)
+    if sums:
+        save_file(sums, Path(args["folder"]) / "server" / f"{SUM}-{args['number']}-{seat.member}.safetensors")
+    return told
 
 
 @contextlib.contextmanager

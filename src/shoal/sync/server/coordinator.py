@@ -417,8 +417,9 @@ class Coordinator:
     def _grant(self) -> None:
         if self._round.pushes:
             return
+        self._dismiss()
         if self.at.over:
-            self._end()
+            self._begin_rests()
             return
         if self.rules.mode == "bsp":
             self._begin(may_begin(self.at))
@@ -427,12 +428,16 @@ class Coordinator:
             if self.at.turn in (None, member.worker) or not member.starved:
                 self._give(member)
 
-    def _end(self) -> None:
-        """There is nothing more to compute: whoever owes something pushes that, everybody else may go."""
+    def _dismiss(self) -> None:
+        """Lets those go that owe nothing and are to compute nothing more; none before all that are waited for came."""
         for member in list(self.at.members.values()):
-            if member.asked is not None and not member.asked.owes:
+            asked = member.asked
+            if asked is not None and not asked.owes and (self.at.over or (asked.leaves and self.at.started)):
                 self._say(member.address, m.Finished(member.worker, member.incarnation))
                 member.asked, member.dismissed = None, True
+
+    def _begin_rests(self) -> None:
+        """There is nothing more to compute: whoever owes something pushes that."""
         if grants := rests(self.at):
             self._write(r.Begun(grants))
         for grant in grants:
@@ -451,7 +456,9 @@ class Coordinator:
         assert member.asked is not None
         gone, starved = member.asked.gone, member.starved
         samples = member.grant.samples if member.grant is not None else None
-        if samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
+        if member.asked.leaves:
+            samples = m.NOTHING
+        elif samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
             self.at.samples.give_back(samples)
         if samples is not None:
             peers = len(self.at.members) - 1

@@ -113,10 +113,14 @@ def rests(at: Standing) -> tuple[Granted, ...]:
 
 
 def leases(at: Standing, members: list[Member]) -> tuple[Granted, ...]:
-    """What each may begin with, in this order, without taking it: for those for whom there are samples."""
+    """What each may begin with, in this order, without taking it: for those for whom there are samples.
+
+    None, but what it owes, for one that leaves.
+    """
     found = []
     for member in members:
-        samples = at.samples.lease(member.size * at.rules.micro_batch)
+        leaves = member.asked is not None and member.asked.leaves
+        samples = NOTHING if leaves else at.samples.lease(member.size * at.rules.micro_batch)
         if samples is not None:
             found.append(Granted(member.key, at.version, samples, len(at.members) - 1))
     for grant in found:

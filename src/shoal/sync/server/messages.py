@@ -127,12 +127,13 @@ class Heartbeat(Message, frozen=True):
 class Ask(Message, frozen=True):
     """May this clock begin, on which samples, from which version? gone: grants whose version a shard had no more.
 
-    owes: what a codec lost of earlier pushes is still to be pushed.
+    owes: what a codec lost of earlier pushes is still to be pushed. leaves: it wants to begin nothing more.
     """
 
     key: Key
     gone: int = 0
     owes: bool = False
+    leaves: bool = False
 
 
 class Push(Message, frozen=True):
@@ -190,7 +191,7 @@ class Refused(Message, frozen=True):
 class Grant(Message, frozen=True):
     """Begin this clock: pull `version`, compute on `samples`. gone: of the Ask that it answers.
 
-    No samples: there is nothing more to compute, and what the worker owes is to be pushed, without a pull.
+    No samples: it is to compute nothing more, and to push what it owes, without a pull.
     """
 
     key: Key
@@ -204,7 +205,7 @@ class Grant(Message, frozen=True):
 
 
 class Finished(Message, frozen=True):
-    """Every sample of the job is used up, or the job is asked to end, and this worker owes nothing."""
+    """This worker owes nothing, and all samples are used up, or the job is asked to end, or it wants to leave."""
 
     worker: int
     incarnation: int

@@ -37,7 +37,7 @@ class Worker:
     without samples (`grant.rest`) asks for what is left of earlier pushes, and nothing is pulled. When `fenced`,
     everything it holds is void but what it owes, and it calls `start` again, with another nonce, or ends.
 
-    owes: whether accepted pushes have left something that is still to be pushed.
+    owes: whether accepted pushes have left something that is still to be pushed. leaves: it is to `retire`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Worker:
         self.pulled: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
         self.answer: m.Answer | None = None
         self.refused: m.Refused | None = None
-        self.owes = self._will_owe = False
+        self.owes = self._will_owe = self.leaves = False
         self._rows: Mapping[int, tuple[Rows, ...]] | None = None
         self._gone = 0
         self._epoch = -1
@@ -90,6 +90,13 @@ class Worker:
         self.nonce, self.state = nonce, "joining"
         self._forget()
         self._again(now)
+        return self._effects()
+
+    def retire(self, now: float) -> list[Effect]:
+        """Begins nothing more: it finishes what it is at, pushes what it owes, and is `finished`."""
+        self.leaves = True
+        if self.state == "asking":
+            self._again(now)
         return self._effects()
 
     def leave(self, now: float) -> list[Effect]:
@@ -166,7 +173,7 @@ class Worker:
         if self.state == "joining":
             self._out.append(Send(COORDINATOR, m.Join(self.number, self.nonce, self.share, self.model, self.tokenizer)))
         elif self.state == "asking":
-            self._out.append(Send(COORDINATOR, m.Ask(self.key, self._gone, self.owes)))
+            self._out.append(Send(COORDINATOR, m.Ask(self.key, self._gone, self.owes, self.leaves)))
         elif self.state == "pulling":
             self._out += [self._pull(shard) for shard in range(self.shards) if shard not in self.pulled]
             self._live()

@@ -237,6 +237,8 @@ class _Lead:
         elif isinstance(record, r.Left) and record.why in ("lost", "expired"):
             why = "its connection broke" if record.why == "lost" else f"silent for {self.machine.rules.lease:g} s"
             self.show.say(f"worker {record.worker} is given up ({why}); the others go on")
+        elif isinstance(record, r.Left) and record.why == "left" and not self.machine.at.over:
+            self.show.say(f"worker {record.worker} has left")
         elif isinstance(record, r.Entered) and record.incarnation:
             self.show.say(f"worker {record.worker} has joined again")
 

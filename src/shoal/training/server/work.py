@@ -27,12 +27,21 @@ from shoal.training.server import plan
 from shoal.training.server.apart import Apart
 from shoal.training.server.glances import Glances, Words
 from shoal.training.server.growth import wait_for
+from shoal.training.stop import Stop
 from shoal.training.validate import validate
 from shoal.training.worker import held_out
 
 
-def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life: int) -> dict[str, Any]:
-    """Worker `number`, one rank of it, until there is nothing left to compute. life: how often it was started."""
+def main(
+    seat: Seat, *, folder: str, job: str, prepared: str, number: int, life: int, leaves: bool = False
+) -> dict[str, Any]:
+    """Worker `number`, one rank of it, until there is nothing left to compute. life: how often it was started.
+
+    leaves: a signal asks it to leave the run, with all that it has computed, and not to end at once.
+    """
+    stop = Stop()
+    if leaves:
+        stop.listen()
     run, whole = Path(folder), parse(job)
     given = plan.of_worker(whole)
     assert given.layout is not None
@@ -66,6 +75,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, number: int, life:
                 machine=machine,
                 encoder=encoder,
                 words=words,
+                leaving=lambda: stop.asked,
                 station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
             )
         )

@@ -35,9 +35,12 @@ class Client:
     A worker that was fenced joins again by itself, as a new incarnation: whatever is computed for the old one is void.
     """
 
-    def __init__(self, machine: Worker, station: Callable[[int], Station]):
-        """station: for a nonce, one that listens to nobody and calls coordinator and shards."""
-        self.machine = machine
+    def __init__(self, machine: Worker, station: Callable[[int], Station], leaving: Callable[[], bool] = lambda: False):
+        """station: for a nonce, one that listens to nobody and calls coordinator and shards.
+
+        leaving: whether the worker has been asked to leave.
+        """
+        self.machine, self._leaving = machine, leaving
         self._changed = threading.Condition()
         self._error: Exception | None = None
         self._closing = False
@@ -158,6 +161,8 @@ class Client:
             self._do(machine.handle(event.message, event.tensors, now))
         elif isinstance(event, Lost) and event.error is not None:
             self._error = event.error
+        if self._leaving() and not machine.leaves:
+            self._do(machine.retire(now))
         self._do(machine.tick(now))
         if machine.refused is not None:
             self._error = JobError(machine.refused.why, fix=machine.refused.fix)

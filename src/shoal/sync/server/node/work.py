@@ -63,12 +63,13 @@ class Server:
     def __init__(
         self, mesh: Mesh, replica: Replica[Any], placement: Sequence[Sequence[Block]], *,
         station: Callable[[Address], Station], machine: Worker, encoder: Encoder | None = None,
-        words: Words | None = None,
+        words: Words | None = None, leaving: Callable[[], bool] = lambda: False,
     ):  # fmt: skip
         """mesh: of this worker alone. station: for an address, one that calls coordinator and shards.
 
         encoder: of this rank, where the job has a codec; `machine` has a follower then. words: of the same result on
         all ranks, or None on some of them; not given, all rows of the embedding are pulled, as they are with a codec.
+        leaving: whether the worker has been asked to leave; the lead's counts.
         """
         assert words is None or encoder is None, "a shadow moves as a whole"
         self.mesh, self.replica, self.shards = mesh, replica, len(placement)
@@ -84,7 +85,7 @@ class Server:
         self._station: Station | None = None
         self._grant: m.Grant | None = None
         if mesh.rank == 0:
-            self._client = Client(machine, lambda nonce: station(Address("worker", machine.number, nonce)))
+            self._client = Client(machine, lambda nonce: station(Address("worker", machine.number, nonce)), leaving)
         else:
             self._station = station(Address("worker", machine.number, secrets.randbits(62)))
         self._wanted = machine.wanted
