@@ -18,6 +18,8 @@ from shoal.job.check import positive
 class JoinOptions:
     """Takes a part in a run with a parameter server that another machine leads; both have the run's folder.
 
+    At a first Ctrl-C or SIGTERM a worker finishes the gradient that it is at, and leaves with all that it has computed.
+
     $ shoal train --sync server --workers 3 --server.host 10.0.0.1 --server.token job.token
           --server.elsewhere "worker 1" "worker 2" --run-dir /shared/run       on the first machine
     $ shoal join /shared/run "worker 1"                                        on the second
@@ -36,7 +38,7 @@ class JoinOptions:
 
 
 def run(args: list[str]) -> Answer:
-    """Returns when the run is over."""
+    """Returns when the run is over, or the worker has left."""
     options = flags.parse(JoinOptions, args, "shoal join")
     if not options.run or not options.part:
         raise JobError("a run and a part of it are to be named", fix="shoal join RUN 'worker 1'")

@@ -12,7 +12,6 @@ from shoal.sync.server.samples import Samples
 from shoal.sync.server.worker import Pushed, Worker
 from tests.sync.server.test_coordinator import Bench
 
-
 SHARD = Address("shard")
 
 
@@ -236,7 +235,7 @@ def test_a_worker_owes_what_is_left_of_accepted_pushes():
     assert not stage.message.encoded
     assert (push.message.samples, push.message.weight, push.message.version) == (NOTHING, 5.0, 1)
     # Said again, it is the same.
-    assert [sent.message for sent in worker.tick(2.0)][0] == push.message
+    assert worker.tick(2.0)[0].message == push.message
     (ask,) = worker.handle(m.Answer(Key(0, 0, 1), True, 2, 0), (), 2.0)
     assert ask.message == m.Ask(Key(0, 0, 2), 0, False)
 

@@ -1,4 +1,4 @@
-"""What a codec has lost by the end of a run, or by the time that it is asked to end, is in the weights that it saves."""
+"""What a codec has lost by the end of a run, or when it is asked to end, is in the weights that it saves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ LR = 0.05
 # Weights move against the sum of all gradients, each divided by its tokens, and by nothing else.
 OPTIONS = {
     "optim": {
-        "name": "sgd", "lr": LR, "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0, "schedule": "constant", "warmup": 0.0
+        "name": "sgd", "lr": LR, "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0, "schedule": "constant",
+        "warmup": 0.0,
     },
     "data": {"validation": 0.0},
     "checkpoint": {"every": 1000},
@@ -92,3 +93,29 @@ def test_and_of_one_that_goes_on_with_other_workers_and_ends(ranks, tiny, tmp_pa
     assert runs.run(ranks, job, resume=True)["step"] == 12
     assert far(run, before) < 1e-12
     assert rests(run) == 5
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "server", [{"mode": "bsp"}, {"mode": "quorum", "quorum": 1}, {"mode": "bsp", "copies": 2}], ids=str
+)
+def test_with_rounds_all_rests_are_one_update(ranks, tiny, tmp_path, server):
+    run = tmp_path / "run"
+    train = {"steps": 6, "validate_every": 1000}
+    options = {**OPTIONS, "optim": {"lr": 1e-3}, "sync": {"name": "server", "codec": "int8"}}
+    runs.run(ranks, tiny(run, "replicas=3", server={"shards": 2, **server}, train=train, **options))
+    commits = runs.audit(run, 6 * 12)
+    assert commits[-1].samples == (NOTHING,) * len(commits[-1].keys)
+    assert rests(run) == 0
+    if server["mode"] == "bsp":
+        assert len(commits) == 7
+        assert [key.worker for key in commits[-1].keys] == [0, 1, 2]
+    assert metrics.read(run)[-1]["step"] == 6
+
+
+@pytest.mark.nightly
+def test_without_feedback_there_is_none(ranks, tiny, tmp_path):
+    run = tmp_path / "run"
+    options = {**OPTIONS, "sync": {"name": "server", "codec": "int8", "feedback": False}}
+    runs.run(ranks, tiny(run, "replicas=2", train={"steps": 6, "validate_every": 1000}, **options))
+    assert len(runs.audit(run, 6 * 12)) == 6

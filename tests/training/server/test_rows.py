@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
-from shoal.sync.server.messages import Key, Range
+from shoal.sync.server.messages import NOTHING, Key, Range
 from shoal.training.server.rows import Rows
 
 
@@ -54,3 +54,15 @@ def test_samples_that_were_skipped_count_as_used():
     row = rows.row()
     assert row is not None
     assert (row["step"], row["commits"], row["rejected"]) == (1, 1, 1)
+
+
+def test_a_rest_is_an_update_and_no_gradient():
+    rows = Rows(4, 0, 2)
+    rows.committed(commit(1, 0, 0))
+    rows.committed(commit(2, 0, 2, late=1))
+    rows.pushed(m.Push(Key(1, 0, 3), 2, 8.0, 0.0, NOTHING))
+    rows.committed(r.Committed(3, (Key(1, 0, 3),), (0,), (8.0,), (NOTHING,), 9.0, 1.0, 0.1, losses=(0.0,)))
+    row = rows.row()
+    assert row is not None
+    assert (row["loss"], row["tokens"], row["staleness"], row["grad_norm"]) == (2.0, 6, {"0": 1, "1": 1}, 1.5)
+    assert (row["version"], row["commits"], row["waited_s"]) == (3, 3, {})

@@ -33,7 +33,8 @@ def as_granted(at: Standing, member: Member, push: Push) -> bool:
     assert member.grant is not None
     start, stop = member.grant.samples
     samples_fit = start <= push.samples.start < push.samples.stop <= stop
-    return (samples_fit or push.rest is member.grant.rest is True) and member.grant.version <= push.version <= at.version
+    rests_fit = push.rest and member.grant.rest
+    return (samples_fit or rests_fit) and member.grant.version <= push.version <= at.version
 
 
 def commit(at: Standing, rate: Callable[[int], float], pushes: tuple[Push, ...], squares: list[Square]) -> Committed:

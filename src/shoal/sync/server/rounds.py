@@ -24,8 +24,8 @@ class Round:
     def closes(self, at: Standing) -> bool:
         """The gradients that are here make an update, and no other is waited for.
 
-        bsp, and rests: all that began the round and live. quorum: `quorum` of them, then `grace` seconds (Chen et al. 2016,
-        "Revisiting Distributed Synchronous SGD", section 3, for backup workers whose late gradients are dropped).
+        bsp, and rests: all that began the round and live. quorum: `quorum` of them, then `grace` seconds (Chen et al.
+        2016, "Revisiting Distributed Synchronous SGD", section 3, for backup workers whose late gradients are dropped).
         """
         here = len(at.ready)
         going = [member for member in at.members.values() if member.grant and member.grant.version == at.version]

@@ -93,7 +93,7 @@ class Rules:
 
     @property
     def residuals(self) -> bool:
-        """Whether workers hold what a codec has lost, and so may owe something when there is nothing more to compute."""
+        """Whether workers hold what a codec has lost, and may owe something when there is nothing more to compute."""
         return self.codec != "none" and self.feedback
 
     def bound(self, others: int) -> int | None:

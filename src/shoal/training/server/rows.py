@@ -13,7 +13,7 @@ from shoal.sync.server import records as r
 class Rows:
     """Takes in pushes, commits and rejections; gives a row when the samples of another step have been used up.
 
-    loss: mean over the tokens of its commits. Of rests only their updates count. staleness: commits that were so late, by lateness. rejected: gradients
+    loss: mean over the tokens of its commits. staleness: commits that were so late, by lateness. rejected: gradients
     whose work was lost. waited_s, computed_s: seconds of each worker, without those of rejected gradients.
     """
 
@@ -21,7 +21,7 @@ class Rows:
         """used: samples, by the time that this begins."""
         self.global_batch, self.workers = global_batch, workers
         self.step = used // global_batch
-        self._used = used
+        self._used, self._version = used, 0
         # The latest of each worker, which has one at a time.
         self._said: dict[int, m.Push] = {}
         self._since: float | None = None
@@ -48,7 +48,10 @@ class Rows:
 
     def committed(self, record: r.Committed) -> None:
         """Another version."""
-        self._last = record
+        # A rest alone is an update, and no gradient of this step.
+        if any(samples.stop > samples.start for samples in record.samples):
+            self._last = record
+        self._version = record.version
         self._commits += 1
         self._loss += sum(record.losses)
         for key, late, weight, samples in zip(
@@ -86,7 +89,7 @@ class Rows:
             "communication_s": sum(each.waited for each in spent) / self.workers,
             "sent_bytes": sum(each.sent for each in spent),
             "received_bytes": sum(each.received for each in spent),
-            "version": self._last.version,
+            "version": self._version,
             "commits": self._commits,
             "rejected": self._rejected,
             "staleness": {str(late): count for late, count in sorted(self._staleness.items())},
