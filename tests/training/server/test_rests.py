@@ -106,7 +106,6 @@ def test_with_rounds_all_rests_are_one_update(ranks, tiny, tmp_path, server):
     runs.run(ranks, tiny(run, "replicas=3", server={"shards": 2, **server}, train=train, **options))
     commits = runs.audit(run, 6 * 12)
     assert commits[-1].samples == (NOTHING,) * len(commits[-1].keys)
-    assert rests(run) == 0
     if server["mode"] == "bsp":
         assert len(commits) == 7
         assert [key.worker for key in commits[-1].keys] == [0, 1, 2]
@@ -119,3 +118,17 @@ def test_without_feedback_there_is_none(ranks, tiny, tmp_path):
     options = {**OPTIONS, "sync": {"name": "server", "codec": "int8", "feedback": False}}
     runs.run(ranks, tiny(run, "replicas=2", train={"steps": 6, "validate_every": 1000}, **options))
     assert len(runs.audit(run, 6 * 12)) == 6
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "server", [{"mode": "asp"}, {"mode": "ssp", "staleness": 1, "copies": 2}, {"mode": "bsp"}], ids=str
+)
+def test_a_run_of_which_processes_are_killed_comes_to_its_end(ranks, tiny, tmp_path, server):
+    run = tmp_path / "run"
+    options = {**OPTIONS, "optim": {"lr": 1e-3}, "train": {"steps": 30, "validate_every": 1000}}
+    job = tiny(run, "replicas=3", server={"shards": 2, **server}, **options)
+    with Killer(run, [(4, "shoal-worker1"), (10, "shoal-coordinat"), (16, "shoal-server0"), (28, "shoal-worker2")]):
+        assert runs.run(ranks, job)["step"] == 30
+    commits = runs.audit(run, 30 * 12)
+    assert commits[-1].samples[0] == NOTHING
