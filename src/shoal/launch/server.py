@@ -102,8 +102,7 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
         raise JobError(what, where=str(folder), fix=fix)
     if name.startswith("server "):
         _may_listen(host or job.server.host, "--host")
-    say, part = speaker(), parts[name]
-    stopping = None
+    say, part, stopping = speaker(), parts[name], None
     if name.startswith("worker "):
         part = replace(part, args={**part.args, "leaves": True})
 

@@ -118,7 +118,7 @@ class Standing:
             free = self.samples.claim(record.samples)
             assert free, f"{record.samples} is leased to another"
         elif record.samples != member.grant.samples:
-            # Nothing more is to be computed, and what it owes goes first.
+            # What it could not pull, it is not to compute any more.
             self.samples.give_back(member.grant.samples)
         member.grant = m.Grant(record.key, record.version, record.samples, record.gone)
         member.asked = None

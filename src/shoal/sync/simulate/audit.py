@@ -117,7 +117,7 @@ def _bounds(world: World, commits: list[r.Committed]) -> Iterator[str]:
             others = {(e.worker, e.incarnation) for e in live.values()} - {record.key[:2]}
             granted[record.key] = (record.version, others)
             if record.samples == NOTHING:
-                # What is left is pushed when nobody computes any more: nobody is ahead of anybody.
+                # At the end what is left is pushed by all at once, whatever clocks they are at.
                 continue
             ahead = record.key.clock - min(clocks.values())
             if rules.mode == "ssp" and ahead > rules.staleness:
