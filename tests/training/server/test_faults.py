@@ -61,24 +61,48 @@ def test_shards_and_the_coordinator_are_killed_and_bsp_is_bitwise_the_same(ranks
     assert same(run, whole)
 
 
-def test_all_copies_of_a_shard_are_killed_and_the_run_ends_at_once_and_says_why(ranks, tiny, tmp_path):
-    run, said, killed = tmp_path / "run", [], []
-    job = tiny(run, "replicas=2", server={"copies": 2}, **OPTIONS | {"train": {"steps": 100_000, "validate_every": 0}})
+def killed_together(run, names: list[str]) -> list[float]:
+    """Kills all processes whose names begin so, at once, when the run is at its eighth step; when that was."""
+    when: list[float] = []
 
     def kill() -> None:
         while runs.steps(run) < 8:
             time.sleep(0.01)
-        for pid in runs.pids("shoal-server0co"):
+        for pid in [pid for name in names for pid in runs.pids(name)]:
             os.kill(pid, signal.SIGKILL)
-        killed.append(time.monotonic())
+        when.append(time.monotonic())
 
     threading.Thread(target=kill, daemon=True).start()
+    return when
+
+
+def test_all_copies_of_a_shard_are_killed_and_the_run_ends_at_once_and_says_why(ranks, tiny, tmp_path):
+    run, said = tmp_path / "run", []
+    job = tiny(run, "replicas=2", server={"copies": 2}, **OPTIONS | {"train": {"steps": 100_000, "validate_every": 0}})
+    when = killed_together(run, ["shoal-server0co"])
     with pytest.raises(RankError, match="all 2 copies of server shard 0 were lost before one") as caught:
         runs.run(ranks, job, said=said)
-    assert time.monotonic() - killed[0] < NOTICED
+    assert time.monotonic() - when[0] < NOTICED
     assert caught.value.where == "coordinator"
     assert "goes on from its newest checkpoint" in caught.value.fix
     assert len([line for line in said if "was killed by SIGKILL: started again" in line]) == 2, said
+
+
+@pytest.mark.nightly
+def test_a_copy_that_is_killed_together_with_the_coordinator_is_replaced(ranks, tiny, tmp_path):
+    """The coordinator that comes back never had a connection with it. Copy 0 is the one that workers talk to."""
+    run, said = tmp_path / "run", []
+    options = OPTIONS | {"train": {"steps": 60, "validate_every": 1000}}
+    job = tiny(run, "replicas=2", server={"copies": 2}, **options)
+    real = runs.pids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "pids", lambda name, of=None: real(name, of)[:1])  # of copies, the first that was started
+        killed_together(run, ["shoal-coordinat", "shoal-server0co"])
+        figures = runs.run(ranks, job, said=said)
+    assert (figures["step"], figures["stopped_by"]) == (60, ""), said
+    assert "server 0 copy 0 was killed by SIGKILL: started again" in said
+    assert "coordinator was killed by SIGKILL: started again" in said
+    runs.audit(run, 60 * BATCH)
 
 
 @pytest.mark.parametrize(
