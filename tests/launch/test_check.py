@@ -193,6 +193,7 @@ EXPERTS = {
 }  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_experts_are_checked_in_low_precision_too(job):
     report = check(
         replace(job, model=ModelOptions(num_hidden_layers=4, hidden_size=64, **EXPERTS)),
