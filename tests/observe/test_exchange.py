@@ -59,11 +59,27 @@ def test_charts_of_a_server_by_hand():
 def test_what_would_only_say_zero_is_left_out():
     """bsp: an update a step, of gradients that are never late."""
     rows = [server_row(s, {0: 2}, commits=1) for s in (1, 2)]
-    extra = {"Staleness", "Staleness of the whole run", "Rejected gradients", "Updates"}
+    extra = {"Staleness", "Staleness of the whole run", "Rejected gradients", "Wasted work", "Updates"}
     assert not extra & set(drawn(rows))
     assert "Waiting" in drawn(rows)
     assert not server_charts([row(1), row(2)])
     assert set(told(SERVER, rows)) == {"network", "gradients"}
+
+
+def test_work_in_vain():
+    """Rejected, and lost with workers that were given up; nothing is assumed of a run of before this was counted."""
+    rows = [server_row(1, {0: 1}, rejected=1, lost=2, wasted_s=1.5), server_row(2, {0: 3}, lost=1, wasted_s=0.0)]
+    found = drawn(rows)
+    rejected, lost = found["Rejected gradients"]
+    assert (rejected["y"], lost["y"]) == ([25, 0], [50, 25])
+    assert found["Wasted work"][0]["y"] == [1.5, 0]
+    assert told(SERVER, rows)["gradients"] == (
+        "4 gradients; 1 more (20.0 %) rejected; 3 lost with their worker; 1.5 s computed in vain"
+    )
+    (only,) = drawn(ASP)["Rejected gradients"]
+    assert only["y"] == [50, 0, 0]
+    (lost,) = drawn([server_row(1, {0: 1}, lost=1)])["Rejected gradients"]
+    assert (lost["name"], lost["y"]) == ("lost with their worker", [50])
 
 
 def test_a_run_that_went_on_with_a_server_has_both_parts():
@@ -85,6 +101,9 @@ def test_what_a_codec_saves():
     coded = replace(SERVER, sync=SyncOptions(name="server", codec="int8"))
     rows = [server_row(s, {0: 3}, sent_bytes=3 * WHOLE // 4, received_bytes=3 * WHOLE // 2) for s in (1, 2, 3)]
     rows[0]["sent_bytes"] //= 3
+    assert told(coded, rows)["compression"] == "pushed 4, pulled 2 times fewer bytes than in float32"
+    # What was rejected was pushed as well.
+    rows = [row | {"staleness": {"0": 2}, "rejected": 1} for row in rows]
     assert told(coded, rows)["compression"] == "pushed 4, pulled 2 times fewer bytes than in float32"
     bf16 = replace(JOB, sync=SyncOptions(codec="bf16"))
     rows = [row(s, sent_bytes=WHOLE // 2) for s in (1, 2)]

@@ -16,6 +16,7 @@ def server_charts(rows: Rows) -> list[dict[str, Any]]:
         _by_number("Staleness of the whole run", "gradients", "staleness", _histogram(rows), PURPLE),
         _by_number("Waiting", "% of the run, of each worker: push, pull and others", "worker", _waiting(rows), ORANGE),
         chart("Rejected gradients", "% of a step's, computed in vain", _rejected(rows)),
+        chart("Wasted work", "s a step that workers computed in vain", _wasted(rows)),
         chart("Updates", "a step", _updates(rows)),
     ]
     return [one for one in found if one["data"]]
@@ -67,14 +68,24 @@ def _waiting(rows: Rows) -> dict[int, float]:
 
 
 def _rejected(rows: Rows) -> list[dict[str, Any]]:
-    if not any(row.get("rejected") for row in rows):
-        return []
+    """Those of workers that were given up by themselves."""
     shares = [
-        {"step": row["step"], "percent": 100 * row["rejected"] / (row["rejected"] + kept)}
+        {
+            "step": row["step"],
+            "percent": 100 * (row.get("rejected") or 0) / whole,
+            "percent_lost": 100 * (row.get("lost") or 0) / whole,
+        }
         for row in rows
-        if (kept := staleness([row]).total()) + row["rejected"]
+        if (whole := staleness([row]).total() + (row.get("rejected") or 0) + (row.get("lost") or 0))
     ]
-    return noisy(shares, "percent", "each step", ORANGE)
+    rejected = noisy(shares, "percent", "each step", ORANGE) if any(share["percent"] for share in shares) else []
+    if not any(share["percent_lost"] for share in shares):
+        return rejected
+    return rejected + line(shares, "percent_lost", "lost with their worker", GREY)
+
+
+def _wasted(rows: Rows) -> list[dict[str, Any]]:
+    return noisy(rows, "wasted_s", "each step", ORANGE) if any(row.get("wasted_s") for row in rows) else []
 
 
 def _updates(rows: Rows) -> list[dict[str, Any]]:

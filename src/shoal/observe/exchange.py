@@ -8,7 +8,7 @@ from shoal.job import Job
 from shoal.models.spec import count
 from shoal.observe.charts import Rows, of_server
 from shoal.observe.charts_server import staleness
-from shoal.observe.units import counted, percent, size
+from shoal.observe.units import counted, percent, short, size
 
 Facts = list[tuple[str, str]]
 
@@ -33,9 +33,9 @@ def _network(rows: Rows) -> Facts:
 def _saved(job: Job, rows: Rows) -> Facts:
     """How many times fewer bytes than plainly, where a codec or local steps save any.
 
-    Plainly: in float32, 4 bytes a number. With a server a push has every parameter once, and so has a pull, the median
-    of steps. Else a rank sends 2 (R − 1) / R of them in an all-reduce of R replicas every step, all steps together;
-    nothing is said where it sends more than gradients (`fsdp`, `tensor` and the like).
+    Plainly: in float32, 4 bytes a number. With a server a push has every parameter once, rejected or not, and so has a
+    pull, the median of steps. Else a rank sends 2 (R − 1) / R of them in an all-reduce of R replicas every step, all
+    steps together; nothing is said where it sends more than gradients (`fsdp`, `tensor` and the like).
     """
     layout = job.layout
     known = [row for row in rows if row.get("sent_bytes") and row.get("received_bytes")]
@@ -43,7 +43,7 @@ def _saved(job: Job, rows: Rows) -> Facts:
         return []
     whole = 4.0 * count(job.model)
     if of_server(known):
-        plain = [whole * staleness([row]).total() for row in known]
+        plain = [whole * (staleness([row]).total() + (row.get("rejected") or 0)) for row in known]
         sent, received = (
             median(at / row[key] for at, row in zip(plain, known, strict=True))
             for key in ("sent_bytes", "received_bytes")
@@ -61,9 +61,15 @@ def _gradients(rows: Rows) -> Facts:
     late = staleness(rows)
     if not late:
         return []
-    rejected = sum(row.get("rejected") or 0 for row in rows)
-    lost = f"; {rejected:,} more ({percent(rejected / (rejected + late.total()))}) rejected" if rejected else ""
-    facts = [("gradients", counted(late.total(), "gradient") + lost)]
+    rejected, lost = (sum(row.get(key) or 0 for row in rows) for key in ("rejected", "lost"))
+    text = counted(late.total(), "gradient")
+    if rejected:
+        text += f"; {rejected:,} more ({percent(rejected / (rejected + late.total()))}) rejected"
+    if lost:
+        text += f"; {lost:,} lost with their worker"
+    if wasted := sum(row.get("wasted_s") or 0.0 for row in rows):
+        text += f"; {short(wasted)} computed in vain"
+    facts = [("gradients", text)]
     if max(late):
         mean = sum(each * times for each, times in late.items()) / late.total()
         facts.append(("staleness", f"{mean:.3g} in the mean, {max(late)} at most"))

@@ -78,7 +78,8 @@ class Square(NamedTuple):
 class Spent(NamedTuple):
     """What a push has cost its worker, for the run's metrics. waited: seconds without work since the push before.
 
-    computed: seconds of forward and backward. memory_gib: of its fullest rank so far. sent, received: bytes.
+    computed: seconds of forward and backward. memory_gib: of its fullest rank so far. sent, received: bytes. wasted:
+    seconds computed since then on what was void before it could be pushed.
     """
 
     waited: float = 0.0
@@ -86,6 +87,7 @@ class Spent(NamedTuple):
     memory_gib: float = 0.0
     sent: int = 0
     received: int = 0
+    wasted: float = 0.0
 
 
 UNKNOWN = Spent()

@@ -132,10 +132,7 @@ class _Lead:
         # Steps that the journal has, and that a coordinator before this one may not have lived to tell.
         self.before: list[dict[str, Any]] = []
         for record in journal.records:
-            if isinstance(record, r.Committed):
-                self.rows.committed(record)
-            elif isinstance(record, r.Rejected):
-                self.rows.rejected(record)
+            self.rows.take(record)
             if (row := self.rows.row()) is not None:
                 self.before.append(row)
         self._saved = self.rows.step
@@ -227,11 +224,10 @@ class _Lead:
     # On the way, and the end.
 
     def _written(self, record: r.AnyRecord) -> None:
+        self.rows.take(record)
         if isinstance(record, r.Committed):
             self._in_a_row = 0
-            self.rows.committed(record)
         elif isinstance(record, r.Rejected):
-            self.rows.rejected(record)
             if record.reason == "not finite":
                 self._not_finite(record)
         elif isinstance(record, r.Left) and record.why in ("lost", "expired"):

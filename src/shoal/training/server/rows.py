@@ -11,10 +11,11 @@ from shoal.sync.server import records as r
 
 
 class Rows:
-    """Takes in pushes, commits and rejections; gives a row when the samples of another step have been used up.
+    """Takes in pushes and the journal's records; gives a row when the samples of another step have been used up.
 
-    loss: mean over the tokens of its commits. staleness: commits that were so late, by lateness. rejected: gradients
-    whose work was lost. waited_s, computed_s: seconds of each worker, without those of rejected gradients.
+    loss: mean over the tokens of its commits. staleness: gradients in them that were so late, by lateness. rejected:
+    gradients that were computed in vain; lost: that workers had begun when they were given up. wasted_s: seconds that
+    workers computed on either, so far as they have told. All other seconds and bytes are of those gradients, too.
     """
 
     def __init__(self, global_batch: int, used: int, workers: int):
@@ -24,6 +25,11 @@ class Rows:
         self._used, self._version = used, 0
         # The latest of each worker, which has one at a time.
         self._said: dict[int, m.Push] = {}
+        # What each has been granted and not been answered; of that what no commit since has shown to be lost or not.
+        self._begun: dict[int, m.Key] = {}
+        self._given_up: dict[m.Key, m.Push | None] = {}
+        # Of each worker that was given up, the lost gradient that it may yet push: it was only slow.
+        self._unheard: dict[int, m.Key] = {}
         self._since: float | None = None
         self._forget()
 
@@ -31,23 +37,61 @@ class Rows:
         self._loss = self._tokens = 0.0
         self._staleness: Counter[int] = Counter()
         self._spent: dict[int, list[m.Spent]] = {}
-        self._rejected = self._commits = 0
+        self._rejected = self._lost = self._commits = 0
+        self._wasted = 0.0
         self._last: r.Committed | None = None
 
     def pushed(self, push: m.Push) -> None:
         """What a worker says of its push; known when it is decided on."""
-        self._said[push.key.worker] = push
+        worker, said = push.key.worker, self._said.get(push.key.worker)
+        if push.key in self._given_up:
+            self._given_up[push.key] = push
+        elif self._unheard.get(worker) == push.key:
+            del self._unheard[worker]
+            self._in_vain(push)
+        if said is None or said.key <= push.key:
+            self._said[worker] = push
         if self._since is None:
             # Workers have come one by one: time counts from when the first of them had something to do.
             self._since = time.perf_counter() - push.spent.computed
 
-    def rejected(self, record: r.Rejected) -> None:
-        """A gradient was computed in vain."""
+    def take(self, record: r.AnyRecord) -> None:
+        """Follows the journal."""
+        if isinstance(record, r.Committed):
+            self._committed(record)
+        elif isinstance(record, r.Rejected):
+            self._refused(record)
+        elif isinstance(record, r.Granted | r.Begun):
+            grants = record.grants if isinstance(record, r.Begun) else (record,)
+            # A rest is granted no samples.
+            self._begun.update({each.key.worker: each.key for each in grants if each.samples.stop > each.samples.start})
+        elif isinstance(record, r.Left):
+            begun = self._begun.pop(record.worker, None)
+            if begun is not None and record.why != "left":
+                self._given_up[begun] = self._of(begun)
+
+    def _of(self, key: m.Key) -> m.Push | None:
+        """The push with this key. What it cost is not in the journal, and so not known of what was before a crash."""
+        said = self._said.get(key.worker)
+        return said if said is not None and said.key == key else None
+
+    def _over(self, key: m.Key) -> None:
+        if self._begun.get(key.worker) == key:
+            del self._begun[key.worker]
+
+    def _refused(self, record: r.Rejected) -> None:
         self._rejected += 1
         self._used += record.skipped.stop - record.skipped.start
+        self._over(record.key)
+        if (said := self._of(record.key)) is not None:
+            self._in_vain(said)
 
-    def committed(self, record: r.Committed) -> None:
-        """Another version."""
+    def _in_vain(self, push: m.Push) -> None:
+        """It became no update, but its bytes were sent, and its worker had computed and waited."""
+        self._spent.setdefault(push.key.worker, []).append(push.spent)
+        self._wasted += push.spent.computed
+
+    def _committed(self, record: r.Committed) -> None:
         # A rest alone is an update, and no gradient of this step.
         if any(samples.stop > samples.start for samples in record.samples):
             self._last = record
@@ -57,15 +101,26 @@ class Rows:
         for key, late, weight, samples in zip(
             record.keys, record.staleness, record.weights, record.samples, strict=True
         ):
+            self._over(key)
             if samples.stop <= samples.start:
                 continue
-            said = self._said.get(key.worker)
             self._staleness[late] += 1
             self._tokens += weight
             self._used += samples.stop - samples.start
-            # What it cost is not in the journal, and so not known of what was committed before a crash.
-            if said is not None and said.key == key:
+            if (said := self._of(key)) is not None:
                 self._spent.setdefault(key.worker, []).append(said.spent)
+        # What was being summed when its worker was given up is in the next commit, or never in one.
+        for key, push in self._given_up.items():
+            if key not in record.keys:
+                self._lose(key, push)
+        self._given_up.clear()
+
+    def _lose(self, key: m.Key, push: m.Push | None) -> None:
+        self._lost += 1
+        if push is not None:
+            self._in_vain(push)
+        else:
+            self._unheard[key.worker] = key
 
     def row(self) -> dict[str, Any] | None:
         """The metrics of the steps since the last one, once there is another."""
@@ -85,13 +140,15 @@ class Rows:
             "tokens_per_second": self._tokens / seconds if seconds else float("nan"),
             "seconds": seconds,
             "memory_gib": max((each.memory_gib for each in spent), default=0.0),
-            "compute_s": sum(each.computed for each in spent) / self.workers,
+            "compute_s": sum(each.computed + each.wasted for each in spent) / self.workers,
             "communication_s": sum(each.waited for each in spent) / self.workers,
             "sent_bytes": sum(each.sent for each in spent),
             "received_bytes": sum(each.received for each in spent),
             "version": self._version,
             "commits": self._commits,
             "rejected": self._rejected,
+            "lost": self._lost,
+            "wasted_s": self._wasted + sum(each.wasted for each in spent),
             "staleness": {str(late): count for late, count in sorted(self._staleness.items())},
             "waited_s": {str(worker): sum(s.waited for s in told) for worker, told in sorted(self._spent.items())},
         }

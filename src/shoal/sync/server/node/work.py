@@ -91,6 +91,8 @@ class Server:
         self._wanted = machine.wanted
         self._since = time.perf_counter()
         self._traffic = (0, 0)
+        # Of gradients that nobody waited for any more when they were to be pushed.
+        self._void = m.UNKNOWN
 
     def __enter__(self) -> Server:
         return self
@@ -219,16 +221,16 @@ class Server:
         None where nobody waits for it any more, and on all ranks but the first.
         """
         key, samples = work.key, work.samples
-        now = time.perf_counter()
-        sent, received = self._moved()
-        spent = m.Spent(self._waited, now - self._began, memory_gib, sent, received)
+        spent = self._spent(memory_gib)
         gradients = {shard: self._gradient(found) for shard, found in self._pushes.items()}
         owes = False
         if self._encoder is not None:
             gradients = self._encoder.encode(gradients, weight, key.clock)
             owes = self._encoder.feedback
         self._since = time.perf_counter()
-        self._push(key, gradients, weight, loss_sum, samples, spent, owes)
+        pushed = self._push(key, gradients, weight, loss_sum, samples, spent, owes)
+        again = spent._replace(computed=0.0, wasted=spent.wasted + spent.computed)
+        self._void = m.UNKNOWN if pushed else again
         return self._client.answer(key) if self._client is not None else None
 
     def _push_rest(self, key: Key) -> None:
@@ -240,8 +242,11 @@ class Server:
     def _push(
         self, key: Key, gradients: dict[int, Pushed], weight: float, loss_sum: float, samples: Range, spent: m.Spent,
         owes: bool,
-    ) -> None:  # fmt: skip
-        """One push, from its first byte to its answer. What the codec lost of it counts if it was accepted."""
+    ) -> bool:  # fmt: skip
+        """One push, from its first byte to its answer. What the codec lost of it counts if it was accepted.
+
+        False where it was void before it went out.
+        """
 
         def push() -> tuple[_Command, tuple[int, ...]]:
             assert self._client is not None
@@ -252,13 +257,14 @@ class Server:
         command, primaries = self._hear(push)
         if command.kind == _DONE:
             self._settle(False)
-            return
+            return False
         self._stage(gradients, key, [(shard, primaries[shard]) for shard in range(self.shards)])
         while command.kind != _DONE:
             command, copies = self._hear(lambda: self._follow(key))
             if command.kind == _AGAIN:
                 self._stage(gradients, key, [(i, copy) for i, copy in enumerate(copies) if copy >= 0])
         self._settle(command.version > 0)
+        return True
 
     def _settle(self, accepted: bool) -> None:
         if self._encoder is not None:
@@ -297,8 +303,16 @@ class Server:
             parts += rows if len(rows) <= _MOST_RUNS else [(cut.piece, tensor)]
         return Pushed(tuple(piece for piece, _ in parts), tuple(tensor for _, tensor in parts))
 
+    def _spent(self, memory_gib: float) -> m.Spent:
+        """Since the push before, and on what was void since."""
+        void, computed = self._void, time.perf_counter() - self._began
+        sent, received = self._moved()
+        return m.Spent(
+            self._waited + void.waited, computed, memory_gib, sent + void.sent, received + void.received, void.wasted
+        )
+
     def _moved(self) -> tuple[int, int]:
-        """Bytes sent and received by all ranks since the push before."""
+        """Bytes sent and received by all ranks since it was last asked."""
         station = self._client.station if self._client is not None else self._station
         assert station is not None
         now = station.traffic()
