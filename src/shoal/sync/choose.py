@@ -19,15 +19,21 @@ CODECS = ("int8", "bf16")
 """What it may be: little is lost, and fed back. Fewer bits are the user's choice."""
 # A codec that saves less of an exchange than this share is not worth what it loses.
 _LEAST = 0.3
-# Numbers of the first trial; four times as many each time, until one takes so many seconds: a short one is over before
-# a link's buffers are full and connections have found their pace, and on a fast link it is latency.
-_FIRST, _LONG_ENOUGH = 1 << 14, 0.3
+# Numbers of the first trial; at most so many times as many each time, until one takes so many seconds: a short one is
+# over before a link's buffers are full and connections have found their pace, and on a fast link it is latency.
+_FIRST, _MOST, _LONG_ENOUGH = 1 << 10, 4.0, 0.3
+# Of less growth than that, nothing new is learned.
+_LEAST_GROWTH = 1.5
+# Seconds that all trials together are planned for. The promise is 2: where a link slows down under load, a trial takes
+# longer than the one before it would have it.
+_PLANNED = 1.5
 
 
 def choose(mesh: Mesh, codecs: Sequence[str], numbers: int, say: Callable[[str], None]) -> str:
-    """The first of these that saves enough, or `none`. All ranks call it and get the same.
+    """The first of these that saves enough, or `none`. All ranks call it and get the same, within 2 seconds.
 
-    numbers: that a rank sums with other replicas.
+    numbers: that a rank sums with other replicas. (On a network on which six exchanges of a thousand numbers take
+    longer than 2 seconds, it takes as long as these do.)
     """
     if mesh.layout.replicas == 1:
         say("codec none: there is one replica")
@@ -35,9 +41,11 @@ def choose(mesh: Mesh, codecs: Sequence[str], numbers: int, say: Callable[[str],
     if mesh.seat.neighbours == mesh.seat.world:
         say("codec none: all replicas are on this machine")
         return "none"
-    found = {"none": _seconds(mesh, partial(_sum, mesh), numbers)}
+    trials, left = _Trials(mesh, numbers), len(codecs)
+    found = {"none": trials.seconds(partial(_sum, mesh), left)}
     for name in codecs:
-        found[name] = _seconds(mesh, partial(_encoded, mesh, EncodedSum(codec_of(name))), numbers)
+        left -= 1
+        found[name] = trials.seconds(partial(_encoded, mesh, EncodedSum(codec_of(name))), left)
         if found[name] <= (1 - _LEAST) * found["none"]:
             break
     best = min(found, key=lambda name: found[name])
@@ -48,23 +56,44 @@ def choose(mesh: Mesh, codecs: Sequence[str], numbers: int, say: Callable[[str],
     return best
 
 
-def _seconds(mesh: Mesh, operation: Callable[[Tensor], None], numbers: int) -> float:
-    """That an exchange of so many numbers takes, by that of fewer."""
-    size = _FIRST
-    _trial(mesh, operation, size)  # opens connections
-    while (seconds := _trial(mesh, operation, size)) < _LONG_ENOUGH and size < numbers:
-        size *= 4
-    return seconds * numbers / size
+class _Trials:
+    """Exchanges of more and more numbers, each way in its turn, against one deadline for all of them."""
 
+    def __init__(self, mesh: Mesh, numbers: int):
+        self.mesh, self.numbers = mesh, numbers
+        self._began = time.perf_counter()
 
-def _trial(mesh: Mesh, operation: Callable[[Tensor], None], size: int) -> float:
-    """Seconds that it takes the slowest rank."""
-    flat_N = torch.ones(size, device=mesh.device)
-    mesh.largest(0.0)  # all begin together
-    start = time.perf_counter()
-    operation(flat_N)
-    device.synchronize(mesh.device)
-    return mesh.largest(time.perf_counter() - start)
+    def seconds(self, operation: Callable[[Tensor], None], others: int) -> float:
+        """That an exchange of all numbers takes, by that of fewer. others: ways that are yet to be tried after it.
+
+        It takes its part of the time that is left, but tries the smallest size in any case.
+        """
+        spent = self._meet()
+        until = spent + (_PLANNED - spent) / (1 + others)
+        size = min(_FIRST, self.numbers)
+        seconds = self._trial(operation, size)
+        if self._meet() + seconds < until:
+            # The first opened connections.
+            seconds = self._trial(operation, size)
+        while seconds < _LONG_ENOUGH and size < self.numbers:
+            growth = min(_MOST, (until - self._meet()) / max(seconds, 1e-9))
+            if growth < _LEAST_GROWTH:
+                break
+            size = min(self.numbers, int(growth * size))
+            seconds = self._trial(operation, size)
+        return seconds * self.numbers / size
+
+    def _meet(self) -> float:
+        """All begin together what comes next. Returns the seconds since the beginning, the same on all ranks."""
+        return self.mesh.largest(time.perf_counter() - self._began)
+
+    def _trial(self, operation: Callable[[Tensor], None], size: int) -> float:
+        """Seconds that it takes the slowest rank."""
+        flat_N = torch.ones(size, device=self.mesh.device)
+        start = time.perf_counter()
+        operation(flat_N)
+        device.synchronize(self.mesh.device)
+        return self.mesh.largest(time.perf_counter() - start)
 
 
 def _sum(mesh: Mesh, flat_N: Tensor) -> None:
