@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -81,6 +83,38 @@ def test_integers_are_off_by_half_a_step_at_most_and_by_no_more_than_the_number(
     step = size.amax(1, keepdim=True) / LEVELS[name] * (1 + 2.0**-8)
     assert (off <= step / 2 * (1 + 1e-4)).all()
     assert (off <= size * (1 + ROUNDING)).all()
+
+
+def most_lost(name: str) -> float:
+    """Of a block's sum of squares: 63 numbers off by s/2 that are s/2, the largest off by 2⁻⁸ of itself; s = m / L,
+    rounded up by 2⁻⁸."""
+    smaller = 63 * (1 + 2.0**-8) ** 2 / (4 * LEVELS[name] ** 2)
+    return (smaller + 2.0**-16) / (1 + smaller)
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@settings(max_examples=50)
+@given(rows(192))
+def test_integers_are_a_contraction(name, values):
+    lost, whole = squares(values - through(codec_of(name), values), 64), squares(values, 64)
+    assert (lost <= (most_lost(name) + ROUNDING) * whole).all()
+
+
+@pytest.mark.parametrize("name", LEVELS)
+def test_no_contraction_is_stronger(name):
+    """The worst block but for the rounding of its scale, which is exact here."""
+    values = torch.full((1, 64), -0.5)
+    values[0, 17] = LEVELS[name]
+    lost = squares(values - through(codec_of(name), values), 64) / squares(values, 64)
+    assert lost.item() == pytest.approx(63 / (63 + 4 * LEVELS[name] ** 2), rel=1e-6)
+    assert 0.97 * most_lost(name) < lost.item() < most_lost(name)
+
+
+def test_the_page_gives_the_same_constants():
+    page = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text()
+    for name in LEVELS:
+        (row,) = re.findall(rf"^\| `{name}` .*≤ ([\d.]+) ‖x‖² is lost", page, re.MULTILINE)
+        assert float(row) - 10.0 ** -len(row.partition(".")[2]) < most_lost(name) <= float(row)
 
 
 @given(rows(192))

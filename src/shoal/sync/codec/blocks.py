@@ -71,7 +71,10 @@ class Blocks(ABC):
 class Integers(Blocks):
     """Multiples q s of a block's scale s = max|x| / L, which is in bfloat16, q a whole number from −L to L.
 
-    q = x/s to the nearest, ties to even: off by at most s/2, and by at most |x| itself, so never longer than x.
+    q = x/s to the nearest, ties to even: off by at most s/2, and by at most |x| itself, so never longer than x. The
+    largest is off by ε of itself, |ε| ≤ 2**-8 from the rounding of s, so with a = 63 (1 + ε)² / (4 L²)
+    ‖x − C(x)‖² ≤ (a + ε²) / (1 + a) ‖x‖²: 0.0010 of it in 8 bits, 0.245 in 4, from max|x| = L 2**-126 on. Most is
+    lost where 63 numbers are half a step and one is L steps.
     With `draws`, q = ⌊x/s + u⌋, u uniform in [0, 1) and s rounded up: off by less than s, and by 0 on average over u
     (Alistarh et al. 2017, "QSGD", section 3.1, with max|x| in place of the norm). s is at least 2**-126.
 

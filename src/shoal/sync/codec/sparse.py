@@ -121,10 +121,14 @@ def _write(codec: Codec, kept_RK: Tensor) -> Tensor:
     finite_RK = torch.where(kept_RK.isfinite(), kept_RK, torch.nan)
     over = kept_RK.shape[1] % codec.granule
     if over:
-        # The last block is filled up with its own numbers again: zeros would make their mean less. None comes more
-        # than twice as often as another, so a mean is at most twice theirs, and no more is lost than there was.
-        again = torch.arange(codec.granule - over, device=kept_RK.device) % over - over
-        finite_RK = torch.cat([finite_RK, finite_RK[:, again]], 1)
+        # The last block is filled up with its own numbers again, as often as all of them fit, and with their mean
+        # magnitude: the block's mean and its largest stay what they were, and with them what the codec's paper says
+        # of its error. (With zeros the mean would be less; with some numbers more often than others it may be double.)
+        last_RK = finite_RK[:, -over:]
+        mean_R1 = (last_RK.abs() / over).sum(1, keepdim=True)
+        again = codec.granule // over
+        fill = [last_RK.repeat(1, again - 1), mean_R1.expand(-1, codec.granule - again * over)]
+        finite_RK = torch.cat([finite_RK, *fill], 1)
     return codec.encode(finite_RK)
 
 
