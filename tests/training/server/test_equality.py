@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from shoal.job import Layout
 from shoal.observe import metrics
 from tests.training.server import runs
 
@@ -61,11 +62,12 @@ def test_in_fp32_within_rounding(ranks, train, tiny, tmp_path, workers, optim):
 @pytest.mark.parametrize(
     ("layout", "shards"),
     [
-        ("replicas=2,tensor=2", 2),
+        ("replicas=2,tensor=2,micro_batch=2,replica_share=2+1", 2),
         *(
             pytest.param(layout, shards, marks=pytest.mark.nightly)
             for layout, shards in (
-                ("replicas=3", 1), ("replicas=2,fsdp=2", 3), ("replicas=2,pipeline=2", 2), ("replicas=2,context=2", 2),
+                ("replicas=3", 1), ("replicas=2,tensor=2", 2),
+                ("replicas=2,fsdp=2", 3), ("replicas=2,pipeline=2", 2), ("replicas=2,context=2", 2),
                 ("replicas=2,fsdp=2,tensor=2", 2), ("replicas=1,fsdp=2,zero=2,micro_batch=3", 2),
                 ("replicas=2,pipeline=2,schedule=zbv", 2),
             )
@@ -73,7 +75,7 @@ def test_in_fp32_within_rounding(ranks, train, tiny, tmp_path, workers, optim):
     ],
 )  # fmt: skip
 def test_in_fp64_as_one_process(ranks, train, tiny, tmp_path, layout, shards):
-    """With AdamW, over 20 steps: workers of several ranks push what each of them holds."""
+    """With AdamW, over 20 steps: workers of several ranks push what each of them holds, of their own share."""
     one, server = tmp_path / "one", tmp_path / "server"
     options = {**QUIET, "train": {"steps": 20, "validate_every": 1000, "precision": "fp64"}}
     options["model"] = {"num_hidden_layers": 4}
@@ -81,4 +83,39 @@ def test_in_fp64_as_one_process(ranks, train, tiny, tmp_path, layout, shards):
     runs.run(ranks, tiny(server, layout, sync={"name": "server"}, server={"shards": shards}, **options))
     losses, norms, weights = far(server, one)
     assert max(losses, norms, weights) < 1e-8
-    assert len(runs.audit(server, 20 * 12)) == 20
+    commits = runs.audit(server, 20 * 12)
+    assert len(commits) == 20
+    shares = Layout.parse(layout).shares
+    sizes = [12 * share // sum(shares) for share in shares]
+    assert all([stop - start for start, stop in record.samples] == sizes for record in commits)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("server", "batch", "pushed"),
+    [({"mode": "asp"}, 16, (12, 4)), ({"mode": "ssp", "staleness": 2}, 16, (12, 4)), ({"local_steps": 3}, 12, (27, 9))],
+    ids=["asp", "ssp", "local steps"],
+)
+def test_shares_in_other_modes(ranks, tiny, tmp_path, server, batch, pushed):
+    """Each worker pushes as much as its share is, but at the end of the data; every sample is used once."""
+    options = {**QUIET, "train": {"steps": 8, "validate_every": 1000, "global_batch": batch}}
+    layout = f"replicas=2,replica_share=3+1,micro_batch={batch % 3 + 1}"
+    runs.run(ranks, tiny(tmp_path / "run", layout, sync={"name": "server"}, server={"shards": 2} | server, **options))
+    commits = runs.audit(tmp_path / "run", 8 * batch)
+    sizes = {
+        (key.worker, stop - start)
+        for record in commits for key, (start, stop) in zip(record.keys, record.samples, strict=True)
+    }  # fmt: skip
+    assert {max(size for number, size in sizes if number == worker) for worker in (0, 1)} == set(pushed)
+    assert set(enumerate(pushed)) <= sizes
+
+
+@pytest.mark.nightly
+def test_in_bf16_as_with_allreduce(ranks, train, tiny, tmp_path):
+    """Gradients are summed in float32 either way, and in the same order for two workers."""
+    one, server = tmp_path / "one", tmp_path / "server"
+    options = {**QUIET, "train": PLAIN | {"precision": "bf16"}}
+    train(tiny(one, "replicas=2", **options))
+    runs.run(ranks, through_a_server(tiny, server, 2, options))
+    assert max(far(server, one)) < 1e-6
+    assert len(runs.audit(server, 6 * 12)) == 6
