@@ -44,7 +44,7 @@ class Exchange:
     """The fragments of one rank, each with what is on its way of it.
 
     Sums over replicas are made number by number in the order of ranks, so the common weights are equal to the last bit
-    on all of them, and do not depend on how many numbers travel together.
+    on all of them, and without a codec do not depend on how many numbers travel together.
     """
 
     def __init__(self, mesh: Mesh, options: SyncOptions, codec: Codec | None, learned: list[Shard], fixed: list[Shard]):

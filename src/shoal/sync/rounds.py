@@ -13,7 +13,8 @@ class Rounds:
     """Every fragment is exchanged once in `every` steps, fragments taking turns; what is exchanged is `delay` steps
     old when it is applied.
 
-    Fragment i of n is applied after the steps t = (i + 1) every / n, and every `every` steps from there. Source:
+    Fragment i of n is applied after the steps t = (i + 1) every / n, and every `every` steps from there. What would
+    have left before the first step does not leave: with t ≤ delay a fragment is first applied a round later. Source:
     Douillard et al. 2025, "Streaming DiLoCo with overlapping communication", algorithm 2.
     """
 

@@ -39,10 +39,13 @@ def whole(ranks, tiny, tmp_path_factory):
 def same(one, other) -> bool:
     """Bitwise: the weights; the losses of all steps that both have shown."""
     mine, theirs = ({row["step"]: row["loss"] for row in metrics.read(run)} for run in (one, other))
-    # What a coordinator that was killed had committed and not yet shown has no row, and the row that it was in has no
-    # loss of those workers that need not say again what they had said.
     left, right = runs.weights(one), runs.weights(other)
-    return len(mine.keys() & theirs.keys()) > STEPS // 2 and all(torch.equal(left[n], right[n]) for n in left)
+    both = mine.keys() & theirs.keys()
+    return (
+        len(both) > STEPS // 2
+        and all(mine[step] == theirs[step] for step in both)
+        and all(torch.equal(left[name], right[name]) for name in left)
+    )
 
 
 def test_shards_and_the_coordinator_are_killed_and_bsp_is_bitwise_the_same(ranks, tiny, whole, tmp_path):

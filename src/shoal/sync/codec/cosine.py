@@ -21,7 +21,8 @@ class Dct:
 
     Lengths stay as they are, so its error is bounded like that of the top-k. Source: Peng, Quesnelle & Kingma 2024,
     "DeMo: Decoupled Momentum Optimization", section 3; there matrices are cut in squares of 64 × 64, but a row here has
-    lost their shape. The transform is a matrix product: all ranks need the same kind of device to decode the same bits.
+    lost their shape, and what is written there is a momentum that decays, less what was sent of it before. The
+    transform is a matrix product: all ranks need the same kind of device to decode the same bits.
     """
 
     def __init__(self, share: float, values: SizedCodec):

@@ -64,10 +64,15 @@ def delay_compensated(gradient: Tensor, value: Tensor, pulled: Tensor, strength:
 def look_ahead(update: Update, updates: int, lr: float) -> list[Tensor]:
     """`look-ahead`: where the optimizer alone takes each shard of `update` in so many updates without a gradient.
 
-    New tensors, in the order of `update.shards`. updates: expected between a pull and its commit. Hakimi, Barkai,
-    Gabel and Schuster 2019, "Taming Momentum in a Distributed Asynchronous Environment", section 4 (the worker
-    computes its gradient at the place where momentum will have taken the weights); for Adam's moments as Guan et al.
-    2019, "XPipe", section 3. Weight decay is left out.
+    New tensors, in the order of `update.shards`. updates: U, expected between a pull and its commit. With SGD's
+    m ← β m + g, w ← w − lr m: w − lr (β + … + β^U) m. With AdamW: w − lr Σ_s (β₁^s m / (1 − β₁^(n+s))) /
+    (√(β₂^s v / (1 − β₂^(n+s))) + ε), s = 1 … U, after n updates. Weight decay is left out.
+
+    That gradients are computed where momentum will have taken the weights: Hakimi, Barkai, Gabel and Schuster 2019,
+    "Taming Momentum in a Distributed Asynchronous Environment" (DANA). Its algorithm is another: one momentum vʲ for
+    each worker, and a pull of w − lr β Σⱼ vʲ. Here there is one for all gradients, which is followed for U updates, a
+    prediction of weights like that of Chen, Yang and Cheng 2018, "Efficient and Robust Parallel DNN Training through
+    Model Parallelism on Multi-GPU Platform" (SpecTrain: w − U lr m), and for Adam Guan et al. 2019, "XPipe".
     """
     if update.options.name not in ("sgd", "adamw"):
         raise JobError(
