@@ -158,6 +158,23 @@ def test_a_gradient_that_was_being_summed_when_its_worker_was_given_up_is_not_lo
     assert (row["lost"], row["wasted_s"], row["sent_bytes"]) == (0, 0.0, 100)
 
 
+def test_how_far_workers_steps_of_their_own_took_them():
+    """Pushes of 3 and 4, the mean of squares 12.5; each became an update of norm 1.5. Rejected ones do not count."""
+    rows = Rows(4, 0, 2)
+    rows.pushed(push(1, 0, 0, 0, 0, 0, 0, 0, 100.0))
+    rows.take(r.Rejected(Key(1, 0, 0), 1, 1, "late"))
+    for version, drift in ((1, 3.0), (2, 4.0)):
+        rows.pushed(push(0, version, 0, 0, 0, 0, 0, 0, drift))
+        rows.take(commit(version, 0, 2 * version - 2))
+    row = rows.row()
+    assert row is not None
+    assert (row["outer_drift"], row["outer_common"]) == (12.5**0.5, 1.5)
+    for version in (3, 4):
+        rows.pushed(push(0, version, 1.0))
+        rows.take(commit(version, 0, 2 * version - 2))
+    assert "outer_drift" not in (rows.row() or {})
+
+
 def test_seconds_on_what_was_void_before_it_could_be_pushed():
     rows = Rows(4, 0, 2)
     rows.pushed(push(1, 0, 0.5, 3.0, 2.0, 100, 200, 5.0))

@@ -79,7 +79,8 @@ class Spent(NamedTuple):
     """What a push has cost its worker, for the run's metrics. waited: seconds without work since the push before.
 
     computed: seconds of forward and backward. memory_gib: of its fullest rank so far. sent, received: bytes. wasted:
-    seconds computed since then on what was void before it could be pushed.
+    seconds computed since then on what was void before it could be pushed. drift: how far the worker's own steps took
+    it from what it had pulled, the root of the sum of squares; 0 where it takes none.
     """
 
     waited: float = 0.0
@@ -88,6 +89,7 @@ class Spent(NamedTuple):
     sent: int = 0
     received: int = 0
     wasted: float = 0.0
+    drift: float = 0.0
 
 
 UNKNOWN = Spent()

@@ -15,11 +15,12 @@ import torch
 from shoal.data.batch import Batch
 from shoal.job import Job
 from shoal.mesh import Mesh
+from shoal.optim.norm import sum_of_squares
 from shoal.optim.schedule import learning_rate
 from shoal.optim.update import Update
 from shoal.parallel.replica import Replica
 from shoal.sync.server.messages import Range
-from shoal.sync.step import own_step
+from shoal.sync.step import own_step, sum_within
 from shoal.training.objective import Objective
 
 
@@ -30,6 +31,8 @@ class Apart:
     def __init__(self, job: Job, mesh: Mesh, replica: Replica[Batch], objective: Objective):
         self.job, self.mesh, self.replica, self.objective = job, mesh, replica, objective
         self.update = Update(replica.shards(), job.optim, job.train.steps)
+        # How far the last steps took the replica.
+        self.drift = 0.0
 
     def learn(self, steps: Iterable[tuple[Range, list[Batch]]]) -> tuple[float, float]:
         """One step on each of these batches, from the weights that are there.
@@ -51,4 +54,7 @@ class Apart:
             for shard, old in zip(shards, before, strict=True):
                 # What is not finite, the coordinator refuses, as it does such a gradient.
                 shard.grad = old.sub_(shard.local).mul_(weight if finite else math.nan)
+        squares = sum_of_squares(shards)
+        sum_within(self.mesh, squares)
+        self.drift = squares.sqrt().item() / weight if weight else 0.0
         return loss_sum, weight

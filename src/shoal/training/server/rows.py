@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from statistics import fmean
 from typing import Any
 
 from shoal.sync.server import messages as m
@@ -16,6 +17,8 @@ class Rows:
     loss: mean over the tokens of its commits. staleness: gradients in them that were so late, by lateness. rejected:
     gradients that were computed in vain; lost: that workers had begun when they were given up. wasted_s: seconds that
     workers computed on either, so far as they have told. All other seconds and bytes are of those gradients, too.
+    outer_drift, outer_common: of workers that take steps of their own, how far these went and how far an update's
+    mean did, root mean squares.
     """
 
     def __init__(self, global_batch: int, used: int, workers: int):
@@ -39,6 +42,9 @@ class Rows:
         self._spent: dict[int, list[m.Spent]] = {}
         self._rejected = self._lost = self._commits = 0
         self._wasted = 0.0
+        # Of steps of workers' own: squares of how far each push says that they went, and of what became of them.
+        self._drifts: list[float] = []
+        self._common: list[float] = []
         self._last: r.Committed | None = None
 
     def pushed(self, push: m.Push) -> None:
@@ -109,6 +115,8 @@ class Rows:
             self._used += samples.stop - samples.start
             if (said := self._of(key)) is not None:
                 self._spent.setdefault(key.worker, []).append(said.spent)
+                self._drifts += [said.spent.drift**2] if said.spent.drift else []
+        self._common.append(record.grad_norm**2)
         # What was being summed when its worker was given up is in the next commit, or never in one.
         for key, push in self._given_up.items():
             if key not in record.keys:
@@ -152,5 +160,8 @@ class Rows:
             "staleness": {str(late): count for late, count in sorted(self._staleness.items())},
             "waited_s": {str(worker): sum(s.waited for s in told) for worker, told in sorted(self._spent.items())},
         }
+        if self._drifts:
+            row["outer_drift"] = fmean(self._drifts) ** 0.5
+            row["outer_common"] = fmean(self._common) ** 0.5
         self._forget()
         return row

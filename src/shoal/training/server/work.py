@@ -98,7 +98,8 @@ def main(
                 pieces = _steps(work.samples, plan.step_share(whole, number) * plan.unit(whole))
                 loss_sum, weight = apart.learn((each, _batches(training, ranks, each)) for each in pieces)
             device.synchronize(ranks.device)
-            sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30)
+            drift = apart.drift if apart is not None else 0.0
+            sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30, drift)
             answered += 1
         return {"answered": answered}
 

@@ -215,13 +215,15 @@ class Server:
         loss_sum, weight, _ = totals.tolist()
         return loss_sum, weight
 
-    def end(self, work: Work, loss_sum: float, weight: float, memory_gib: float = 0.0) -> m.Answer | None:
+    def end(
+        self, work: Work, loss_sum: float, weight: float, memory_gib: float = 0.0, drift: float = 0.0
+    ) -> m.Answer | None:
         """Pushes what is in the shards' gradients: sums over `weight` tokens. Waits for the answer.
 
-        None where nobody waits for it any more, and on all ranks but the first.
+        memory_gib, drift: as in `Spent`. None where nobody waits for it any more, and on all ranks but the first.
         """
         key, samples = work.key, work.samples
-        spent = self._spent(memory_gib)
+        spent = self._spent(memory_gib)._replace(drift=drift)
         gradients = {shard: self._gradient(found) for shard, found in self._pushes.items()}
         owes = False
         if self._encoder is not None:
