@@ -166,6 +166,8 @@ def test_how_far_workers_steps_of_their_own_took_them():
     for version, drift in ((1, 3.0), (2, 4.0)):
         rows.pushed(push(0, version, 0, 0, 0, 0, 0, 0, drift))
         rows.take(commit(version, 0, 2 * version - 2))
+    # A rest is no step.
+    rows.take(r.Committed(3, (Key(1, 0, 3),), (0,), (8.0,), (NOTHING,), 9.0, 1.0, 0.1, losses=(0.0,)))
     row = rows.row()
     assert row is not None
     assert (row["outer_drift"], row["outer_common"]) == (12.5**0.5, 1.5)

@@ -101,6 +101,7 @@ class Rows:
         # A rest alone is an update, and no gradient of this step.
         if any(samples.stop > samples.start for samples in record.samples):
             self._last = record
+            self._common.append(record.grad_norm**2)
         self._version = record.version
         self._commits += 1
         self._loss += sum(record.losses)
@@ -116,7 +117,6 @@ class Rows:
             if (said := self._of(key)) is not None:
                 self._spent.setdefault(key.worker, []).append(said.spent)
                 self._drifts += [said.spent.drift**2] if said.spent.drift else []
-        self._common.append(record.grad_norm**2)
         # What was being summed when its worker was given up is in the next commit, or never in one.
         for key, push in self._given_up.items():
             if key not in record.keys:
