@@ -5,10 +5,9 @@
 
 A method is `SYNC/CODEC`: `allreduce/none`, `allreduce/bf16`; options of [sync] follow the first word, as in
 `local:every=50/none`. `server:mode=asp,shards=2/none` takes options of [server]. By hand, with torch's
-DistributedDataParallel on the same model, data and optimizer: `ddp/none`,
-and `ddp/powersgd:RANK` with torch's hook. `ddp/none` always runs: it sets the target. --methods all: the usual ones,
-and those that differ less from them (MORE below: other codecs, gossip, quorum, asynchronous DiLoCo, servers with
-codecs). Each costs about a quarter of an hour for every seed, and its grid of rates beside.
+DistributedDataParallel on the same model, data and optimizer: `ddp/none`, and `ddp/powersgd:RANK` with torch's hook.
+`ddp/none` always runs: it sets the target. --methods all: the usual ones and MORE below (other codecs, gossip, quorum,
+asynchronous DiLoCo, servers with codecs), of which each takes another quarter of an hour or more.
 
 Workload: text of `shoal train` (the source of Python's library; --data for another), a Llama of 10 M parameters, a row
 of 256 tokens for each worker and step, fp32, one thread a worker, AdamW with a constant rate after 40 steps of
@@ -24,8 +23,9 @@ sent by all workers in the timed steps, counted by the kernel at their sockets, 
 
 Methods with a server are run as they are, on the limited network, with `shoal train` and `shoal join`, for staleness
 depends on it. Servers share hosts with workers, in turn; with --server-hosts N they are on N hosts of their own, whose
-links are as slow (a single one takes all pushes), and the coordinator stays with the first worker. seconds_to_loss is time that has passed, with the looks at the loss (by the first worker, with what it
-pulled), mean of seeds; rates are chosen on loopback; bytes_per_token: sent and received by workers.
+links are as slow (a single one takes all pushes), and the coordinator stays with the first worker. seconds_to_loss
+is time that has passed, with the looks at the loss (by the first worker, with what it pulled), mean of seeds; rates are
+chosen on loopback; bytes_per_token: sent and received by workers.
 
 Hosts are network namespaces with `tc tbf` at both ends of every link (benchmarks/hosts.py): Linux, root, iproute2;
 else it says why not, and ends. What has been measured lies in --out and is not measured again, so a long benchmark can

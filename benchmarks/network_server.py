@@ -30,9 +30,9 @@ _BEGIN, _END = 300.0, 120.0
 def train(job: Job, hosts: Hosts | None, steps: int, least: int, target: float | None) -> dict[str, Any]:
     """Trains until the loss on held-out text is `target` or less, but at least `least` and at most `steps` steps.
 
-    hosts: one for each worker, those behind them for servers; None = all on this machine's loopback. losses: [step, loss] of each look, by the first
-    worker with the weights that it pulled. seconds: since the first step, looks included. moved: bytes that workers
-    sent and received; tokens: that they trained on.
+    hosts: one for each worker, those behind them for servers; None = all on this machine's loopback. losses: [step,
+    loss] of each look, by the first worker with the weights that it pulled. seconds: since the first step, looks
+    included. moved: bytes that workers sent and received; tokens: that they trained on.
     """
     assert job.layout is not None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:

@@ -10,10 +10,10 @@ for each worker and step, fp32, one thread each, AdamW with a constant rate afte
 
 The rate of every method, bsp's too, is chosen by one rule: that with the lowest loss on held-out rows, with the first
 seed, when as many samples have been used up as bsp has after --steps. The other seeds take it. The target is bsp's loss
-then, of each seed; the others train for at most --longest times as many samples. seconds_to_loss: from the end of the first step until
-then, on a straight line between two checkpoints. Checkpoints are written on the way as a run does it, and their loss
-is measured when the run has ended, so that looking takes no time from anybody. speedup: bsp's seconds over the
-method's, median of seeds.
+then, of each seed; the others train for at most --longest times as many samples. seconds_to_loss: from the end of the
+first step until the target, on a straight line between two checkpoints. Checkpoints are written on the way as a run
+does it, and their loss is measured when the run has ended, so that looking takes no time from anybody. speedup: bsp's
+seconds over the method's, median of seeds.
 
 One run of bsp takes --steps times the slowest pad: 13 minutes. What has been measured lies in --out and is not measured
 again, so this can be done in pieces, or go on after it was stopped. Delete the folder when the code has changed.

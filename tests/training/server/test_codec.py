@@ -6,7 +6,6 @@ import os
 import signal
 import statistics
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -107,8 +106,8 @@ def test_a_shard_is_killed_between_two_ranks_pulls_and_a_worker_sleeps_past_its_
 
 
 def share_of_fp32(folder: Path) -> tuple[float, float]:
-    """Of 4 bytes for each parameter and worker, what workers' sockets have sent and received in a step, in the middle of
-    the first eight: one of which has a dense pull."""
+    """Of 4 bytes for each parameter and worker, what workers' sockets have sent and received in a step: the median of
+    the first eight, of which one has a dense pull."""
     whole = 2 * 4 * count(read(folder / "job.toml").model)
     rows = metrics.read(folder)[:8]
     return tuple(statistics.median(row[name] for row in rows) / whole for name in ("sent_bytes", "received_bytes"))

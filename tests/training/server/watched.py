@@ -84,7 +84,7 @@ def hold(
 
     with contextlib.ExitStack() as ending:
         if keeps:
-            ending.enter_context(mock.patch.object(ShardLog, "forget", lambda self, version: None))
+            ending.enter_context(mock.patch.object(ShardLog, "forget"))
         if torn and args["life"] == 0:
             ending.enter_context(midway.torn(*torn))
         ending.enter_context(mock.patch.object(ShardLog, "append", watched))
