@@ -121,6 +121,9 @@ class Server:
                 assert found is not None
                 for shard, (pulled, tensors) in found.items():
                     fill(self._pulls[shard], pulled.pieces, tensors, pulled.rows)
+                    if self._follower is None:
+                        # With one, they are the rank's own copy.
+                        self._mailbox.give_back(tensors)
                 if self._needs is not None:
                     self._needs.filled = True
                 self._waited = time.perf_counter() - self._since
@@ -297,11 +300,16 @@ class Server:
             parts += rows if len(rows) <= _MOST_RUNS else [(cut.piece, tensor)]
         return Pushed(tuple(piece for piece, _ in parts), tuple(tensor for _, tensor in parts))
 
-    def _moved(self) -> tuple[int, int]:
-        """Bytes sent and received by all ranks since the push before."""
+    @property
+    def _mailbox(self) -> Station:
+        """This rank's."""
         station = self._client.station if self._client is not None else self._station
         assert station is not None
-        now = station.traffic()
+        return station
+
+    def _moved(self) -> tuple[int, int]:
+        """Bytes sent and received by all ranks since the push before."""
+        now = self._mailbox.traffic()
         moved = torch.tensor([now[0] - self._traffic[0], now[1] - self._traffic[1]], device=self.mesh.device)
         self._traffic = now
         sum_within(self.mesh, moved)
