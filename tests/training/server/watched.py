@@ -66,13 +66,13 @@ def coordinate(
 
 
 def hold(
-    seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, torn: list[Any] | None = None,
+    seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, torn: list[list[Any]] | None = None,
     keeps: bool = False, **args: Any,
 ) -> Any:  # fmt: skip
     """A copy of a shard.
 
-    dies: in its first life, killed just before so many pushes are in its log. torn: see `midway.torn`, in its first
-    life. keeps: its log stays whole when there is a checkpoint.
+    dies: in its first life, killed just before so many pushes are in its log. torn: see `midway.torn`, of its first
+    lives. keeps: its log stays whole when there is a checkpoint.
     """
     append, left = ShardLog.append, [dies if args["life"] == 0 else 0]
 
@@ -85,8 +85,8 @@ def hold(
     with contextlib.ExitStack() as ending:
         if keeps:
             ending.enter_context(mock.patch.object(ShardLog, "forget"))
-        if torn and args["life"] == 0:
-            ending.enter_context(midway.torn(*torn))
+        if torn and args["life"] < len(torn):
+            ending.enter_context(midway.torn(*torn[args["life"]]))
         ending.enter_context(mock.patch.object(ShardLog, "append", watched))
         ending.enter_context(_bad(network, f"shard {args['number']} {args['copy']}"))
         return real_hold.main(seat, **args)
@@ -94,13 +94,13 @@ def hold(
 
 def work(
     seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True, stops: int = 0, apart: int = 0,
-    torn: list[Any] | None = None, notes: bool = False, **args: Any,
+    torn: list[list[Any]] | None = None, notes: bool = False, **args: Any,
 ) -> Any:  # fmt: skip
     """Writes down every answer that this worker gets: `worker incarnation clock accepted version`.
 
     Where there is a codec, also the sum of what each rank encodes, each gradient divided by its tokens: `name@row`.
-    rows: False where it pulls all rows of embeddings, also where those of its tokens are enough. stops, apart, torn:
-    see `midway`, in its first life. notes: what `noted` writes down, too.
+    rows: False where it pulls all rows of embeddings, also where those of its tokens are enough. stops, apart,
+    torn: see `midway`, in its first life, torn in its first lives. notes: what `noted` writes down, too.
     """
     real = Worker._answered
 
@@ -129,8 +129,8 @@ def work(
             ending.enter_context(midway.stopped(stops))
         if args["life"] == 0 and apart:
             ending.enter_context(midway.apart(apart))
-        if args["life"] == 0 and torn:
-            ending.enter_context(midway.torn(*torn))
+        if torn and args["life"] < len(torn):
+            ending.enter_context(midway.torn(*torn[args["life"]]))
         ending.enter_context(mock.patch.object(Worker, "_answered", answered))
         ending.enter_context(mock.patch.object(Encoder, "encode", encoded))
         ending.enter_context(_bad(network, f"worker {args['number']}"))
