@@ -1,4 +1,4 @@
-"""A server job is disturbed in the middle of things: transfers are torn, workers come anew, networks lose, delay and double."""
+"""A server job in the middle of which something happens: transfers are torn, workers come anew, networks are bad."""
 
 from __future__ import annotations
 

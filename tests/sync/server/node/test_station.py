@@ -181,6 +181,8 @@ def stranger(shard: Station, tmp_path: Path, name: str) -> Connection:
         ("does not fit", m.encode(STAGE), [bytes(24)]),
         ("does not fit", m.encode(STAGE), [bytes(24), bytes(8)]),
         ("does not fit", m.encode(m.Over()), [bytes(4)]),
+        ("does not fit", m.encode(m.Stage(STAGE.key, 0, 1, (Piece("huge", (0,), (1 << 50,)),))), [bytes(4)]),
+        ("does not fit", m.encode(m.Stage(STAGE.key, 0, 1, (Piece("less", (0, 0), (-1, -1)),))), [bytes(4)]),
     ],
 )
 def test_what_is_no_message_ends_its_connection_and_nothing_else(station, tmp_path, reason, header, buffers):

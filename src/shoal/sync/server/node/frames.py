@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -32,7 +33,7 @@ def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype, po
     """Memory for the tensors that come with a message: of the pool, or new. dtype: of weights and gradients, unless
     they are encoded.
 
-    FrameError where there are more or fewer of them than the message says.
+    FrameError where there are more or fewer of them than the message says, or of other shapes.
     """
     take = (pool or Pool(0)).take
     if getattr(message, "encoded", False):
@@ -43,7 +44,12 @@ def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype, po
     rows = message.rows if isinstance(message, m.Pulled) else ()
     if not fits(pieces, rows):
         raise FrameError("does not fit", "sent rows of what it does not send")
-    return [take(shape, dtype) for shape in shapes(pieces, rows)]
+    found = shapes(pieces, rows)
+    # Before any memory is taken for them.
+    expected = [math.prod(shape) * dtype.itemsize for shape in found]
+    if [*lengths] != expected or any(number < 0 for shape in found for number in shape):
+        raise FrameError("does not fit", f"sent tensors of other lengths with {type(message).__name__} than it says")
+    return [take(shape, dtype) for shape in found]
 
 
 def name(who: Address) -> str:
