@@ -24,7 +24,7 @@ def noting(folder: Path, number: int, rank: int) -> Iterator[None]:
     """Writes down of each pull of this rank what came from which shard, and whether all ranks had the same; of each
     push whether what it lost counts from then on."""
     path = folder / "server" / f"{NOTES}-{number}-{rank}"
-    agreed, settle, end = Server._agreed, Encoder.settle, Server.end
+    agreed, settle, push = Server._agreed, Encoder.settle, Server._push
     at: list[Key] = []
 
     def note(**what: Any) -> None:
@@ -41,16 +41,16 @@ def noting(folder: Path, number: int, rank: int) -> Iterator[None]:
         note(what="pull", key=key, agreed=all_have, shards=shards)
         return all_have
 
-    def ends(self: Server, work: Any, *args: Any, **options: Any) -> Any:
-        at[:] = [work.key]
-        return end(self, work, *args, **options)
+    def pushes(self: Server, key: Key, *args: Any, **options: Any) -> None:
+        at[:] = [key]
+        push(self, key, *args, **options)
 
     def settles(self: Encoder, accepted: bool) -> None:
         before = self._kept
         settle(self, accepted)
         note(what="settled", key=at[0], accepted=accepted, kept=self._kept is not before)
 
-    patched = mock.patch.multiple(Server, _agreed=pulled, end=ends)
+    patched = mock.patch.multiple(Server, _agreed=pulled, _push=pushes)
     with patched, mock.patch.object(Encoder, "settle", settles):
         yield
 
