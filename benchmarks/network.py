@@ -5,8 +5,9 @@
 
 A method is `SYNC/CODEC`: `allreduce/none`, `allreduce/bf16`; options of [sync] follow the first word, as in
 `local:every=50/none`. `server:mode=asp,shards=2/none` takes options of [server]. By hand, with torch's
-DistributedDataParallel on the same model, data and optimizer: `ddp/none`,
-and `ddp/powersgd:RANK` with torch's hook. `ddp/none` always runs: it sets the target.
+DistributedDataParallel on the same model, data and optimizer: `ddp/none`, and `ddp/powersgd:RANK` with torch's hook.
+`ddp/none` always runs: it sets the target. --methods all: the usual ones and MORE below (other codecs, gossip, quorum,
+asynchronous DiLoCo, servers with codecs), of which each takes another quarter of an hour or more.
 
 Workload: text of `shoal train` (the source of Python's library; --data for another), a Llama of 10 M parameters, a row
 of 256 tokens for each worker and step, fp32, one thread a worker, AdamW with a constant rate after 40 steps of
@@ -21,8 +22,10 @@ seed; what looking for the loss takes is left out. final_loss is that of step --
 sent by all workers in the timed steps, counted by the kernel at their sockets, for each token of these steps.
 
 Methods with a server are run as they are, on the limited network, with `shoal train` and `shoal join`, for staleness
-depends on it: seconds_to_loss is time that has passed, with the looks at the loss (by the first worker, with what it
-pulled), mean of seeds; rates are chosen on loopback; bytes_per_token: sent and received by workers.
+depends on it. Servers share hosts with workers, in turn; with --server-hosts N they are on N hosts of their own, whose
+links are as slow (a single one takes all pushes), and the coordinator stays with the first worker. seconds_to_loss
+is time that has passed, with the looks at the loss (by the first worker, with what it pulled), mean of seeds; rates are
+chosen on loopback; bytes_per_token: sent and received by workers.
 
 Hosts are network namespaces with `tc tbf` at both ends of every link (benchmarks/hosts.py): Linux, root, iproute2;
 else it says why not, and ends. What has been measured lies in --out and is not measured again, so a long benchmark can
@@ -71,6 +74,15 @@ METHODS = [
     "server:mode=bsp,shards=4/none",
     "server:mode=ssp,staleness=4,shards=4/none",
     "server:mode=asp,compensation=look-ahead,shards=4/none",
+]
+# With `all`.
+MORE = [
+    *(f"allreduce/{c}" for c in ("sign", "dct:0.05+int2")),
+    "gossip:every=50/none",
+    "server:mode=quorum,quorum=3,shards=4/none",
+    *(f"server:mode=bsp,shards=4/{c}" for c in ("int8", "topk:0.05+int2")),
+    *(f"server:mode=asp,compensation=look-ahead,shards=4/{c}" for c in ("int8", "topk:0.05+int2")),
+    "server:mode=asp,local_steps=50,compensation=delayed-nesterov,shards=4/none",
 ]
 TIMED = 20
 _DAY = 86400.0
@@ -207,9 +219,12 @@ class Bench:
         checkpoints = replace(job.checkpoint, every=10 * longest)
         job = replace(job, optim=replace(job.optim, lr=lr, warmup=warmup), train=train, checkpoint=checkpoints)
         key = {"method": method.text, "rate": rate, "job": write(job), "target": target, "steps": longest}
+        apart = asked.server_hosts if rate else 0
+        if apart:
+            key["server_hosts"] = apart
 
         def run() -> dict[str, Any]:
-            with Hosts(asked.workers, rate) if rate else nullcontext() as hosts:
+            with Hosts(asked.workers + apart, rate) if rate else nullcontext() as hosts:
                 return network_server.train(job, hosts, longest, asked.steps, target)
 
         return self.measured("serve", key, run)
@@ -250,6 +265,7 @@ class Bench:
             "seconds_per_step": sum(run["total_seconds"] for run in runs) / sum(run["steps"] for run in runs),
             "lr": lr, "final_losses": final, "rate": rate, "workers": self.asked.workers,
             "staleness": [run["staleness"] for run in runs], "rejected": [run["rejected"] for run in runs],
+            "server_hosts": self.asked.server_hosts,
         }  # fmt: skip
 
     def row(self, method: Method, targets: list[float]) -> dict[str, Any]:
@@ -354,7 +370,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", default="100mbit", help="of every host's link, as tc writes it")
     parser.add_argument("--workers", type=int, default=4, help="hosts, with a worker on each")
-    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="SYNC/CODEC")
+    parser.add_argument("--methods", nargs="+", default=METHODS, metavar="SYNC/CODEC", help="or all")
+    parser.add_argument("--server-hosts", type=int, default=0, help="for servers alone; 0 = they are with workers")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=lambda text: [float(lr) for lr in text.split(",")], default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--steps", type=int, default=400, help="after which DDP's loss is the target")
@@ -374,6 +391,10 @@ def options() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.steps % asked.every:
         parser.error("--every does not divide --steps")
+    if asked.server_hosts < 0:
+        parser.error("--server-hosts is less than 0")
+    if asked.methods == ["all"]:
+        asked.methods = [*METHODS, *MORE]
     return asked
 
 

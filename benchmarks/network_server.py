@@ -1,5 +1,5 @@
 """Methods of `benchmarks/network.py` with a parameter server: whole runs of `shoal train`, since staleness depends on
-the network. Server shards share hosts with workers: shard i is on host i modulo their number.
+the network. Server shards share hosts with workers, or have hosts behind theirs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,15 @@ _BEGIN, _END = 300.0, 120.0
 def train(job: Job, hosts: Hosts | None, steps: int, least: int, target: float | None) -> dict[str, Any]:
     """Trains until the loss on held-out text is `target` or less, but at least `least` and at most `steps` steps.
 
-    hosts: one for each worker; None = all on this machine's loopback. losses: [step, loss] of each look, by the first
-    worker with the weights that it pulled. seconds: since the first step, looks included. moved: bytes that workers
-    sent and received; tokens: that they trained on.
+    hosts: one for each worker, those behind them for servers; None = all on this machine's loopback. losses: [step,
+    loss] of each look, by the first worker with the weights that it pulled. seconds: since the first step, looks
+    included. moved: bytes that workers sent and received; tokens: that they trained on.
     """
     assert job.layout is not None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ending:
         run, token = Path(folder) / "run", Path(folder) / "token"
         token.write_text(secrets.token_hex(16))
-        servers = {number: number % job.layout.replicas for number in range(job.server.shards)}
-        workers = range(1, job.layout.replicas)
-        parts = {f"worker {n}": n for n in workers} | {f"server {n}": host for n, host in servers.items() if host}
+        parts = placed(job, len(hosts.names) if hosts else job.layout.replicas)
         job = replace(
             job, run=RunOptions(dir=str(run), threads=1), train=replace(job.train, steps=steps),
             server=replace(
@@ -55,6 +53,19 @@ def train(job: Job, hosts: Hosts | None, steps: int, least: int, target: float |
             words = ["join", str(run), name, "--wait", f"{_BEGIN:g}", "--host", hosts.addresses[host] if hosts else ""]
             ending.enter_context(_process(hosts, host, words, Path(folder) / f"join-{number}.log"))
         return _followed(first, run, Path(folder) / "train.log", least, target)
+
+
+def placed(job: Job, hosts: int) -> dict[str, int]:
+    """On which host each part of the job is that is not on the first one, where the coordinator and worker 0 are.
+
+    hosts: as many as workers, and then shards take turns on all of them; where there are more, on those.
+    """
+    assert job.layout is not None
+    workers = job.layout.replicas
+    apart = hosts - workers
+    servers = {n: workers + n % apart if apart else n % workers for n in range(job.server.shards)}
+    found = {f"worker {number}": number for number in range(1, workers)}
+    return found | {f"server {number}": host for number, host in servers.items() if host}
 
 
 @contextlib.contextmanager

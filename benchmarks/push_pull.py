@@ -4,7 +4,9 @@
 
 Two processes, one thread each, on loopback; the same tensors on both sides of all contenders, allocated and touched
 before. connection: frames through `shoal.sync.server.wire`, authenticated headers, received into the server's and the
-worker's tensors. raw: `sendall` and `recv_into` of each piece on a plain socket, as the kernel makes it, the shortest
+worker's tensors. station: the path that a run takes, messages through `shoal.sync.server.node.station` with its queues
+and threads, received into memory that is given back (what a run does with the numbers then is left out). raw:
+`sendall` and `recv_into` of each piece on a plain socket, as the kernel makes it, the shortest
 program that does this. raw, tuned: with the transport's own socket options (buffers that fit into the cache), so that
 it shows what frames and codes cost, while `raw` shows what options bring. A/A: connection against connection in two
 more processes. They take turns, block by block.
@@ -20,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from queue import Queue
 from threading import Event
@@ -30,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.paired import ratio
 from benchmarks.turns import over_starts, take_turns
 
-CONTENDERS = ("connection", "raw", "raw, tuned", "connection again")
+CONTENDERS = ("connection", "station", "raw", "raw, tuned", "connection again")
 TIMEOUT = 600.0
 
 
@@ -41,7 +44,7 @@ def rank_main(seat: Any, contender: str, folder: str, mib: int, pieces: int, exc
     torch.set_num_threads(1)
     length = (mib << 20) // 4 // pieces
     out, back = ([torch.ones(length) for _ in range(pieces)] for _ in range(2))
-    begin = by_connection if contender.startswith("connection") else by_socket
+    begin = {"connection": by_connection, "station": by_station}.get(contender.split()[0], by_socket)
     with begin(Path(folder, f"{contender} port"), seat.member, out, back, "tuned" in contender) as exchange:
 
         def block() -> float:
@@ -84,6 +87,50 @@ def by_connection(
             yield lambda: (pull(), push())
         finally:
             done.set()
+
+
+@contextmanager
+def by_station(
+    port: Path, rank: int, out: Sequence[Any], back: list[Any], _: bool = False
+) -> Iterator[Callable[[], object]]:
+    """back: becomes what came last, until the next exchange."""
+    import torch
+
+    from shoal.sync.server import messages as m
+    from shoal.sync.server.messages import Address, Key, Piece
+    from shoal.sync.server.node.book import Book
+    from shoal.sync.server.node.station import Said, Station
+    from shoal.sync.server.wire import Credentials
+
+    worker, shard = Address("worker", 0, 1), Address("shard")
+    pieces = tuple(Piece(str(number), (0,), tuple(tensor.shape)) for number, tensor in enumerate(out))
+    clocks = count()
+
+    def come() -> m.AnyMessage:
+        event = station.next(TIMEOUT)
+        assert isinstance(event, Said), event
+        if event.tensors:
+            back[:] = event.tensors
+            station.give_back(event.tensors)
+        return event.message
+
+    def ask() -> None:
+        key = Key(0, 0, next(clocks))
+        station.send(shard, m.Stage(key, 0, 1, pieces), out)
+        station.send(shard, m.Pull(key, 0, pieces))
+        come()
+
+    def answer() -> None:
+        come()
+        asked = come()
+        assert isinstance(asked, m.Pull), asked
+        station.send(worker, m.Pulled(asked.key, 0, 0, pieces), out)
+
+    trusted, calls = Credentials("the token of this benchmark"), ("shard",) if rank == 0 else ()
+    with Station(worker if rank == 0 else shard, Book(port.parent), trusted, torch.float32, calls) as station:
+        if rank == 1:
+            station.listen("127.0.0.1")
+        yield ask if rank == 0 else answer
 
 
 @contextmanager
@@ -141,10 +188,12 @@ def measure(mib: int, pieces: int, exchanges: int, blocks: int, starts: int) -> 
     seconds, _ = over_starts("benchmarks.push_pull:rank_main", contenders, blocks, starts)
     raw, raw_low = ratio(seconds["raw"], seconds["connection"], starts)
     tuned, tuned_low = ratio(seconds["raw, tuned"], seconds["connection"], starts)
+    run, run_low = ratio(seconds["raw"], seconds["station"], starts)
     return {
         **shape, "blocks": blocks, "starts": starts,
         "seconds": {name: statistics.median(column) for name, column in seconds.items()},
         "of_raw": raw, "of_raw_low": raw_low, "of_tuned": tuned, "of_tuned_low": tuned_low,
+        "station_of_raw": run, "station_of_raw_low": run_low,
         "aa": ratio(seconds["connection again"], seconds["connection"])[0],
     }  # fmt: skip
 
@@ -158,6 +207,7 @@ def table(found: dict[str, Any]) -> str:
         f"speed of connection ÷ raw {found['of_raw']:.3f} (≥ {found['of_raw_low']:.3f})   ÷ raw, tuned "
         f"{found['of_tuned']:.3f} (≥ {found['of_tuned_low']:.3f})   A/A {found['aa']:.3f}"
     )
+    lines.append(f"speed of station ÷ raw {found['station_of_raw']:.3f} (≥ {found['station_of_raw_low']:.3f})")
     return "\n".join(lines)
 
 

@@ -8,12 +8,12 @@ of its worker (one that computes longer is counted in `overran`). A method is a 
 it. Model, text, optimizer and grid of rates are those of benchmarks/network.py: 10 M parameters, a row of 256 tokens
 for each worker and step, fp32, one thread each, AdamW with a constant rate after 40 steps of warm-up.
 
-The target is the loss on held-out rows of bsp after --steps, of each seed, at the rate with which that is lowest with
-the first seed. The others train for at most --longest times as many samples; their rate is that with which the first
-seed comes to the target first, and the other seeds take it. seconds_to_loss: from the end of the first step until
-then, on a straight line between two checkpoints. Checkpoints are written on the way as a run does it, and their loss
-is measured when the run has ended, so that looking takes no time from anybody. speedup: bsp's seconds over the
-method's, median of seeds.
+The rate of every method, bsp's too, is chosen by one rule: that with the lowest loss on held-out rows, with the first
+seed, when as many samples have been used up as bsp has after --steps. The other seeds take it. The target is bsp's loss
+then, of each seed; the others train for at most --longest times as many samples. seconds_to_loss: from the end of the
+first step until the target, on a straight line between two checkpoints. Checkpoints are written on the way as a run
+does it, and their loss is measured when the run has ended, so that looking takes no time from anybody. speedup: bsp's
+seconds over the method's, median of seeds.
 
 One run of bsp takes --steps times the slowest pad: 13 minutes. What has been measured lies in --out and is not measured
 again, so this can be done in pieces, or go on after it was stopped. Delete the folder when the code has changed.
@@ -37,7 +37,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.network import Bench, base_job, first, say
+from benchmarks.network import Bench, base_job, first, near, say
 
 from shoal import checkpoint
 from shoal.data.prepare import prepare
@@ -185,13 +185,12 @@ class Slow:
 
     def targets(self) -> tuple[float, list[float]]:
         """bsp's best rate, and its loss with each seed."""
+        best = self.best_rate(BASELINE)
+        return best, [near(self.train(BASELINE, best, seed), self.asked.steps) for seed in range(self.asked.seeds)]
 
-        def last(lr: float, seed: int) -> float:
-            loss: float = self.train(BASELINE, lr, seed)["losses"][-1][1]
-            return loss
-
-        best = min(self.asked.lr, key=lambda lr: last(lr, 0))
-        return best, [last(best, seed) for seed in range(self.asked.seeds)]
+    def best_rate(self, method: str) -> float:
+        """Of the grid, by the loss after --steps steps' samples with the first seed: the same rule for all."""
+        return min(self.asked.lr, key=lambda lr: near(self.train(method, lr, 0), self.asked.steps))
 
     def row(self, method: str, lr: float | None, targets: list[float]) -> dict[str, Any]:
         """lr: None = the best one. speedup comes later."""
@@ -200,11 +199,11 @@ class Slow:
             found = first(self.train(method, lr, seed), targets[seed])
             return found["seconds"] if found else float("inf")
 
-        lr = lr if lr is not None else min(self.asked.lr, key=lambda lr: seconds(lr, 0))
+        lr = lr if lr is not None else self.best_rate(method)
         runs = [self.train(method, lr, seed) for seed in range(len(targets))]
         return {
             "method": method, "lr": lr, "seconds_to_loss": [seconds(lr, seed) for seed in range(len(targets))],
-            "final_losses": [one["losses"][-1][1] for one in runs],
+            "final_losses": [near(one, self.asked.steps) for one in runs],
             "staleness": statistics.fmean(one["staleness"] for one in runs),
             "rejected": statistics.fmean(one["rejected"] for one in runs),
             "overran": [max(shares) for shares in zip(*(one["overran"] for one in runs), strict=True)],

@@ -10,15 +10,19 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from benchmarks import hosts as namespaces
 from benchmarks import network
 from benchmarks.hosts import Hosts
 from benchmarks.network import Method
+from benchmarks.network_server import placed
 
 from shoal.errors import JobError
-from shoal.job import Job
+from shoal.job import Job, Layout
+from shoal.job.server import ServerOptions
+from shoal.job.train import TrainOptions
 
 REASON = namespaces.why_not()
 needs_hosts = pytest.mark.skipif(bool(REASON), reason=REASON or "-")
@@ -113,6 +117,60 @@ def test_a_method_is_a_table_of_the_job():
     for wrong in ("allreduce", "allreduce/", "/bf16", "local:every/none"):
         with pytest.raises(SystemExit, match="is not a method"):
             Method.of(wrong)
+
+
+@pytest.mark.parametrize("text", [*network.METHODS, *network.MORE])
+def test_every_method_is_one_of_this_shoal(text):
+    base = Job(layout=Layout(replicas=4), train=TrainOptions(steps=100, global_batch=4))
+    method = Method.of(text)
+    job = method.job(base)
+    assert method.by_hand or (job.sync.name, job.sync.codec) == (method.sync, method.codec)
+    assert method.period(job) == (50 if method.sync in ("local", "gossip") else 1 if method.sync != "server" else 50)
+
+
+def test_servers_are_with_workers_or_apart():
+    """A part that is on the first host is started with the run."""
+    job = Job(layout=Layout(replicas=3), server=ServerOptions(shards=4))
+    workers = {"worker 1": 1, "worker 2": 2}
+    assert placed(job, 3) == {**workers, "server 1": 1, "server 2": 2}
+    assert placed(job, 4) == {**workers, **{f"server {number}": 3 for number in range(4)}}
+    assert placed(job, 5) == {**workers, "server 0": 3, "server 1": 4, "server 2": 3, "server 3": 4}
+
+
+def test_all_are_the_usual_methods_and_more(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["network.py", "--methods", "all", "--server-hosts", "2", "--out", str(tmp_path)])
+    asked = network.options()
+    assert (asked.methods, asked.server_hosts) == ([*network.METHODS, *network.MORE], 2)
+    assert len(set(asked.methods)) == len(asked.methods)
+    monkeypatch.setattr("sys.argv", ["network.py", "--server-hosts", "-1"])
+    with pytest.raises(SystemExit):
+        network.options()
+
+
+def test_a_run_with_hosts_for_servers_is_measured_by_itself(monkeypatch, tmp_path):
+    """And on loopback, where there are none, it is the same run."""
+    made: list[tuple[int, str]] = []
+
+    class Some:
+        def __init__(self, count: int, rate: str):
+            made.append((count, rate))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(network, "Hosts", Some)
+    monkeypatch.setattr(network.network_server, "train", lambda *_: {"losses": [[2, 1.0]]})
+    asked = SimpleNamespace(workers=2, server_hosts=0, rows=1, every=1, steps=2, out=tmp_path)
+    base = Job(layout=Layout(replicas=2), train=TrainOptions(steps=100, global_batch=4))
+    bench = network.Bench(asked, SimpleNamespace(fingerprint="text"), base, None)
+    for asked.server_hosts in (0, 1):
+        for rate in ("100mbit", "", "100mbit"):
+            bench.serve(Method.of("server:mode=bsp/none"), 1e-3, 0, None, 2, rate)
+    assert made == [(2, "100mbit"), (3, "100mbit")]
+    assert len(list(tmp_path.glob("serve-*.json"))) == 3
 
 
 def test_the_target_is_met_between_two_looks():

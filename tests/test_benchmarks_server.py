@@ -191,6 +191,33 @@ def test_the_clock_begins_with_the_end_of_the_first_step():
     assert (found["staleness"], found["rejected"], found["overran"]) == (0.5, 2 / 14, [0.25])
 
 
+def test_rates_of_all_methods_are_chosen_by_the_same_rule():
+    """By the loss after as many samples with the first seed; not by who comes to the target first, nor by the end of a
+    run that is longer than bsp's."""
+    losses = {
+        ("bsp", 1e-3): [[2, 5.0], [4, 4.0]],
+        ("bsp", 2e-3): [[2, 3.9], [4, 4.5]],
+        ("asp", 1e-3): [[2, 4.5], [4, 3.0], [6, 2.9]],
+        ("asp", 2e-3): [[2, 3.5], [4, 3.2], [6, 2.0]],
+    }
+
+    def train(method: str, lr: float, seed: int):
+        found = [[step, loss + 0.1 * seed] for step, loss in losses[method, lr]]
+        return {
+            "losses": found, "seconds": [float(step) for step, _ in found], "staleness": 1.0, "rejected": 0.0,
+            "overran": [0.0],
+        }  # fmt: skip
+
+    slow = slow_worker.Slow.__new__(slow_worker.Slow)
+    slow.asked, slow.train = Namespace(lr=[1e-3, 2e-3], steps=4, seeds=2), train
+    best, targets = slow.targets()
+    assert (best, targets) == (1e-3, [4.0, 4.1])
+    row = slow.row("asp", None, targets)
+    assert row["lr"] == 1e-3
+    assert row["seconds_to_loss"] == pytest.approx([2 + 2 * 0.5 / 1.5] * 2)
+    assert row["final_losses"] == pytest.approx([3.0, 3.1])
+
+
 def test_a_gradient_takes_as_long_as_its_pad(tmp_path: Path, monkeypatch):
     """The second one takes longer by itself."""
     replica, pauses, took = SimpleNamespace(), [0.0, 0.6], []

@@ -65,8 +65,13 @@ def in_thread(function: Callable[[], Any]) -> Iterator[Queue[Any]]:
 
 def raw(listener: Listener, token: str = TOKEN) -> tuple[socket.socket, Session]:
     """A socket whose handshake is done, and its keys: for a peer that then sends what it likes."""
-    sock = socket.create_connection(listener.address)
-    session = ask(Stream(sock, "the listener"), token, "worker 9", b"", time.monotonic() + 20)
+    return raw_at(listener.address, token, "worker 9")
+
+
+def raw_at(address: tuple[str, int], token: str, name: str) -> tuple[socket.socket, Session]:
+    """The same at an address. name: of this side."""
+    sock = socket.create_connection(address)
+    session = ask(Stream(sock, "the listener"), token, name, b"", time.monotonic() + 20)
     sock.settimeout(20)
     return sock, session
 

@@ -327,6 +327,22 @@ def test_a_broken_connection_that_comes_back_is_forgiven():
     assert set(bench.coordinator.at.members) == {0}
 
 
+def test_a_worker_of_a_round_that_could_not_pull_is_granted_the_same_again():
+    """One of its ranks was at another life of a shard. The other worker has pushed and waits for it."""
+    bench = Bench("bsp", workers=2)
+    for worker in range(2):
+        bench.join(worker)
+    bench.tell(m.Ask(Key(0, 0, 0)))
+    bench.tell(m.Ask(Key(1, 0, 0)))
+    first, second = (bench.granted(Key(worker, 0, 0)) for worker in range(2))
+    bench.push(second)
+    for gone in (1, 2, 3, 4):
+        again = bench.ask(first.key, gone=gone)
+        assert again == m.Grant(first.key, 0, first.samples, gone), "it would wait for ever, and all others for it"
+    bench.push(again)
+    assert m.Combine(1, (first.key, second.key)) in bench.said
+
+
 def test_the_gate_of_ssp():
     bench = Bench("ssp", workers=2, staleness=1)
     for worker in (0, 1):

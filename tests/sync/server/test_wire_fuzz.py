@@ -92,8 +92,8 @@ KINDS: dict[Callable[[Session, random.Random], bytes], tuple[set[str], int]] = {
 }
 
 
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+def resident(pid: int | str = "self") -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 @pytest.mark.parametrize("frames", [300, pytest.param(10_000, marks=pytest.mark.nightly)])

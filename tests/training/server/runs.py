@@ -24,6 +24,12 @@ from shoal.launch.train import ready
 from shoal.observe import metrics
 from shoal.sync.server import journal
 from shoal.sync.server import records as r
+from shoal.sync.server.messages import COORDINATOR
+from shoal.sync.server.node.shard_log import ShardLog
+from shoal.sync.server.parameters import Parameters
+from shoal.sync.server.shard import ServerShard
+from shoal.training.precision import stored
+from shoal.training.server import hold, plan
 from tests.launch import sockets
 from tests.training.server.watched import OLD, TOLD
 
@@ -34,11 +40,12 @@ _PATIENCE = 240.0
 def run(
     pool: Pool, job: Job, *, resume: bool = False, said: list[str] | None = None, restarts: int = 20,
     network: dict[str, Any] | None = None, dies: dict[str, Any] | None = None, rows: bool = True,
+    also: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """What `shoal train` does with a server job, without its end; gives its figures. Nothing is left of it.
 
     said: what is said to the user comes in there. restarts: of a role. network: see `watched`, for all roles; dies:
-    see there, by role. rows: see there. What hangs is ended with a RankError.
+    see there, by role. rows: see there; also: whatever else is there, by role. What hangs is ended with a RankError.
     """
     said = [] if said is None else said
     folder = job.run.dir
@@ -52,6 +59,7 @@ def run(
             more = extra | ({"dies": dies[part.name]} if dies and part.name in dies else {})
             if not rows and part.name.startswith("worker"):
                 more = more | {"rows": False}
+            more |= (also or {}).get(part.name, {})
             disturbed.append(replace(part, entry=_watched(part.entry), args=part.args | more))
         return real(ranks, disturbed, restarts=restarts, **options)
 
@@ -203,4 +211,28 @@ def audit(folder: Path, samples: int, first: int = 0) -> list[r.Committed]:
     for worker, incarnation, clock, accepted, version in (map(int, words) for words in told):
         key = (worker, incarnation, clock)
         assert (where.get(key) == version) if accepted else (key not in where), f"{key} was told what is not so"
+    return found
+
+
+def replayed(
+    folder: Path, look: Callable[[int, int, Parameters], object] = lambda shard, version, held: None
+) -> dict[str, torch.Tensor]:
+    """The weights that follow from the first ones, what is in the shards' logs (`keeps`) and what was committed.
+
+    look: is given each shard and version, with what it holds then. Of parameters that lie whole on one shard.
+    """
+    job, commits = read(folder / "job.toml"), history(folder)[0]
+    found = {}
+    for number, blocks in enumerate(plan.placement(job)):
+        held = Parameters(hold._empty(job, blocks), plan.rules(job), plan.optim(job), 1)
+        hold.first_weights(held.shards, job)
+        shard = ServerShard(number, held)
+        log = ShardLog(folder / "server" / f"shard-{number}", stored(job.train.precision))
+        shard.recover(log.read())
+        log.close()
+        for version in sorted(commits):
+            shard.handle(COORDINATOR, commits[version].apply(), (), 0.0)
+            assert shard.version == version, "the log lacks what was committed"
+            look(number, version, held)
+        found |= {each.name: each.local for each in held.shards}
     return found

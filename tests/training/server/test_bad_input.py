@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import threading
 import time
@@ -14,14 +15,19 @@ import pytest
 from shoal.cli.main import main
 from shoal.errors import JobError
 from shoal.job import Job, read
-from shoal.sync.server.messages import COORDINATOR, Address
+from shoal.sync.server import messages as m
+from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece
 from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.station import Station
 from shoal.sync.server.wire import Credentials
+from shoal.sync.server.wire.frame import pack
+from shoal.sync.server.wire.handshake import Session
 from shoal.sync.server.worker import Worker
 from shoal.training.precision import stored
 from shoal.training.server import plan
+from tests.sync.server.peers import raw_at
+from tests.sync.server.test_wire_fuzz import KINDS, attack, resident
 from tests.training.server import runs
 from tests.training.test_bad_input import NoRanks, corpus_of
 
@@ -99,9 +105,37 @@ def stranger(run: Path, job: Job, **other: str) -> str:
         client.close()
 
 
-def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path):
-    """Of a run that is asked to end when they have been there."""
-    run, told = tmp_path / "run", []
+def no_message(session: Session, chance: random.Random) -> bytes:
+    """Whole frames whose header is no message, or another one than its buffers are of."""
+    piece = Piece("model.norm.weight", (0,), (chance.choice([12, 1 << 40, -1]),))
+    messages = [m.Over(), m.Stage(Key(0, 0, 0), 0, 1, (piece,)), m.Pulled(Key(0, 0, 0), 0, 1, (piece, piece))]
+    header = m.encode(chance.choice(messages))
+    header = chance.choice([header, chance.randbytes(40), header[: chance.randrange(len(header))]])
+    return pack(session.send_key, 0, header, [40]) + bytes(40)
+
+
+def fuzz(run: Path, frames: int) -> dict[int, int]:
+    """Malformed frames of all kinds, from somebody who has the token, to the coordinator and to the shard. Bytes that
+    each of these processes has grown by since the first tenth of them."""
+    chance, token = random.Random(frames), (run / "server" / "token").read_text()
+    entries = [Book(run).find(address) for address in (COORDINATOR, Address("shard"))]
+    held = [runs.pids(name)[0] for name in ("shoal-coordinat", "shoal-server0")]
+    before: dict[int, int] = {}
+    for number in range(frames):
+        entry = entries[number % 2]
+        assert entry is not None
+        sock, session = raw_at((entry.host, entry.port), token, "worker 9 7")
+        with sock:
+            attack(sock, chance.choice([*KINDS, no_message])(session, chance))
+        if number == frames // 10:
+            before = {pid: resident(pid) for pid in held}
+    return {pid: resident(pid) - before[pid] for pid in held}
+
+
+@pytest.mark.parametrize("frames", [60, pytest.param(10_000, marks=pytest.mark.nightly)])
+def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path, frames):
+    """Of a run that is asked to end when they have been there. It trains on beneath malformed frames."""
+    run, told, said, grown = tmp_path / "run", [], [], {}
     options = {"train": {"steps": 100_000, "validate_every": 1000}, "data": {"validation": 0.0}}
     job = tiny(run, "replicas=1", sync={"name": "server"}, checkpoint={"every": 1000}, **options)
 
@@ -112,18 +146,28 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path):
         told.append(stranger(run, known, model="another"))
         told.append(stranger(run, known, tokenizer="another"))
         told.append(stranger(run, known, token="another token of enough bytes"))
-        while runs.steps(run) < 3:
-            time.sleep(0.01)
-        os.kill(runs.pids("shoal-coordinat")[0], signal.SIGTERM)
+        try:
+            while runs.steps(run) < 3:
+                time.sleep(0.01)
+            began = runs.steps(run)
+            grown.update(fuzz(run, frames))
+            while runs.steps(run) < began + 3:
+                time.sleep(0.01)
+        finally:
+            os.kill(runs.pids("shoal-coordinat")[0], signal.SIGTERM)
 
     visitor = threading.Thread(target=knock, daemon=True)
     visitor.start()
-    figures = runs.run(ranks, job)
+    figures = runs.run(ranks, job, said=said)
     visitor.join(60.0)
+    assert len(grown) == 2, "somebody did not let go of a malformed frame"
+    # What is trained on grows the journal, too; and logs of what happened.
+    assert max(grown.values()) < 32 << 20
+    assert not any("given up" in line or "started again" in line for line in said), said
     model, tokenizer = plan.model_hash(read(run / "job.toml")), plan.tokenizer_hash(run)
     fix = "start it with the job.toml of this run"
     assert told[0] == f"worker 9 has another model: another instead of {model} → {fix}"
     assert told[1] == f"worker 9 has another tokenizer: another instead of {tokenizer} → {fix}"
     assert told[2] == "the listener refuses this side's job token → give both sides the same token"
-    assert figures["step"] >= 3
+    assert figures["step"] >= 6
     assert {key.worker for record in runs.audit(run, figures["step"] * 12) for key in record.keys} == {0}

@@ -30,6 +30,7 @@ from shoal.training.server import hold as real_hold
 from shoal.training.server import plan
 from shoal.training.server import work as real_work
 from shoal.training.server.glances import Words
+from tests.training.server import midway, noted
 
 # Beside a run's journal: what it was before each checkpoint made it short again; and what workers were told.
 OLD, TOLD, SUM = "old-journal", "told", "sum"
@@ -64,8 +65,15 @@ def coordinate(
         return real_coordinate.main(seat, **args)
 
 
-def hold(seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, **args: Any) -> Any:
-    """A copy of a shard. dies: in its first life, killed just before so many pushes are in its log."""
+def hold(
+    seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, torn: list[list[Any]] | None = None,
+    keeps: bool = False, **args: Any,
+) -> Any:  # fmt: skip
+    """A copy of a shard.
+
+    dies: in its first life, killed just before so many pushes are in its log. torn: see `midway.torn`, of its first
+    lives. keeps: its log stays whole when there is a checkpoint.
+    """
     append, left = ShardLog.append, [dies if args["life"] == 0 else 0]
 
     def watched(self: ShardLog, *push: Any, **options: Any) -> None:
@@ -74,15 +82,25 @@ def hold(seat: Seat, *, network: dict[str, Any] | None = None, dies: int = 0, **
             os.kill(os.getpid(), signal.SIGKILL)
         append(self, *push, **options)
 
-    with mock.patch.object(ShardLog, "append", watched), _bad(network, f"shard {args['number']} {args['copy']}"):
+    with contextlib.ExitStack() as ending:
+        if keeps:
+            ending.enter_context(mock.patch.object(ShardLog, "forget"))
+        if torn and args["life"] < len(torn):
+            ending.enter_context(midway.torn(*torn[args["life"]]))
+        ending.enter_context(mock.patch.object(ShardLog, "append", watched))
+        ending.enter_context(_bad(network, f"shard {args['number']} {args['copy']}"))
         return real_hold.main(seat, **args)
 
 
-def work(seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True, **args: Any) -> Any:
+def work(
+    seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True, stops: int = 0, apart: int = 0,
+    torn: list[list[Any]] | None = None, notes: bool = False, **args: Any,
+) -> Any:  # fmt: skip
     """Writes down every answer that this worker gets: `worker incarnation clock accepted version`.
 
     Where there is a codec, also the sum of what each rank encodes, each gradient divided by its tokens: `name@row`.
-    rows: False where it pulls all rows of embeddings, also where those of its tokens are enough.
+    rows: False where it pulls all rows of embeddings, also where those of its tokens are enough. stops, apart,
+    torn: see `midway`, in its first life, torn in its first lives. notes: what `noted` writes down, too.
     """
     real = Worker._answered
 
@@ -102,13 +120,20 @@ def work(seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True
                 sums[name] = sums.get(name, 0.0) + tensor / weight
         return encode(self, gradients, weight, clock)
 
-    all_rows = contextlib.nullcontext() if rows else mock.patch.object(Words, "enough", return_value=False)
-    with (
-        mock.patch.object(Worker, "_answered", answered),
-        mock.patch.object(Encoder, "encode", encoded),
-        _bad(network, f"worker {args['number']}"),
-        all_rows,
-    ):
+    with contextlib.ExitStack() as ending:
+        if not rows:
+            ending.enter_context(mock.patch.object(Words, "enough", return_value=False))
+        if notes:
+            ending.enter_context(noted.noting(Path(args["folder"]), args["number"], seat.member))
+        if args["life"] == 0 and stops:
+            ending.enter_context(midway.stopped(stops))
+        if args["life"] == 0 and apart:
+            ending.enter_context(midway.apart(apart))
+        if torn and args["life"] < len(torn):
+            ending.enter_context(midway.torn(*torn[args["life"]]))
+        ending.enter_context(mock.patch.object(Worker, "_answered", answered))
+        ending.enter_context(mock.patch.object(Encoder, "encode", encoded))
+        ending.enter_context(_bad(network, f"worker {args['number']}"))
         told = real_work.main(seat, **args)
     if sums:
         save_file(sums, Path(args["folder"]) / "server" / f"{SUM}-{args['number']}-{seat.member}.safetensors")

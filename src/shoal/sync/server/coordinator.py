@@ -422,6 +422,9 @@ class Coordinator:
             self._begin_rests()
             return
         if self.rules.mode == "bsp":
+            for member in [each for each in self.at.members.values() if each.asked and each.grant]:
+                # One of the round that goes on could not pull: the others wait for it, not it for them.
+                self._give(member)
             self._begin(may_begin(self.at))
             return
         for member in may_begin(self.at):

@@ -76,6 +76,24 @@ def test_two_sides_talk_with_tensors_in_order(station):
     assert worker.traffic()[0] > 3 * 28 < shard.traffic()[1]
 
 
+def test_what_is_given_back_is_received_into_again_and_nothing_else_is(station):
+    """Large enough to be kept."""
+    shard, worker = station(SHARD, listens=True), station(WORKER, calls=("shard",))
+    pieces = (Piece("embed", (0, 0), (300, 300)),)
+    gradients = [torch.full((300, 300), float(number)) for number in range(4)]
+    heard_of = []
+    for number, gradient in enumerate(gradients):
+        worker.send(SHARD, msgspec.structs.replace(STAGE, key=Key(2, 0, number), pieces=pieces), [gradient])
+        heard_of.append(said(shard).tensors[0])
+        assert torch.equal(heard_of[-1], gradient)
+        if number == 1:
+            shard.give_back([heard_of[1]])
+    places = [tensor.data_ptr() for tensor in heard_of]
+    assert places[2] == places[1]
+    assert len({*places}) == 3
+    assert torch.equal(heard_of[0], gradients[0]), "it was not given back"
+
+
 def test_what_is_said_again_while_it_still_waits_goes_once(station):
     """On a slow line patience ends before a gradient has gone: it must not be sent again behind itself."""
     worker = station(WORKER, calls=("shard",))
@@ -163,6 +181,8 @@ def stranger(shard: Station, tmp_path: Path, name: str) -> Connection:
         ("does not fit", m.encode(STAGE), [bytes(24)]),
         ("does not fit", m.encode(STAGE), [bytes(24), bytes(8)]),
         ("does not fit", m.encode(m.Over()), [bytes(4)]),
+        ("does not fit", m.encode(m.Stage(STAGE.key, 0, 1, (Piece("huge", (0,), (1 << 50,)),))), [bytes(4)]),
+        ("does not fit", m.encode(m.Stage(STAGE.key, 0, 1, (Piece("less", (0, 0), (-1, -1)),))), [bytes(4)]),
     ],
 )
 def test_what_is_no_message_ends_its_connection_and_nothing_else(station, tmp_path, reason, header, buffers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import msgspec
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Address
+from shoal.sync.server.node.pool import Pool
 from shoal.sync.server.rows import fits, shapes
 from shoal.sync.server.wire import FrameError
 
@@ -27,20 +29,27 @@ def read(header: bytes) -> m.AnyMessage:
         raise FrameError("no message", f"sent what is no message: {error}") from None
 
 
-def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-    """New memory for the tensors that come with a message. dtype: of weights and gradients, unless they are encoded.
+def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype, pool: Pool | None = None) -> list[Tensor]:
+    """Memory for the tensors that come with a message: of the pool, or new. dtype: of weights and gradients, unless
+    they are encoded.
 
-    FrameError where there are more or fewer of them than the message says.
+    FrameError where there are more or fewer of them than the message says, or of other shapes.
     """
+    take = (pool or Pool(0)).take
     if getattr(message, "encoded", False):
-        return [torch.empty(length, dtype=torch.uint8) for length in lengths]
+        return [take((length,), torch.uint8) for length in lengths]
     pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole) else ()
     if len(pieces) != len(lengths):
         raise FrameError("does not fit", f"sent {len(lengths)} tensors with {type(message).__name__}")
     rows = message.rows if isinstance(message, m.Pulled) else ()
     if not fits(pieces, rows):
         raise FrameError("does not fit", "sent rows of what it does not send")
-    return [torch.empty(shape, dtype=dtype) for shape in shapes(pieces, rows)]
+    found = shapes(pieces, rows)
+    # Before any memory is taken for them.
+    expected = [math.prod(shape) * dtype.itemsize for shape in found]
+    if [*lengths] != expected or any(number < 0 for shape in found for number in shape):
+        raise FrameError("does not fit", f"sent tensors of other lengths with {type(message).__name__} than it says")
+    return [take(shape, dtype) for shape in found]
 
 
 def name(who: Address) -> str:

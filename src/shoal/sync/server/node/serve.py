@@ -94,6 +94,9 @@ class Serving:
             self.station.drop(sender)
             return
         self._do(effects)
+        # By now they are in the staged gradient and in the log; what is passed on to another copy is still on its way.
+        if isinstance(message, m.Stage) and not any(isinstance(each, Send) and each.tensors for each in effects):
+            self.station.give_back(tensors)
 
     def _do(self, effects: Sequence[Effect]) -> None:
         """In order: what is to be durable is, before anybody is told of it."""

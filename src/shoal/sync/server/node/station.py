@@ -17,6 +17,7 @@ from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Address
 from shoal.sync.server.node import frames
 from shoal.sync.server.node.book import Book
+from shoal.sync.server.node.pool import Pool
 from shoal.sync.server.wire import Connection, Credentials, FrameError, Listener, Outbox, connect
 from shoal.sync.server.wire.connection import Frame
 
@@ -59,6 +60,8 @@ class Station:
         self.me, self.book, self.credentials, self.dtype = me, book, credentials, dtype
         self.inbox: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._calls = frozenset(calls)
+        # For tensors of the frames that come, over all connections.
+        self._pool = Pool()
         self._peers: dict[Address, _Peer] = {}
         self._lock = threading.Lock()
         self._listener: Listener | None = None
@@ -98,6 +101,10 @@ class Station:
                 peer = self._peers[to] = _Peer()
                 threading.Thread(target=self._call, args=(to, peer), name=f"calls {to}", daemon=True).start()
         peer.put(m.encode(message), frames.buffers(tensors))
+
+    def give_back(self, tensors: Sequence[Tensor]) -> None:
+        """Of a message that has come: nobody reads them any more, nor views of them. Others will be received there."""
+        self._pool.give(tensors)
 
     def connected(self, address: Address) -> bool:
         """Whether there is a connection with somebody, as far as is known."""
@@ -197,7 +204,7 @@ class Station:
 
         def into(header: bytes, lengths: list[int]) -> list[Tensor]:
             found.append(frames.read(header))
-            return frames.places(found[0], lengths, self.dtype)
+            return frames.places(found[0], lengths, self.dtype, self._pool)
 
         return connection.receive(into, timeout=_IDLE), found[0]
 

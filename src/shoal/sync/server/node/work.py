@@ -123,6 +123,9 @@ class Server:
                 assert found is not None
                 for shard, (pulled, tensors) in found.items():
                     fill(self._pulls[shard], pulled.pieces, tensors, pulled.rows)
+                    if self._follower is None:
+                        # With one, they are the rank's own copy.
+                        self._mailbox.give_back(tensors)
                 if self._needs is not None:
                     self._needs.filled = True
                 self._waited = time.perf_counter() - self._since
@@ -313,11 +316,16 @@ class Server:
             self._waited + void.waited, computed, memory_gib, sent + void.sent, received + void.received, void.wasted
         )
 
-    def _moved(self) -> tuple[int, int]:
-        """Bytes sent and received by all ranks since it was last asked."""
+    @property
+    def _mailbox(self) -> Station:
+        """This rank's."""
         station = self._client.station if self._client is not None else self._station
         assert station is not None
-        now = station.traffic()
+        return station
+
+    def _moved(self) -> tuple[int, int]:
+        """Bytes sent and received by all ranks since it was last asked."""
+        now = self._mailbox.traffic()
         moved = torch.tensor([now[0] - self._traffic[0], now[1] - self._traffic[1]], device=self.mesh.device)
         self._traffic = now
         sum_within(self.mesh, moved)
