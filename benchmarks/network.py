@@ -1,7 +1,8 @@
 """Time to a loss on slow networks: ways to keep replicas consistent, on hosts whose links are limited for real.
 
     python benchmarks/network.py [--rate 100mbit] [--workers 4] [--methods ddp/none allreduce/bf16 ...] [--seeds 3]
-                                 [--lr 1e-3,2e-3,4e-3] [--confirm] [--out FOLDER] [--format json]
+                                 [--lr 1e-3,2e-3,4e-3] [--longest 2] [--confirm] [--only-steps] [--out FOLDER]
+                                 [--format json]
 
 A method is `SYNC/CODEC`: `allreduce/none`, `allreduce/bf16`; options of [sync] follow the first word, as in
 `local:every=50/none`. `server:mode=asp,shards=2/none` takes options of [server]. By hand, with torch's
@@ -16,10 +17,12 @@ learning rates: its best is that with the lowest loss at that step with the firs
 
 seconds_to_loss = steps to the target × the median of 20 steps on the limited network. Steps are counted on loopback,
 for the network does not change them: the loss is looked at every --every steps, with a straight line between two looks,
-for at most twice --steps; mean of seeds. Where a method does not send in every step, a step takes the mean over whole
-periods, at least 20 steps. --confirm: also once from the start to the target on the limited network, with the first
-seed; what looking for the loss takes is left out. final_loss is that of step --steps, mean of seeds. bytes_per_token:
-sent by all workers in the timed steps, counted by the kernel at their sockets, for each token of these steps.
+for at most --longest times --steps; mean of seeds. Where a method does not send in every step, a step takes the mean
+over whole periods, at least 20 steps. --confirm: also once from the start to the target on the limited network, with
+the first seed; what looking for the loss takes is left out. final_loss is that of step --steps, mean of seeds.
+bytes_per_token: sent by all workers in the timed steps, counted by the kernel at their sockets, for each token of these
+steps.
+--only-steps: just how long a step takes on the limited network, and its bytes, which is minutes instead of hours.
 
 Methods with a server are run as they are, on the limited network, with `shoal train` and `shoal join`, for staleness
 depends on it. Servers share hosts with workers, in turn; with --server-hosts N they are on N hosts of their own, whose
@@ -208,13 +211,14 @@ class Bench:
         return pool.run(entry, world, timeout=_DAY, names=hosts, **how)
 
     def serve(
-        self, method: Method, lr: float, seed: int, target: float | None, longest: int, rate: str
+        self, method: Method, lr: float, seed: int, target: float | None, longest: int, rate: str, least: int = 0
     ) -> dict[str, Any]:
-        """A run with a parameter server. rate: of the hosts' links, empty = on loopback."""
-        asked = self.asked
+        """A run with a parameter server. rate: of the hosts' links, empty = on loopback. least: steps in any case."""
+        asked, least = self.asked, least or self.asked.steps
         job = method.job(self.base)
         tokens = asked.rows * job.data.sequence_length
-        train = replace(job.train, seed=seed, validate_every=asked.every, validate_tokens=tokens)
+        every = asked.every if least == asked.steps else longest + 1
+        train = replace(job.train, seed=seed, validate_every=every, validate_tokens=tokens)
         warmup = min(1.0, job.optim.warmup * job.train.steps / longest)
         checkpoints = replace(job.checkpoint, every=10 * longest)
         job = replace(job, optim=replace(job.optim, lr=lr, warmup=warmup), train=train, checkpoint=checkpoints)
@@ -225,9 +229,29 @@ class Bench:
 
         def run() -> dict[str, Any]:
             with Hosts(asked.workers + apart, rate) if rate else nullcontext() as hosts:
-                return network_server.train(job, hosts, longest, asked.steps, target)
+                return network_server.train(job, hosts, longest, least, target)
 
         return self.measured("serve", key, run)
+
+    @property
+    def longest(self) -> int:
+        """Steps after which a method that has not come to the target does not come to it."""
+        return round(self.asked.longest * self.asked.steps)
+
+    def timed_row(self, method: Method) -> dict[str, Any]:
+        """Of a step on the limited network, and nothing else."""
+        if method.sync == "server":
+            # Whole rounds, where workers take steps of their own.
+            own = int(method.options.get("local_steps", 1))
+            steps = own * max(-(-self.asked.timed // own), min(own, 2))
+            run = self.serve(method, self.asked.lr[0], 0, None, steps, self.asked.rate, least=steps)
+            of_step, of_token = run["total_seconds"] / run["steps"], run["moved"] / run["tokens"]
+        else:
+            of_step, of_token = self.clock(method)
+        return {
+            "sync": method.text.partition("/")[0], "codec": method.codec, "seconds_per_step": of_step,
+            "bytes_per_token": of_token, "rate": self.asked.rate, "workers": self.asked.workers,
+        }  # fmt: skip
 
     def best_rate(self, method: Method) -> float:
         """Of the grid, with the first seed."""
@@ -252,7 +276,7 @@ class Bench:
     def served_row(self, method: Method, targets: list[float]) -> dict[str, Any]:
         """Of a method with a server."""
         steps, lr, rate = self.asked.steps, self.best_rate(method), self.asked.rate
-        runs = [self.serve(method, lr, seed, target, 2 * steps, rate) for seed, target in enumerate(targets)]
+        runs = [self.serve(method, lr, seed, target, self.longest, rate) for seed, target in enumerate(targets)]
         reached = [at for run, target in zip(runs, targets, strict=True) if (at := first(run, target)) is not None]
         final = [near(run, steps) for run in runs]
         all_reached = len(reached) == len(targets)
@@ -279,7 +303,7 @@ class Bench:
             short = seed == 0 or method.text == BASELINE
             run = self.train(method, lr, seed, None, steps) if short else None
             if run is None or first(run, target) is None:
-                run = self.train(method, lr, seed, target, 2 * steps)
+                run = self.train(method, lr, seed, target, self.longest)
             final.append(loss_at(run, steps))
             found.append(first(run, target))
         reached = [at["step"] for at in found if at is not None]
@@ -293,7 +317,7 @@ class Bench:
             "final_losses": final, "rate": self.asked.rate, "workers": self.asked.workers,
         }  # fmt: skip
         if self.asked.confirm:
-            confirmed = first(self.train(method, lr, 0, targets[0], 2 * steps, self.asked.rate), targets[0])
+            confirmed = first(self.train(method, lr, 0, targets[0], self.longest, self.asked.rate), targets[0])
             row["confirmed_seconds"] = confirmed and confirmed["seconds"]
         return row
 
@@ -331,7 +355,7 @@ def table(row: dict[str, Any]) -> str:
     return (
         f"{row['sync'] + '/' + row['codec']:<28} {said('seconds_to_loss', ',.1f'):>9} s to the loss   "
         f"×{said('speedup_vs_ddp', '.2f')}   {said('seconds_per_step', '.3f')} s a step   "
-        f"{row['bytes_per_token']:,.0f} bytes a token   loss {row['final_loss']:.4f}   lr {row['lr']:g}"
+        f"{row['bytes_per_token']:,.0f} bytes a token   loss {said('final_loss', '.4f')}   lr {said('lr', 'g')}"
         + (f"   confirmed {said('confirmed_seconds', ',.1f')} s" if "confirmed_seconds" in row else "")
     )
 
@@ -355,6 +379,11 @@ def rows_of(asked: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     with terminable(), ExitStack() as ending:
         bench = Bench(asked, corpus, base, ending)
+        if asked.only_steps:
+            for method in methods:
+                rows.append(bench.timed_row(method))
+                say(table(rows[-1]))
+            return rows
         targets = bench.targets()
         say(f"target: {', '.join(f'{target:.4f}' for target in targets)} nats per token")
         for method in methods:
@@ -378,6 +407,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=10, help="steps between two looks at the loss; divides --steps")
     parser.add_argument("--rows", type=int, default=32, help="held-out rows that the loss is of")
     parser.add_argument("--timed", type=int, default=TIMED, help="steps that are timed on the limited network")
+    parser.add_argument("--longest", type=float, default=2.0, help="times --steps, until the target is given up")
+    parser.add_argument("--only-steps", action="store_true", help="time steps and count bytes, no losses")
     parser.add_argument("--confirm", action="store_true", help="also from start to target on the limited network")
     parser.add_argument("--data", default="python", help="text, as for shoal train --data")
     parser.add_argument("--tokenizer", default="bpe")

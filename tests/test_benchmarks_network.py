@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +226,30 @@ def test_three_steps_on_two_hosts(arguments, monkeypatch, capsys):
     monkeypatch.setattr(network.Bench, "_run", lambda *_: pytest.fail("measured again"))
     network.main()
     assert json.loads(capsys.readouterr().out)["rows"] == rows
+
+    # Steps alone need no losses, and were timed already.
+    monkeypatch.setattr("sys.argv", [*arguments, "allreduce/none", "--only-steps"])
+    monkeypatch.setattr(network.Bench, "train", lambda *_: pytest.fail("a loss"))
+    network.main()
+    told = json.loads(capsys.readouterr().out)["rows"]
+    same = ("sync", "codec", "seconds_per_step", "bytes_per_token", "rate", "workers")
+    assert told == [{name: row[name] for name in same} for row in rows]
+
+
+@pytest.mark.parametrize(("own", "steps"), [(1, 20), (8, 24), (50, 100)])
+def test_whole_rounds_of_a_server_are_timed(monkeypatch, tmp_path, own, steps):
+    asked = SimpleNamespace(timed=20, lr=[1e-3], rate="1mbit", workers=2)
+    bench = network.Bench(asked, None, None, ExitStack())
+    ran = []
+
+    def serve(method, lr, seed, target, longest, rate, least):
+        ran.append((target, longest, rate, least))
+        return {"total_seconds": 6.0, "steps": longest, "moved": 100.0, "tokens": 50.0}
+
+    monkeypatch.setattr(bench, "serve", serve)
+    row = bench.timed_row(network.Method.of(f"server:mode=asp,local_steps={own}/none"))
+    assert ran == [(None, steps, "1mbit", steps)]
+    assert (row["seconds_per_step"], row["bytes_per_token"]) == (6.0 / steps, 2.0)
 
 
 def parameters() -> int:
