@@ -23,7 +23,8 @@ STEPS, BATCH = 16, 12
 # So that names of pieces and other words are few beside the numbers.
 LARGER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 QUIET = {"data": {"validation": 0.0, "sequence_length": 16}, "checkpoint": {"every": 1000}}
-LEASE = 1.5
+# Long enough that nobody else is given up where the machine is busy.
+LEASE = 3.0
 
 
 def job_of(tiny, folder, layout: str, codec: str, steps: int = STEPS, model: dict | None = None, **server):
