@@ -157,7 +157,7 @@ def pull(held: list[ServerShard], into: Sequence[Shard], version: int, row_N: np
         pieces = tuple(each.piece for each in found)
         rows = () if row_N is None else rows_wanted(pieces, "embed", row_N, 4)
         (answer,) = held[number].handle(WORKER, m.Pull(Key(0, 0, 0), version, pieces, rows=rows), (), 0.0)
-        places = frames.places(answer.message, [4] * len(pieces), torch.float32)
+        places = frames.places(answer.message, [t.nbytes for t in answer.tensors], torch.float32)
         assert [place.shape for place in places] == [tensor.shape for tensor in answer.tensors]
         fill(found, answer.message.pieces, answer.tensors, answer.message.rows)
         came += sum(tensor.nbytes for tensor in answer.tensors)

@@ -41,9 +41,9 @@ def noting(folder: Path, number: int, rank: int) -> Iterator[None]:
         note(what="pull", key=key, agreed=all_have, shards=shards)
         return all_have
 
-    def pushes(self: Server, key: Key, *args: Any, **options: Any) -> None:
+    def pushes(self: Server, key: Key, *args: Any, **options: Any) -> bool:
         at[:] = [key]
-        push(self, key, *args, **options)
+        return push(self, key, *args, **options)
 
     def settles(self: Encoder, accepted: bool) -> None:
         before = self._kept
