@@ -117,6 +117,7 @@ RECORDS = [
     r.Rejected(Key(0, 0, 1), 4, 1, r.LATE),
     r.Left(0, 0, "expired"),
     r.Answered(m.Answer(Key(0, 0, 1), False, 4, 1, r.LATE)),
+    r.Paced(0, 2, 1, 3),
 ]
 
 

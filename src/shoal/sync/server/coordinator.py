@@ -239,8 +239,9 @@ class Coordinator:
                 self._give_up(member, "lost")
                 return False
             self.at.samples.give_back(samples)
-        everybody = sum(incarnation + 1 for incarnation in self.at.incarnations.values())
-        self._write(r.Granted(push.key, push.version, samples, everybody - 1), durable=False)
+        # Nothing that was decided after a grant is on the disk without it: who was there then has been since the clock
+        # began.
+        self._write(r.Granted(push.key, push.version, samples, member.peers), durable=False)
         return True
 
     def _late(self, push: m.Push) -> bool:
@@ -410,15 +411,13 @@ class Coordinator:
     def _give(self, member: Member) -> None:
         """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk."""
         assert member.asked is not None
-        gone, starved = member.asked.gone, member.starved
+        gone = member.asked.gone
         samples = member.grant.samples if member.grant is not None else None
         if samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
             self.at.samples.give_back(samples)
         if samples is not None:
             peers = len(self.at.members) - 1
             self._write(r.Granted(member.key, self.version, samples, peers, gone), durable=False)
-            if starved:
-                self.at.turn = member.worker
         self._say_grant(member)
 
     def _say_grant(self, member: Member) -> None:
