@@ -409,7 +409,10 @@ class Coordinator:
             self._say_grant(member)
 
     def _give(self, member: Member) -> None:
-        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk."""
+        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk.
+
+        But for dc: of whom nobody knows that he computes on these weights, they are not kept.
+        """
         assert member.asked is not None
         gone = member.asked.gone
         samples = member.grant.samples if member.grant is not None else None
@@ -417,7 +420,8 @@ class Coordinator:
             self.at.samples.give_back(samples)
         if samples is not None:
             peers = len(self.at.members) - 1
-            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable=False)
+            durable = self.rules.compensation == "dc"
+            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable)
         self._say_grant(member)
 
     def _say_grant(self, member: Member) -> None:

@@ -343,6 +343,15 @@ class Whole(Message, frozen=True):
     values: bytes
 
 
+class Backup(Message, frozen=True):
+    """In a shard's log, with the tensors of `pieces`: weights that a worker computes on, as of `version`, where delay
+    compensation will measure from them."""
+
+    worker: int
+    version: int
+    pieces: tuple[Piece, ...]
+
+
 class Copies(Message, frozen=True):
     """Which copies this shard has now: the first of them passes on to the others what workers push."""
 
@@ -425,7 +434,7 @@ AnyMessage = (
     | Joined | Refused | Grant | Finished | Missing | Answer | Fenced | Primaries
     | Pull | Pulled | Gone | Stage
     | Hello | Staged | Copies | Combine | Combined | Apply | Applied | Drop
-    | Clone | Whole | Save | Saved | Kept | Over
+    | Clone | Whole | Backup | Save | Saved | Kept | Over
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

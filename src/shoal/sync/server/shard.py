@@ -106,10 +106,13 @@ class ServerShard:
         """To be said to the coordinator when it is there, and again whenever either comes back."""
         return [Send(COORDINATOR, m.Hello(self.number, self.copy, self.version))]
 
-    def recover(self, log: Iterable[tuple[m.Stage, Sequence[Any]]]) -> None:
+    def recover(self, log: Iterable[tuple[m.Stage | m.Backup, Sequence[Any]]]) -> None:
         """After a crash, with `held` as it was saved at `version`: takes in what the log has of the time since."""
-        for stage, tensors in log:
-            self._put(stage, tensors)
+        for message, tensors in log:
+            if isinstance(message, m.Stage):
+                self._put(message, tensors)
+            elif message.version == self.version:
+                self._backup[message.worker] = list(tensors)
 
     def give(self, copy: int) -> list[Effect]:
         """All that is here, to a new copy; from now on it is passed what workers push."""
@@ -189,8 +192,15 @@ class ServerShard:
         out, self._out = self._out, []
         return out
 
+    def carried(self) -> Iterator[tuple[m.Stage | m.Backup, tuple[Any, ...]]]:
+        """What a log that begins anew at this version begins with: all that is not in `held`."""
+        pieces = self.held.pieces()
+        for worker, weights in self._backup.items():
+            yield m.Backup(worker, self.version, pieces), self.held.cut(weights, pieces)
+        yield from self.unapplied()
+
     def unapplied(self) -> Iterator[tuple[m.Stage, tuple[Any, ...]]]:
-        """What is staged and not decided on, for a log that begins anew, or for a new copy.
+        """What is staged and not decided on, for a log, or for a new copy.
 
         Of a push of which some ranks' parts have not come: all that is there, as one of those that have, and nothing
         as the others.
@@ -264,6 +274,9 @@ class ServerShard:
             # The next order may be there already, and what they want would be gone.
             for reader in [sender for sender, pull in self._waiting.items() if pull.master]:
                 self._pull(reader, self._waiting[reader])
+            if self._keep():
+                # Or the next one would be in it, too. The coordinator says again what is left.
+                break
         self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))
         for sender, pull in list(self._waiting.items()):
             self._pull(sender, pull)
@@ -285,18 +298,20 @@ class ServerShard:
         else:
             total = self.held.total(staged)
         pulled = self._backup.pop(order.keys[0].worker, None) if self.backups else None
+        assert pulled is not None or not (self.backups and order.staleness), "nothing to measure a stale gradient from"
         self.held.apply(total, order, pulled)
         self._summed = None
         for key in order.keys:
             self._applied[key.worker] = key
         self.version = order.version
-        self._keep()
 
-    def _keep(self) -> None:
-        """What is to be saved of this version; of one that is over, nothing can be any more."""
-        if (values := self._saves.get(self.version)) is not None:
+    def _keep(self) -> bool:
+        """Whether something is to be saved of this version; of one that is over, nothing can be any more."""
+        values = self._saves.get(self.version)
+        if values is not None:
             self._out.append(Keep(self.version, values))
-        self._saves = {version: values for version, values in self._saves.items() if version > self.version}
+        self._saves = {version: told for version, told in self._saves.items() if version > self.version}
+        return values is not None
 
     def _may_be_pulled(self) -> bool:
         """Whether these weights may yet be asked for when the next commit has been applied."""

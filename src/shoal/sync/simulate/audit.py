@@ -25,6 +25,7 @@ def violations(world: World) -> list[str]:
         *_samples(world, commits),
         *_bounds(world, commits),
         *_snapshots(world, commits),
+        *_compensated(world, commits),
     ]
 
 
@@ -154,3 +155,16 @@ def _snapshots(world: World, commits: list[r.Committed]) -> Iterator[str]:
         for (_, key), versions in seen.pulled.items():
             if len(set(versions)) > 1:
                 yield f"{key} was computed on versions {sorted(set(versions))} at once"
+
+
+def _compensated(world: World, commits: list[r.Committed]) -> Iterator[str]:
+    """`dc` measures a gradient that is late from the very weights that its worker pulled, on every copy."""
+    if world.rules.compensation != "dc":
+        return
+    for shard in world.shards():
+        held = shard.held
+        assert isinstance(held, Ledger)
+        for record, measured in zip(commits, held.measured, strict=False):
+            pulled = record.version - 1 - record.staleness[0]
+            if record.staleness[0] and measured != pulled:
+                yield f"{record.keys[0]} pulled version {pulled} and is compensated from {measured}"

@@ -33,7 +33,7 @@ def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype) ->
     """
     if getattr(message, "encoded", False):
         return [torch.empty(length, dtype=torch.uint8) for length in lengths]
-    pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole) else ()
+    pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole | m.Backup) else ()
     if len(pieces) != len(lengths):
         raise FrameError("does not fit", f"sent {len(lengths)} tensors with {type(message).__name__}")
     return [torch.empty(piece.shape, dtype=dtype) for piece in pieces]

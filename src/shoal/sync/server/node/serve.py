@@ -104,16 +104,17 @@ class Serving:
                 assert self.log is not None
                 self.log.append(effect.what, effect.tensors, effect.durable)
             elif isinstance(effect, Keep):
-                self._save(effect.version, effect.values)
+                # Whoever goes on from this checkpoint needs what the segment begins with.
                 self._turn(effect.version)
+                self._save(effect.version, effect.values)
 
     def _turn(self, version: int) -> None:
-        """What is not part of this version goes on into the next segment of the log, and what is staged with it."""
+        """What is not part of this version goes into the next segment of the log, with all that it will need."""
         if self.log is None:
             return
         self.log.turn(version)
-        for stage, tensors in self.machine.unapplied():
-            self.log.append(stage, tensors, durable=True)
+        for message, tensors in self.machine.carried():
+            self.log.append(message, tensors, durable=True)
 
 
 # Seconds without a coordinator after which a shard gives up; and after which a copy that lacks bytes does.
