@@ -231,8 +231,13 @@ def test_the_slow_worker_gets_a_turn():
     assert sizes[:4] == [4, 4, 2, 2]
 
 
-@pytest.mark.parametrize("compensation", ["rate", "age", "dc", "look-ahead", "delayed-nesterov"])
-def test_every_compensation_trains(compensation):
-    found = outcome("asp", compensation=compensation).outcome
-    assert found.loss < 0.2 * found.loss_first
-    assert found.mode == f"asp {compensation}"
+def test_every_compensation_trains_and_none_does_nothing():
+    """Each is found by its own way into an update: by the coordinator, by what is pulled, by what shards apply."""
+    without = outcome("asp").outcome
+    losses = {without.loss}
+    for compensation in ("rate", "age", "dc", "look-ahead", "delayed-nesterov"):
+        found = outcome("asp", compensation=compensation).outcome
+        assert found.loss < 0.2 * found.loss_first
+        assert found.mode == f"asp {compensation}"
+        losses.add(found.loss)
+    assert len(losses) == 6, "two of them do the same"

@@ -211,6 +211,41 @@ def test_clipping_is_of_the_mean():
     assert (committed.grad_norm, committed.clip, committed.apply().scale) == (2.0, 0.25, 0.25 / 8)
 
 
+@pytest.mark.parametrize(
+    ("compensation", "strength", "clip", "lr"),
+    [("none", None, 0.25, 1.0), ("rate", None, 0.25, 0.25), ("rate", 2.0, 0.25, 0.0625), ("age", None, 0.125, 1.0)],
+)
+def test_what_is_three_commits_late_is_clipped_and_made_less_of(compensation, strength, clip, lr):
+    """The mean's norm is 4, the largest one is 1: × ¼; age: × ½ besides; rate: lr / 4."""
+    bench = Bench(workers=2, clip=1.0, compensation=compensation, strength=strength)
+    for worker in (0, 1):
+        bench.join(worker)
+    late = bench.granted(Key(0, 0, 0))
+    for clock in range(3):
+        bench.push(bench.granted(Key(1, 0, clock)), square=64.0, weight=2.0)
+    bench.push(late, square=64.0, weight=2.0)
+    commits = [record for record in bench.journal if isinstance(record, r.Committed)]
+    assert [record.staleness for record in commits] == [(0,), (0,), (0,), (3,)]
+    assert [(record.grad_norm, record.clip, record.lr) for record in commits[:3]] == [(4.0, 0.25, 1.0)] * 3
+    assert (commits[3].grad_norm, commits[3].clip, commits[3].lr) == (4.0, clip, lr)
+    assert commits[3].apply() == m.Apply(4, (late.key,), clip / 2, lr, 3)
+
+
+def test_shards_are_told_whose_weights_to_keep():
+    """With dc: of each version, who computes on it when the next one comes; that is on disk before he begins."""
+    bench = Bench(workers=3, compensation="dc")
+    for worker in range(3):
+        bench.join(worker)
+    first = bench.granted(Key(0, 0, 0))
+    assert [(type(e.what), e.durable) for e in bench.effects if isinstance(e, Write)] == [(r.Granted, True)]
+    second = bench.granted(Key(1, 0, 0))
+    bench.push(bench.granted(Key(2, 0, 0)))
+    bench.push(second)
+    bench.push(bench.granted(Key(1, 0, 1)))
+    bench.push(first)
+    assert [record.holders for record in bench.journal if isinstance(record, r.Committed)] == [(0, 1), (), (), ()]
+
+
 def test_a_norm_is_added_up_in_the_order_of_names_and_rows():
     """Ones first, they add up to 64; after 2⁵³ each of them is lost."""
     bench = Bench(workers=1, clip=0.0)
