@@ -343,6 +343,24 @@ def test_the_gate_of_ssp():
     assert any(isinstance(said, m.Grant) and said.key == Key(0, 0, 2) for said in bench.said)
 
 
+def test_the_bound_of_ssp_counts_who_has_lived_since():
+    """Not all that ever were; also where the grant was lost in a crash, and nobody knows when it was."""
+    bench = Bench("ssp", workers=2, staleness=9)
+    for worker in (0, 1):
+        bench.join(worker)
+    grant = bench.granted(Key(0, 0, 0))
+    for nonce in (1, 2, 3):
+        bench.join(1, nonce)
+    assert bench.coordinator.at.members[0].peers == 4
+    bench.push(grant)
+    bench.join(1, nonce=4)
+    bench.coordinator = bench.make()
+    for key, samples in ((Key(1, 4, 1), Range(4, 8)), (Key(0, 0, 1), Range(8, 12))):
+        bench.tell(m.Push(key, 1, 1.0, 0.0, samples))
+    adopted = [record for record in bench.journal if isinstance(record, r.Granted)][1:]
+    assert [(grant.key.worker, grant.version, grant.peers) for grant in adopted] == [(1, 1, 1), (0, 1, 2)]
+
+
 def test_nothing_can_be_learned_from_nan_or_from_no_tokens():
     bench = Bench(workers=1)
     bench.join(0)

@@ -190,8 +190,8 @@ def test_a_crash_after_a_checkpoint_does_not_stop_the_compensation(tmp_path):
         commit(server, 2, Key(1, 0, 1), 0)
         commit(server, 3, Key(0, 0, 1), 2)
     assert all(torch.equal(a, b) for a, b in zip(live.held.live(), back.held.live(), strict=True))
+    stage(back, Key(0, 0, 2))
     with pytest.raises(AssertionError, match="nothing to measure a stale gradient from"):
-        stage(back, Key(0, 0, 2))
         commit(back, 4, Key(0, 0, 2), 1)
 
 

@@ -13,7 +13,7 @@ from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copy
-from shoal.sync.server.decisions import as_granted, commit, leases, may_begin, refusal
+from shoal.sync.server.decisions import as_granted, check_clock, commit, leases, may_begin, refusal
 from shoal.sync.server.effects import Effect, Send, Summary, Write
 from shoal.sync.server.members import Member
 from shoal.sync.server.messages import Address, Key, Message, Range, Square
@@ -419,6 +419,7 @@ class Coordinator:
         if samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
             self.at.samples.give_back(samples)
         if samples is not None:
+            check_clock(self.at, member)
             peers = len(self.at.members) - 1
             durable = self.rules.compensation == "dc"
             self._write(r.Granted(member.key, self.version, samples, peers, gone), durable)

@@ -15,8 +15,8 @@ class Member:
     clock: its pushes that were answered. size: micro-batches of its next gradient, at most `share`.
     rejected: gradients rejected in a row for coming late. asked, grant, push: how far the current clock has come.
     staged: which copies of shards have all bytes of the push. answer: to the clock before.
-    peers: other incarnations that have lived since the grant (before it: since the clock began), all of which may commit
-    between the grant and its own commit.
+    peers: other incarnations that have lived since the grant (before it: since the clock began), all of which may
+    commit between the grant and its own commit.
     until: when it is given up unless it is heard of. broken: its connection is, since it was.
     """
 

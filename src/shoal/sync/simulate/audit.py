@@ -11,8 +11,12 @@ from itertools import pairwise
 
 from shoal.sync.server import records as r
 from shoal.sync.server.messages import Key, Range
+from shoal.sync.server.rules import Rules
 from shoal.sync.simulate.ledger import Ledger, Token
 from shoal.sync.simulate.world import World
+
+# Worker and incarnation.
+_Life = tuple[int, int]
 
 
 def violations(world: World) -> list[str]:
@@ -95,37 +99,60 @@ def _skipped(world: World) -> list[Range]:
 
 
 def _bounds(world: World, commits: list[r.Committed]) -> Iterator[str]:
-    """Staleness by what workers really pulled, against what the mode promises; the gate of ssp at every grant."""
-    rules = world.rules
+    """Staleness by what workers really pulled, against what the mode promises."""
     version_of = {key: record.version for record in commits for key in record.keys}
     for seen in world.seen:
         for token, versions in seen.pulled.items():
             if token[1] in version_of and (late := version_of[token[1]] - 1 - min(versions)) < 0:
                 yield f"{token[1]} was committed {-late} versions before what it was computed from"
-    live: dict[int, r.Entered] = {}
-    clocks: dict[int, int] = {}
-    granted: dict[Key, tuple[int, set[tuple[int, int]]]] = {}
-    for record in _grants_apart(world.journal):
-        if isinstance(record, r.Entered):
-            live[record.worker], clocks[record.worker] = record, record.clock
-            for _, others in granted.values():
-                others.add((record.worker, record.incarnation))
+    yield from exceeded(world.rules, world.journal)
+
+
+def exceeded(rules: Rules, journal: Sequence[r.AnyRecord]) -> Iterator[str]:
+    """What a journal says that its mode does not allow: the gate of ssp at every grant and commit, staleness."""
+    clocks: dict[_Life, int] = {}
+    # Of each life all that have lived since its present clock began; of each grant all since that.
+    since: dict[_Life, set[_Life]] = {}
+    granted: dict[Key, tuple[int, set[_Life]]] = {}
+    version = 0
+    for record in _grants_apart(journal):
+        if isinstance(record, r.Opened):
+            version = record.version
+        elif isinstance(record, r.Entered):
+            for lives in (*since.values(), *(lives for _, lives in granted.values())):
+                lives.add((record.worker, record.incarnation))
+            clocks[record.worker, record.incarnation] = record.clock
+            since[record.worker, record.incarnation] = set(clocks)
         elif isinstance(record, r.Left):
-            live.pop(record.worker)
-            clocks.pop(record.worker)
+            del clocks[record.worker, record.incarnation], since[record.worker, record.incarnation]
+        elif isinstance(record, r.Paced):
+            # Where a journal has begun anew: some have left before.
+            (life,) = (life for life in clocks if life[0] == record.worker)
+            since[life] |= {(-1, i) for i in range(record.peers + 1 - len(since[life]))}
         elif isinstance(record, r.Granted):
-            others = {(e.worker, e.incarnation) for e in live.values()} - {record.key[:2]}
-            granted[record.key] = (record.version, others)
-            ahead = record.key.clock - min(clocks.values())
-            if rules.mode == "ssp" and ahead > rules.staleness:
-                yield f"{record.key} began {ahead} clocks ahead of the slowest"
-        elif isinstance(record, r.Rejected):
-            clocks[record.key.worker] += 1
-        elif isinstance(record, r.Committed):
-            for key in record.keys:
-                if key.worker in clocks and live[key.worker].incarnation == key.incarnation:
-                    clocks[key.worker] += 1
-                yield from _stale(world, record.version, key, granted.get(key))
+            # One that was lost in a crash is of a version of that time.
+            again = record.version < version
+            granted[record.key] = record.version, set(since[_life(record.key)] if again else clocks)
+            yield from _ahead(rules, record.key, clocks)
+        elif isinstance(record, r.Committed | r.Rejected):
+            version = record.version
+            for key in record.keys if isinstance(record, r.Committed) else (record.key,):
+                if isinstance(record, r.Committed):
+                    yield from _stale(rules, version, key, granted.get(key))
+                    yield from _ahead(rules, key, clocks)
+                if (life := _life(key)) in clocks:
+                    clocks[life] += 1
+                    since[life] = set(clocks)
+
+
+def _life(key: Key) -> _Life:
+    return key.worker, key.incarnation
+
+
+def _ahead(rules: Rules, key: Key, clocks: dict[_Life, int]) -> Iterator[str]:
+    ahead = key.clock - min(clocks.values(), default=key.clock)
+    if rules.mode == "ssp" and ahead > rules.staleness:
+        yield f"{key} is {ahead} clocks ahead of the slowest"
 
 
 def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
@@ -133,12 +160,11 @@ def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
         yield from record.grants if isinstance(record, r.Begun) else (record,)
 
 
-def _stale(world: World, version: int, key: Key, grant: tuple[int, set[tuple[int, int]]] | None) -> Iterator[str]:
-    rules = world.rules
+def _stale(rules: Rules, version: int, key: Key, grant: tuple[int, set[_Life]] | None) -> Iterator[str]:
     if grant is None:
         yield f"{key} was committed and never granted"
         return
-    late, others = version - 1 - grant[0], len(grant[1])
+    late, others = version - 1 - grant[0], len(grant[1] - {_life(key)})
     if rules.rounds and late:
         yield f"{key} is {late} commits late in a round"
     if rules.max_staleness is not None and late > rules.max_staleness:

@@ -1,8 +1,8 @@
 """What workers have pushed to a shard of one copy, on a disk: so that it is there after a crash.
 
 Segments, one for each checkpoint that was begun: `<version>.log`. In a segment, first, where stale gradients are
-compensated by it, the weights that workers computed on at that version. Of each of these and of each push: length and CRC-32 of its
-header, the header (msgpack: the message, and the CRC-32 of each tensor's bytes), the tensors' bytes.
+compensated by it, the weights that workers computed on at that version. Of each of these and of each push: length and
+CRC-32 of its header, the header (msgpack: the message, and the CRC-32 of each tensor's bytes), the tensors' bytes.
 """
 
 from __future__ import annotations
