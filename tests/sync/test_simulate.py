@@ -13,6 +13,7 @@ from shoal.job.optim import OptimOptions
 from shoal.sync.server import coordinator
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
+from shoal.sync.server.copies import Copies
 from shoal.sync.server.effects import Send
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.shard import ServerShard
@@ -166,6 +167,22 @@ def test_bytes_that_are_only_in_memory_are_missed(monkeypatch):
 
     monkeypatch.setattr(World, "_shard", unlogged)
     assert seen("is lost")
+
+
+def test_a_commit_that_one_copy_alone_has_is_seen(monkeypatch):
+    monkeypatch.setattr(Copies, "doubled", True)
+    assert seen("was committed with shard . of it in 1 places")
+
+
+def test_a_shard_that_is_lost_with_all_its_copies_ends_the_run():
+    faults = (Fault(3.0, "shard"), Fault(3.5, "shard"))
+    scenario = Scenario(Rules("asp", workers=2), (0.5, 0.7), 40, copies=2, faults=faults)
+    world = World(scenario, Ledgers()).run()
+    assert violations(world) == []
+    assert (world.over, world.finished) == ("no copy of shard 0 is left", False)
+    later = World(replace(scenario, faults=(faults[0], Fault(4.5, "shard"))), Ledgers()).run()
+    assert violations(later) == []
+    assert later.finished
 
 
 def test_a_pull_of_two_versions_is_seen(monkeypatch):

@@ -128,6 +128,35 @@ def test_bytes_are_given_up_only_after_the_journal_has_it():
     assert given_up.index(r.Left) < given_up.index(m.Drop)
 
 
+@pytest.mark.parametrize("mode", ["asp", "bsp"])
+def test_nothing_is_committed_that_only_one_copy_has(mode):
+    """Of two copies one is lost: what is pushed waits for the new one, and until that has it, too."""
+    bench = Bench(mode, workers=1, copies=2)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.do(bench.coordinator.lost(Address("shard", 0, 0), 0.0))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, grant.samples))
+    squares = (Square("w", 0, 1.0),)
+    bench.tell(m.Staged(grant.key, 0, 1, squares))
+    bench.tell(m.Combined(1, (grant.key,), 0, 1, squares))
+    assert bench.coordinator.version == 0
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    assert bench.coordinator.version == 0
+    bench.tell(m.Staged(grant.key, 0, 2, squares))
+    if mode == "bsp":
+        assert Send(Address("shard", 0, 2), m.Combine(1, (grant.key,))) in bench.effects
+        bench.tell(m.Combined(1, (grant.key,), 0, 2, squares))
+    assert bench.coordinator.version == 1
+
+
+def test_of_three_copies_two_are_enough():
+    bench = Bench(workers=1, copies=3)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.do(bench.coordinator.lost(Address("shard", 0, 1), 0.0))
+    assert bench.push(grant) is not None
+
+
 def test_a_retry_gets_the_recorded_answer_also_after_a_crash():
     bench = Bench(workers=1)
     bench.join(0)

@@ -292,7 +292,11 @@ class Coordinator:
         if member is not None and message.key == member.key:
             member.staged[copy] = message.squares
             self._complete(member)
-        elif message.key in self._round.keys:
+        if message.key in self._round.keys:
+            if copy not in self._round.squares:
+                # A new one, which may have all of the round now.
+                self._say(Address("shard", *copy), m.Combine(self.version + 1, self._round.keys))
+        elif member is not None and message.key == member.key:
             return
         elif (record := self.at.copies.commit_of(message.key)) is not None:
             # Never dropped, even if this copy has applied it: it may die, come back with its log, and need it again.
@@ -317,7 +321,7 @@ class Coordinator:
     # What becomes of gradients.
 
     def _complete(self, member: Member) -> None:
-        """Once every copy of every shard has all of the push."""
+        """Once every copy of every shard has all of the push, as far as is known; it is looked at again at its commit."""
         push = member.push
         if push is None or member.key in self.at.ready or not self.at.copies.applied.keys() <= member.staged.keys():
             return
@@ -337,7 +341,7 @@ class Coordinator:
                 continue
             if self._late(push):
                 self._reject(member, r.LATE)
-            else:
+            elif self.at.copies.holds(member.staged):
                 self._commit((push,), self._squares(member.staged))
 
     def _decide_round(self) -> None:
@@ -345,7 +349,7 @@ class Coordinator:
         if not self._round.pushes and self._round.closes(self.at):
             self._round.close(self.at)
             self._combine()
-        if not self._round.pushes or not self.at.copies.applied.keys() <= self._round.squares.keys():
+        if not self._round.pushes or not self.at.copies.holds(self._round.squares):
             return
         self._commit(self._round.pushes, self._squares(self._round.squares))
         self._round = Round(self.rules)

@@ -30,11 +30,12 @@ def violations(world: World) -> list[str]:
         *_bounds(world, commits),
         *_snapshots(world, commits),
         *_compensated(world, commits),
+        *world.thin,
     ]
 
 
 def _ended(world: World) -> Iterator[str]:
-    if not world.finished:
+    if not world.finished and not world.over:
         yield f"after {world.now:.0f} simulated seconds some workers still wait"
 
 
@@ -61,6 +62,9 @@ def _versions(world: World, commits: list[r.Committed]) -> Iterator[str]:
 
 def _answers(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """No acknowledged push is lost, none is applied twice, none is applied that was rejected."""
+    if world.over:
+        # Loudly. What was acknowledged since the last checkpoint is lost.
+        return
     counts: dict[Token, int] = {}
     ledger = world.shards()[0].held if world.shards() else None
     assert isinstance(ledger, Ledger)

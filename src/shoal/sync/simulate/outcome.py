@@ -101,6 +101,11 @@ def _run(scenario: Scenario, options: OptimOptions, global_batch: int) -> Outcom
         world = World(scenario, problem).run()
     finally:
         torch.set_num_threads(threads)
+    if world.over:
+        raise JobError(
+            f"after {world.now:.0f} simulated seconds {world.over}: the job cannot go on",
+            where=f"mode {scenario.rules.mode}", fix="fewer kills of one shard at a time, or more copies",
+        )  # fmt: skip
     if not world.finished:
         raise JobError(
             f"after {world.now:.0f} simulated seconds the job has not ended", where=f"mode {scenario.rules.mode}",

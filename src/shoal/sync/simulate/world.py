@@ -56,7 +56,10 @@ class Seen:
 
 
 class World:
-    """Run it once with `run`, then read `journal`, `committed` (the times of commits), `seen`, `shards`, `now`."""
+    """Run it once with `run`, then read `journal`, `committed` (the times of commits), `seen`, `shards`, `now`.
+
+    over: why it ended before its end. thin: commits whose bytes were in fewer places than was promised.
+    """
 
     def __init__(self, scenario: Scenario, problem: Problem, coordinator: type[Coordinator] = Coordinator):
         """coordinator: the class; a test may give one with a mistake in it."""
@@ -68,6 +71,8 @@ class World:
         self.journal: list[r.AnyRecord] = [r.Opened("")]
         self.durable = 1
         self.committed: list[float] = []
+        self.over = ""
+        self.thin: list[str] = []
         self.logs: dict[int, list[tuple[m.Stage, Sequence[Any]]]] = {}
         self.seen = [Seen() for _ in scenario.speeds]
         self.hosts: dict[Address, _Host] = {}
@@ -94,7 +99,7 @@ class World:
     def run(self) -> World:
         """Until it is finished and every commit is applied, or patience ends."""
         queue, workers = self._queue, len(self.scenario.speeds)
-        while queue and not (len(self._done) == workers and self._settled()):
+        while queue and not self.over and not (len(self._done) == workers and self._settled()):
             self.now, _, event, given = heapq.heappop(queue)
             if self.now > self.scenario.patience:
                 break
@@ -168,9 +173,10 @@ class World:
         """Effects in order; a host with a burning fuse dies between two of them."""
         for effect in effects:
             if host.fuse is not None:
-                if host.fuse == 0 and self._kill(address, host):
+                if host.fuse == 0:
+                    self._kill(address, host)
                     return
-                host.fuse = host.fuse - 1 if host.fuse else None
+                host.fuse -= 1
             if isinstance(effect, Send):
                 self._send(address, effect)
             elif not isinstance(effect, Write):
@@ -181,6 +187,7 @@ class World:
                 self.journal.append(effect.what)
                 if isinstance(effect.what, r.Committed):
                     self.committed.append(self.now)
+                    self._places(effect.what)
                 if effect.durable:
                     self.durable = len(self.journal)
         if address.role == "worker":
@@ -188,6 +195,19 @@ class World:
         elif address is COORDINATOR and host.machine.alarm not in (None, host.alarm):
             host.alarm = host.machine.alarm
             self._at(host.alarm, self._on_alarm, host.life)
+
+    def _places(self, record: r.Committed) -> None:
+        """Looks where the bytes of a commit are, as it goes into the journal. What a copy had when it was killed counts
+        until the coordinator can know."""
+        for shard, copies in enumerate(self.hosts[COORDINATOR].machine.at.copies.of_shard):
+            machines = [self.hosts[at].machine for copy in copies if (at := Address("shard", shard, copy)) in self.hosts]
+            places = sum(
+                machine.version >= record.version
+                or all(key in machine.staged and machine.staged[key].squares is not None for key in record.keys)
+                for machine in machines
+            )
+            if places < len(copies) or places < min(2, self.scenario.copies):
+                self.thin.append(f"version {record.version} was committed with shard {shard} of it in {places} places")
 
     def _follow(self, address: Address, host: _Host) -> None:
         """What a worker's own program does: it computes when there is something to, joins again when it was fenced."""
@@ -315,21 +335,18 @@ class World:
         coordinator: Coordinator = self.hosts[COORDINATOR].machine
         return Address("shard", fault.number, coordinator.at.copies.primaries()[fault.number])
 
-    def _kill(self, address: Address, host: _Host) -> bool:
-        """False where it would destroy the only copy of what is not on a disk."""
+    def _kill(self, address: Address, host: _Host) -> None:
+        """Where nothing is left of a shard without a log, the run is over: what it held cannot be had again."""
         host.fuse = None
-        if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
-            return False
         host.up, host.life = False, host.life + 1
+        if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
+            self.over = f"no copy of shard {address.number} is left"
         self._at(self.now + host.down, self._on_start, address)
         if address is not COORDINATOR:
             self._at(self.now + self.scenario.delay, self._on_lost, address)
-        return True
 
     def _last(self, address: Address) -> bool:
-        alike = [a for a, h in self.hosts.items() if a.role == "shard" and a.number == address.number and h.up]
-        known: Coordinator = self.hosts[COORDINATOR].machine
-        return len(alike) < 2 or len(known.at.copies.of_shard[address.number]) < 2
+        return not any(a.role == "shard" and a.number == address.number and h.up for a, h in self.hosts.items())
 
     def _on_lost(self, address: Address) -> None:
         host = self.hosts[COORDINATOR]
