@@ -149,6 +149,37 @@ def test_nothing_is_committed_that_only_one_copy_has(mode):
     assert bench.coordinator.version == 1
 
 
+def test_a_copy_that_is_gone_when_the_coordinator_comes_back_is_given_up():
+    """No connection with it breaks, since there was none."""
+    bench = Bench(workers=1, copies=3)
+    bench.join(0)
+    bench.coordinator = bench.make()
+    bench.tell(m.Hello(0, 1, 0), Address("shard", 0, 1))
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    bench.do(bench.coordinator.tick(4.9))
+    assert bench.coordinator.at.copies.of_shard == [(0, 1, 2)]
+    bench.now = 5.0
+    bench.do(bench.coordinator.tick(5.0))
+    assert bench.coordinator.at.copies.of_shard == [(1, 2)]
+    assert r.Changed(0, (1, 2)) in bench.journal
+    first = Bench(workers=1, copies=2)
+    first.do(first.coordinator.tick(60.0))
+    assert first.coordinator.at.copies.of_shard == [(0, 1)], "at the beginning they may take their time"
+
+
+def test_a_copy_that_was_filled_before_the_last_one_was_lost_takes_its_place():
+    bench = Bench(workers=1, copies=2)
+    for copy in (1, 0):
+        bench.do(bench.coordinator.lost(Address("shard", 0, copy), 0.0))
+    assert bench.coordinator.at.copies.of_shard == [(0,)]
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    assert bench.coordinator.at.copies.of_shard == [(2,)], "not behind one that is not there"
+    bench.do(bench.coordinator.lost(Address("shard", 0, 2), 0.0))
+    for copy in (2, 3):
+        bench.tell(m.Hello(0, copy, 0), Address("shard", 0, copy))
+    assert bench.coordinator.at.copies.of_shard == [(2, 3)], "it is there again"
+
+
 def test_of_three_copies_two_are_enough():
     bench = Bench(workers=1, copies=3)
     bench.join(0)
@@ -422,6 +453,7 @@ def test_a_push_of_other_samples_than_granted_is_rejected_and_of_fewer_is_not():
 def test_a_shard_of_another_time_is_refused():
     bench = Bench()
     (refused,) = bench.tell(m.Hello(0, 0, 3), Address("shard"))
+    assert refused.nonce == 3
     assert refused.why == "shard 0 holds version 3, its journal 0 to 0"
     for shard in (-1, 1):
         (refused,) = bench.tell(m.Hello(shard, 0, 0), Address("shard", shard))

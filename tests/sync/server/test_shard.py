@@ -248,6 +248,7 @@ def test_what_some_ranks_have_sent_goes_on_where_the_log_begins_anew_and_in_a_ne
     back.recover(carried)
     whole, *staged = old.give(1)
     new.take(whole.message, whole.tensors)
+    assert new.filled, "half a push can be of no commit"
     for effect in staged:
         new.handle(old.address, effect.message, effect.tensors, 0.0)
     for server in (back, new):
@@ -255,6 +256,17 @@ def test_what_some_ranks_have_sent_goes_on_where_the_log_begins_anew_and_in_a_ne
         assert [(s.name, s.value) for s in told.squares] == [("a", pytest.approx(6 * 4 + 6 * 9)), ("s", 25.0)]
         apply(server, 1, key)
         assert torch.equal(server.held.live()[0], VALUES["a"] - torch.tensor([2.0, 3.0]))
+
+
+def test_a_new_copy_is_filled_when_it_has_what_may_be_committed_already():
+    old, new = shard(), shard(copy=1)
+    stage(old, Key(0, 0, 0))
+    whole, staged = old.give(1)
+    assert not new.filled
+    new.take(whole.message, whole.tensors)
+    assert not new.filled
+    new.handle(old.address, staged.message, staged.tensors, 0.0)
+    assert new.filled
 
 
 def test_a_copy_that_is_being_filled_is_passed_what_comes_until_it_is_gone():
@@ -268,6 +280,30 @@ def test_a_copy_that_is_being_filled_is_passed_what_comes_until_it_is_gone():
     server.give(4)
     server.lost(Address("shard", 0, 4))
     assert server.others == ()
+
+
+def test_a_copy_that_never_got_what_it_is_to_add_up_is_stuck():
+    """The worker that pushed it may be gone; another copy has it."""
+    server, (one, two) = shard(), keys(2)
+    stage(server, one)
+    assert said(server.handle(m.COORDINATOR, m.Combine(1, (one, two)), (), 0.0)) == []
+    assert server.stuck
+    stage(server, two)
+    assert not server.stuck
+    server.handle(m.COORDINATOR, m.Combine(1, (two, Key(7, 0, 0))), (), 0.0)
+    assert server.stuck
+    apply(server, 1, one)
+    assert not server.stuck, "it was another round that came to be"
+
+
+def test_a_refusal_of_what_was_said_long_ago_is_none():
+    server, key = shard(), Key(0, 0, 0)
+    stage(server, key)
+    apply(server, 1, key)
+    server.handle(m.COORDINATOR, m.Refused(0, "too old", ""), (), 0.0)
+    assert server.refused is None
+    server.handle(m.COORDINATOR, m.Refused(1, "too old", ""), (), 0.0)
+    assert server.refused is not None
 
 
 def test_a_copy_that_never_got_what_it_is_to_apply_is_stuck():

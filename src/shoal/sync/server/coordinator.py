@@ -61,6 +61,11 @@ class Coordinator:
             )  # fmt: skip
         self._round = Round(rules)
         self._out: list[Effect] = []
+        # After a crash: copies that have not said yet that they are there, and until when they may. And copies that
+        # were the last of a shard when their connection broke.
+        self.unheard = set(self.at.copies.applied) if len(journal) > 1 else set()
+        self._unheard_until = now + rules.lease
+        self._ends: set[Copy] = set()
 
     @property
     def version(self) -> int:
@@ -92,6 +97,10 @@ class Coordinator:
         for member in list(self.at.members.values()):
             if now >= member.until:
                 self._give_up(member, "lost" if member.broken else "expired")
+        if now >= self._unheard_until:
+            for copy in sorted(self.unheard):
+                self._lose(copy)
+            self.unheard.clear()
         self._out += self.at.copies.tick(now)
         self._combine()
         return self._done()
@@ -106,12 +115,18 @@ class Coordinator:
                 if not self.rules.reconnect:
                     self._give_up(member, "lost")
         else:
-            copies = self.at.copies.of_shard[address.number]
-            left = tuple(copy for copy in copies if copy != address.copy)
-            # The only copy of a shard is waited for: it comes back with its log.
-            if left and left != copies:
-                self._change(address.number, left)
+            self._lose((address.number, address.copy))
         return self._done()
+
+    def _lose(self, lost: Copy) -> None:
+        """The last copy of a shard is waited for: it comes back with its log, or one that has taken all from it."""
+        shard, number = lost
+        copies = self.at.copies.of_shard[shard]
+        left = tuple(copy for copy in copies if copy != number)
+        if not left:
+            self._ends.add(lost)
+        elif left != copies:
+            self._change(shard, left)
 
     def anew(self, now: float) -> list[Effect]:
         """All processes of the job are new: gives up the workers of before, and waits for as many as at first."""
@@ -262,6 +277,7 @@ class Coordinator:
 
     def _from_shard(self, message: _FromShard) -> None:
         copy, copies = (message.shard, message.copy), self.at.copies
+        self.unheard.discard(copy)
         if isinstance(message, m.Hello):
             self._hello(copy, message)
         elif copy not in copies.applied:
@@ -280,10 +296,12 @@ class Coordinator:
         copies = self.at.copies
         if not 0 <= message.shard < len(copies.of_shard) or not copies.base <= message.version <= self.version:
             why = f"shard {message.shard} holds version {message.version}, its journal {copies.base} to {self.version}"
-            self._say(Address("shard", *copy), m.Refused(message.copy, why, "start all from one checkpoint"))
+            self._say(Address("shard", *copy), m.Refused(message.version, why, "start all from one checkpoint"))
             return
+        self._ends.discard(copy)
         if copy not in copies.applied:
-            self._change(message.shard, (*copies.of_shard[message.shard], message.copy))
+            left = [other for other in copies.of_shard[message.shard] if (message.shard, other) not in self._ends]
+            self._change(message.shard, (*left, message.copy))
         copies.applied[copy] = message.version
         self._out += copies.again(copy, self.at.now)
 
@@ -321,7 +339,7 @@ class Coordinator:
     # What becomes of gradients.
 
     def _complete(self, member: Member) -> None:
-        """Once every copy of every shard has all of the push, as far as is known; it is looked at again at its commit."""
+        """Once every copy of every shard has all of the push; at its commit that is looked at again."""
         push = member.push
         if push is None or member.key in self.at.ready or not self.at.copies.applied.keys() <= member.staged.keys():
             return

@@ -162,7 +162,7 @@ class Joined(Message, frozen=True):
 class Refused(Message, frozen=True):
     """This worker, or this copy of a shard, cannot take part. why: one sentence. fix: what to do.
 
-    nonce: of the Join; of a shard: its copy.
+    nonce: of the Join; of a shard: the version that it said it holds.
     """
 
     nonce: int
@@ -334,13 +334,14 @@ class Whole(Message, frozen=True):
     """With the tensors of `pieces`: all that a shard holds at `version`.
 
     pieces: weights and the optimizer's state, `<slot>.<name>`; then, for each of `backups` (workers), the weights that
-    it pulled. values: of the optimizer, as JSON.
+    it pulled. values: of the optimizer, as JSON. staged: pushes that are not applied, and come by themselves.
     """
 
     version: int
     pieces: tuple[Piece, ...]
     backups: tuple[int, ...]
     values: bytes
+    staged: tuple[Key, ...] = ()
 
 
 class Backup(Message, frozen=True):

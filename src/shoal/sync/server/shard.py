@@ -89,6 +89,8 @@ class ServerShard:
         self.staged: dict[Key, _Staged] = {}
         self._applied: dict[int, Key] = {}
         self._orders: dict[int, Apply] = {}
+        self._awaited: tuple[Key, ...] | None = None
+        self._combining: m.Combine | None = None
         self._summed: tuple[tuple[Key, ...], Any, tuple[Square, ...]] | None = None
         self._frozen: dict[int, Any] = {}
         self._backup: dict[int, Any] = {}
@@ -120,7 +122,8 @@ class ServerShard:
         pieces, values, tensors = self.held.whole()
         weights = [each for kept in self._backup.values() for each in self.held.cut(kept, self.held.pieces())]
         pieces += self.held.pieces() * len(self._backup)
-        whole = m.Whole(self.version, pieces, tuple(self._backup), values)
+        keys = tuple(key for key, staged in self.staged.items() if staged.squares is not None)
+        whole = m.Whole(self.version, pieces, tuple(self._backup), values, keys)
         self._given.add(copy)
         if copy not in self.others:
             self.others = (*self.others, copy)
@@ -129,9 +132,9 @@ class ServerShard:
 
     @property
     def stuck(self) -> bool:
-        """Whether it has been told to apply what it never got."""
-        order = self._orders.get(self.version + 1)
-        return order is not None and not self._whole(order)
+        """Whether it has been told to apply, or to add up, what it never got."""
+        orders: list[Apply | m.Combine | None] = [self._orders.get(self.version + 1), self._combining]
+        return any(o is not None and o.version == self.version + 1 and not self._whole(o.keys) for o in orders)
 
     def take(self, message: m.Whole, tensors: Sequence[Any]) -> None:
         """As a new copy: what another one gave."""
@@ -140,13 +143,18 @@ class ServerShard:
         self._backup = {
             worker: list(tensors[count + i * size : count + (i + 1) * size]) for i, worker in enumerate(message.backups)
         }
-        self.version = message.version
+        self.version, self._awaited = message.version, message.staged
+
+    @property
+    def filled(self) -> bool:
+        """As a new copy: all is here, also what may be committed already and was not applied where it comes from."""
+        return self._awaited is not None and self._whole(self._awaited)
 
     def handle(self, sender: Address, message: Message, tensors: Sequence[Any], now: float) -> list[Effect]:
         """What follows from one message.
 
         Raises JobError for pieces that are not held here: the sender's mistake, which changes nothing. Once `refused`
-        is set, this copy has no part in the job: it is to end.
+        is set, this copy has no part in the job: it is to end. A new one may take all from another.
         """
         if isinstance(message, m.Stage):
             self._stage(message, tensors, now)
@@ -169,7 +177,8 @@ class ServerShard:
         elif isinstance(message, m.Save):
             self._saves[message.version] = message.values
             self._keep()
-        elif isinstance(message, m.Refused):
+        elif isinstance(message, m.Refused) and message.nonce == self.version:
+            # Or it is an answer to what was said long ago.
             self.refused = message
         out, self._out = self._out, []
         return out
@@ -253,12 +262,11 @@ class ServerShard:
     def _combine(self, message: m.Combine) -> None:
         if message.version <= self.version:
             return
+        self._combining = message
         if self._summed is None or self._summed[0] != message.keys:
-            found = [self.staged.get(key) for key in message.keys]
-            gradients = [staged.gradient for staged in found if staged is not None and staged.squares is not None]
-            if len(gradients) < len(found):
+            if not self._whole(message.keys):
                 return
-            total = self.held.total(gradients)
+            total = self.held.total([self.staged[key].gradient for key in message.keys])
             self._summed = message.keys, total, self.held.squares(total)
         keys, _, squares = self._summed
         self._out.append(Send(COORDINATOR, m.Combined(message.version, keys, self.number, self.copy, squares)))
@@ -269,7 +277,7 @@ class ServerShard:
         else:
             for key in message.keys:
                 self.staged.pop(key, None)
-        while (order := self._orders.get(self.version + 1)) is not None and self._whole(order):
+        while (order := self._orders.get(self.version + 1)) is not None and self._whole(order.keys):
             self._apply_next(self._orders.pop(order.version))
             # The next order may be there already, and what they want would be gone.
             for reader in [sender for sender, pull in self._waiting.items() if pull.master]:
@@ -281,9 +289,9 @@ class ServerShard:
         for sender, pull in list(self._waiting.items()):
             self._pull(sender, pull)
 
-    def _whole(self, order: Apply) -> bool:
-        """All of its bytes are here. They always are, but in a copy that has just recovered they may come later."""
-        return all(key in self.staged and self.staged[key].squares is not None for key in order.keys)
+    def _whole(self, keys: Sequence[Key]) -> bool:
+        """All of their bytes are here. They always are, but in a copy that has just recovered they may come later."""
+        return all(key in self.staged and self.staged[key].squares is not None for key in keys)
 
     def _apply_next(self, order: Apply) -> None:
         if self._may_be_pulled() or order.holders:

@@ -45,6 +45,12 @@ class Ledger:
     def live(self) -> tuple[int]:
         return self.freeze()
 
+    def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Any, ...]]:
+        return _PIECE * 2, b"", (list(self.applied), list(self.measured))
+
+    def fill(self, values: bytes, tensors: Sequence[Any]) -> None:
+        self.applied, self.measured = list(tensors[0]), list(tensors[1])
+
     def pieces(self) -> tuple[Piece, ...]:
         return _PIECE
 

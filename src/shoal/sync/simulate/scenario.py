@@ -33,7 +33,8 @@ class Scenario:
 
     delay: seconds a message is on its way; jitter: times `delay`, the mean of what comes on top (exponential, so that
     messages overtake each other). loss, double: share of messages. patience: simulated seconds after which it is given
-    up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each.
+    up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each. saves: share of commits that there
+    is to be a checkpoint of, while none is on its way.
     """
 
     rules: Rules
@@ -49,6 +50,7 @@ class Scenario:
     double: float = 0.0
     faults: tuple[Fault, ...] = ()
     patience: float = 10_000.0
+    saves: float = 0.0
 
 
 class Problem(Protocol):

@@ -41,6 +41,8 @@ class Serving:
             if event is not None:
                 self._take(event)
             if (refused := self.machine.refused) is not None:
+                if not self.machine.logged:
+                    raise ConnectionResetError(f"{refused.why}; a new copy takes all from another one")
                 raise JobError(refused.why, fix=refused.fix)
             for saved in self._poll():
                 self.station.send(COORDINATOR, saved)
@@ -139,6 +141,9 @@ def join(machine: ServerShard, station: Station, patience: float) -> None:
             station.send(first, m.Clone(machine.number, machine.copy))
         elif isinstance(event.message, m.Whole):
             machine.take(event.message, event.tensors)
+        elif isinstance(event.message, m.Stage):
+            machine.handle(event.sender, event.message, event.tensors, now)
+        if machine.filled:
             return
     raise RankError(
         f"no copy of server shard {machine.number} is left: what it held since the last checkpoint is lost",
