@@ -163,8 +163,11 @@ def test_a_copy_that_is_gone_when_the_coordinator_comes_back_is_given_up():
     assert bench.coordinator.at.copies.of_shard == [(1, 2)]
     assert r.Changed(0, (1, 2)) in bench.journal
     first = Bench(workers=1, copies=2)
-    first.do(first.coordinator.tick(60.0))
+    first.do(first.coordinator.tick(49.0))
     assert first.coordinator.at.copies.of_shard == [(0, 1)], "at the beginning they may take their time"
+    first.tell(m.Hello(0, 1, 0), Address("shard", 0, 1))
+    first.do(first.coordinator.tick(50.0))
+    assert first.coordinator.at.copies.of_shard == [(1,)], "one was lost while there was no coordinator"
 
 
 def test_a_copy_that_was_filled_before_the_last_one_was_lost_takes_its_place():

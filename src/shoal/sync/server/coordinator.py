@@ -21,6 +21,9 @@ from shoal.sync.server.rounds import Round
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.standing import Standing
 
+# Leases in which a copy of a shard may say for the first time that it is there.
+_FIRST = 10
+
 _FromShard = m.Hello | m.Staged | m.Combined | m.Applied
 _FromWorker = m.Leave | m.Heartbeat | m.Ask | m.Push
 
@@ -61,10 +64,10 @@ class Coordinator:
             )  # fmt: skip
         self._round = Round(rules)
         self._out: list[Effect] = []
-        # After a crash: copies that have not said yet that they are there, and until when they may. And copies that
-        # were the last of a shard when their connection broke.
-        self.unheard = set(self.at.copies.applied) if len(journal) > 1 else set()
-        self._unheard_until = now + rules.lease
+        # Copies that have not said yet that they are there, and until when they may: at the beginning of a job they
+        # have much to read. And copies that were the last of a shard when their connection broke.
+        self.unheard = set(self.at.copies.applied)
+        self._unheard_until = now + (rules.lease if len(journal) > 1 else _FIRST * rules.lease)
         self._ends: set[Copy] = set()
 
     @property
