@@ -53,7 +53,8 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
     kill = "worker:1@3,shard:0@5,coordinator@7"
     assert main([*SMALL, "--mode", "asp", "--workers", "2", "--copies", "2", "--kill", kill, "--format", "json"]) == 0
     answer = json.loads(capsys.readouterr().out)["outcome"]
-    assert answer["given_up"] == 1
+    # Worker 1; and worker 0, whose samples a coordinator that had forgotten its lease gave to worker 1.
+    assert answer["given_up"] == 2
     assert answer["updates"] == 20
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from shoal.sync.server.rules import Rules
 from shoal.sync.simulate.scenario import Fault, Scenario
 
 
 def schedule(seed: int) -> Scenario:
-    """A small one: 2 to 4 workers, 1 or 2 shards, 4 to 9 gradients, up to 3 faults."""
-    rng = random.Random(seed)
+    """A small one: 2 to 4 workers, 1 or 2 shards, 4 to 9 gradients, up to 4 faults."""
+    rng, more = random.Random(seed), random.Random(f"{seed} more")
     workers, mode = rng.randint(2, 4), rng.choice(("bsp", "asp", "ssp", "ssp", "quorum"))
     micro_batch, share = rng.choice((1, 2)), rng.choice((1, 1, 2))
     rules = Rules(
@@ -26,6 +27,8 @@ def schedule(seed: int) -> Scenario:
         retry=1.0,
         micro_batch=micro_batch,
     )
+    if mode in ("asp", "ssp") and rules.level == "snapshot":
+        rules = replace(rules, compensation=more.choice(("none", "dc")))
     shards, copies = rng.randint(1, 2), rng.choice((1, 1, 2, 2, 3))
     lossy = rng.random() < 0.5
     return Scenario(
@@ -40,9 +43,21 @@ def schedule(seed: int) -> Scenario:
         jitter=rng.choice((0.0, 0.5, 2.0)),
         loss=0.1 if lossy else 0.0,
         double=0.1 if lossy else 0.0,
-        faults=tuple(_fault(rng, workers, shards) for _ in range(rng.choice((0, 1, 1, 2, 3)))),
+        saves=more.choice((0.0, 0.3, 1.0)),
+        faults=_faults(rng, workers, shards) + _shards_faults(more, shards),
         patience=300.0,
     )
+
+
+def _faults(rng: random.Random, workers: int, shards: int) -> tuple[Fault, ...]:
+    return tuple(_fault(rng, workers, shards) for _ in range(rng.choice((0, 1, 1, 2, 3))))
+
+
+def _shards_faults(rng: random.Random, shards: int) -> tuple[Fault, ...]:
+    """A shard is killed late, when there are checkpoints; sometimes again, before or after another copy is filled."""
+    number, first = rng.randrange(shards), rng.uniform(1.0, 6.0)
+    times = rng.choice(((), (), (first,), (first, first + rng.choice((0.3, 1.5, 3.0)))))
+    return tuple(Fault(time, "shard", number, rng.randint(0, 8), rng.choice((0.1, 1.0))) for time in times)
 
 
 def _fault(rng: random.Random, workers: int, shards: int) -> Fault:

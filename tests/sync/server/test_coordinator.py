@@ -128,6 +128,69 @@ def test_bytes_are_given_up_only_after_the_journal_has_it():
     assert given_up.index(r.Left) < given_up.index(m.Drop)
 
 
+@pytest.mark.parametrize("mode", ["asp", "bsp"])
+def test_nothing_is_committed_that_only_one_copy_has(mode):
+    """Of two copies one is lost: what is pushed waits for the new one, and until that has it, too."""
+    bench = Bench(mode, workers=1, copies=2)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.do(bench.coordinator.lost(Address("shard", 0, 0), 0.0))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, grant.samples))
+    squares = (Square("w", 0, 1.0),)
+    bench.tell(m.Staged(grant.key, 0, 1, squares))
+    bench.tell(m.Combined(1, (grant.key,), 0, 1, squares))
+    assert bench.coordinator.version == 0
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    assert bench.coordinator.version == 0
+    bench.tell(m.Staged(grant.key, 0, 2, squares))
+    if mode == "bsp":
+        assert Send(Address("shard", 0, 2), m.Combine(1, (grant.key,))) in bench.effects
+        bench.tell(m.Combined(1, (grant.key,), 0, 2, squares))
+    assert bench.coordinator.version == 1
+
+
+def test_a_copy_that_is_gone_when_the_coordinator_comes_back_is_given_up():
+    """No connection with it breaks, since there was none."""
+    bench = Bench(workers=1, copies=3)
+    bench.join(0)
+    bench.coordinator = bench.make()
+    bench.tell(m.Hello(0, 1, 0), Address("shard", 0, 1))
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    bench.do(bench.coordinator.tick(4.9))
+    assert bench.coordinator.at.copies.of_shard == [(0, 1, 2)]
+    bench.now = 5.0
+    bench.do(bench.coordinator.tick(5.0))
+    assert bench.coordinator.at.copies.of_shard == [(1, 2)]
+    assert r.Changed(0, (1, 2)) in bench.journal
+    first = Bench(workers=1, copies=2)
+    first.do(first.coordinator.tick(49.0))
+    assert first.coordinator.at.copies.of_shard == [(0, 1)], "at the beginning they may take their time"
+    first.tell(m.Hello(0, 1, 0), Address("shard", 0, 1))
+    first.do(first.coordinator.tick(50.0))
+    assert first.coordinator.at.copies.of_shard == [(1,)], "one was lost while there was no coordinator"
+
+
+def test_a_copy_that_was_filled_before_the_last_one_was_lost_takes_its_place():
+    bench = Bench(workers=1, copies=2)
+    for copy in (1, 0):
+        bench.do(bench.coordinator.lost(Address("shard", 0, copy), 0.0))
+    assert bench.coordinator.at.copies.of_shard == [(0,)]
+    bench.tell(m.Hello(0, 2, 0), Address("shard", 0, 2))
+    assert bench.coordinator.at.copies.of_shard == [(2,)], "not behind one that is not there"
+    bench.do(bench.coordinator.lost(Address("shard", 0, 2), 0.0))
+    for copy in (2, 3):
+        bench.tell(m.Hello(0, copy, 0), Address("shard", 0, copy))
+    assert bench.coordinator.at.copies.of_shard == [(2, 3)], "it is there again"
+
+
+def test_of_three_copies_two_are_enough():
+    bench = Bench(workers=1, copies=3)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.do(bench.coordinator.lost(Address("shard", 0, 1), 0.0))
+    assert bench.push(grant) is not None
+
+
 def test_a_retry_gets_the_recorded_answer_also_after_a_crash():
     bench = Bench(workers=1)
     bench.join(0)
@@ -144,26 +207,57 @@ def test_a_retry_gets_the_recorded_answer_also_after_a_crash():
     assert bench.coordinator.version == 1
 
 
+# What a coordinator that was started again is told anew, by workers, by shards and by its clock; or begins with.
+SAID_AGAIN = {"until", "broken", "asked", "push", "staged"}
+BEGUN_WITH = {"rules", "now", "opened", "draining", "ready", "copies", "members", "samples"}
+
+
+def lasting(at: Standing) -> dict[str, object]:
+    """Everything that must outlive a crash, also what is added to a Standing or a Member one day."""
+    own = {name: value for name, value in vars(at).items() if name not in BEGUN_WITH}
+    members = {
+        number: {name: value for name, value in vars(member).items() if name not in SAID_AGAIN}
+        for number, member in at.members.items()
+    }
+    copies = at.copies
+    return own | {"members": members, "samples": vars(at.samples), "copies": (copies.version, copies.of_shard)}
+
+
 def test_a_summary_stands_for_the_journal():
-    bench = Bench("ssp", workers=2, staleness=1, copies=2)
-    for worker in (0, 1):
+    """After it, too, a worker that was rejected twice computes half, and has its turn after a third time."""
+    bench = Bench("ssp", workers=3, staleness=9, max_staleness=0, copies=2)
+    for worker in range(3):
         bench.join(worker)
-    bench.push(bench.granted(Key(0, 0, 0)))
-    bench.granted(Key(1, 0, 0))
+    bench.join(2, nonce=1)
+
+    def rejected(clock: int) -> None:
+        late = bench.granted(Key(1, 0, clock))
+        bench.push(bench.granted(Key(0, 0, clock)))
+        answer = bench.push(late)
+        assert answer is not None
+        assert answer.reason == r.LATE
+
+    def goes_on() -> None:
+        old = lasting(bench.coordinator.at)
+        epoch, replayed = bench.coordinator.at.copies.epoch, bench.make()
+        assert lasting(replayed.at) == old, "the journal is all that it goes by"
+        bench.journal = bench.coordinator.at.summary()
+        bench.coordinator = bench.make()
+        assert lasting(bench.coordinator.at) == old
+        assert bench.coordinator.at.copies.epoch >= epoch, "or workers would take its next word for an old one"
+
+    for clock in range(3):
+        rejected(clock)
+        goes_on()
+    member = bench.coordinator.at.members[1]
+    assert (member.size, member.rejected) == (2, 3)
+    bench.granted(Key(2, 1, 0))
+    bench.granted(Key(1, 0, 3))
+    assert bench.coordinator.at.turn == 1
+    goes_on()
     bench.do(bench.coordinator.lost(Address("shard", 0, 0), 0.0))
-    old = bench.coordinator
-    assert [said for said in bench.said if isinstance(said, m.Primaries)] == [m.Primaries(1, (1,))] * 2
-    bench.tell(m.Hello(0, 2, 1), Address("shard", 0, 2))
-    bench.journal = old.at.summary()
-    bench.coordinator = new = bench.make()
-    assert new.version == old.version
-    assert new.at.samples.state() == old.at.samples.state()
-    assert [(x.key, x.grant, x.peers, x.answer) for x in new.at.members.values()] == [
-        (x.key, x.grant, x.peers, x.answer) for x in old.at.members.values()
-    ]
-    assert new.at.copies.primaries() == (1,)
-    assert new.at.copies.epoch >= old.at.copies.epoch, "or workers would take its next word for an old one"
-    assert new.at.started
+    goes_on()
+    assert bench.coordinator.at.copies.primaries() == (1,)
 
 
 def test_clipping_is_of_the_mean():
@@ -178,6 +272,41 @@ def test_clipping_is_of_the_mean():
     committed = bench.journal[-1]
     assert isinstance(committed, r.Committed)
     assert (committed.grad_norm, committed.clip, committed.apply().scale) == (2.0, 0.25, 0.25 / 8)
+
+
+@pytest.mark.parametrize(
+    ("compensation", "strength", "clip", "lr"),
+    [("none", None, 0.25, 1.0), ("rate", None, 0.25, 0.25), ("rate", 2.0, 0.25, 0.0625), ("age", None, 0.125, 1.0)],
+)
+def test_what_is_three_commits_late_is_clipped_and_made_less_of(compensation, strength, clip, lr):
+    """The mean's norm is 4, the largest one is 1: × ¼; age: × ½ besides; rate: lr / 4."""
+    bench = Bench(workers=2, clip=1.0, compensation=compensation, strength=strength)
+    for worker in (0, 1):
+        bench.join(worker)
+    late = bench.granted(Key(0, 0, 0))
+    for clock in range(3):
+        bench.push(bench.granted(Key(1, 0, clock)), square=64.0, weight=2.0)
+    bench.push(late, square=64.0, weight=2.0)
+    commits = [record for record in bench.journal if isinstance(record, r.Committed)]
+    assert [record.staleness for record in commits] == [(0,), (0,), (0,), (3,)]
+    assert [(record.grad_norm, record.clip, record.lr) for record in commits[:3]] == [(4.0, 0.25, 1.0)] * 3
+    assert (commits[3].grad_norm, commits[3].clip, commits[3].lr) == (4.0, clip, lr)
+    assert commits[3].apply() == m.Apply(4, (late.key,), clip / 2, lr, 3)
+
+
+def test_shards_are_told_whose_weights_to_keep():
+    """With dc: of each version, who computes on it when the next one comes; that is on disk before he begins."""
+    bench = Bench(workers=3, compensation="dc")
+    for worker in range(3):
+        bench.join(worker)
+    first = bench.granted(Key(0, 0, 0))
+    assert [(type(e.what), e.durable) for e in bench.effects if isinstance(e, Write)] == [(r.Granted, True)]
+    second = bench.granted(Key(1, 0, 0))
+    bench.push(bench.granted(Key(2, 0, 0)))
+    bench.push(second)
+    bench.push(bench.granted(Key(1, 0, 1)))
+    bench.push(first)
+    assert [record.holders for record in bench.journal if isinstance(record, r.Committed)] == [(0, 1), (), (), ()]
 
 
 def test_a_norm_is_added_up_in_the_order_of_names_and_rows():
@@ -396,6 +525,24 @@ def test_a_coordinator_that_comes_back_in_a_dry_spell_waits_on():
     assert bench.tell(m.Ask(Key(0, 0, 2))) == [m.Finished(0, 0)]
 
 
+def test_the_bound_of_ssp_counts_who_has_lived_since():
+    """Not all that ever were; also where the grant was lost in a crash, and nobody knows when it was."""
+    bench = Bench("ssp", workers=2, staleness=9)
+    for worker in (0, 1):
+        bench.join(worker)
+    grant = bench.granted(Key(0, 0, 0))
+    for nonce in (1, 2, 3):
+        bench.join(1, nonce)
+    assert bench.coordinator.at.members[0].peers == 4
+    bench.push(grant)
+    bench.join(1, nonce=4)
+    bench.coordinator = bench.make()
+    for key, samples in ((Key(1, 4, 1), Range(4, 8)), (Key(0, 0, 1), Range(8, 12))):
+        bench.tell(m.Push(key, 1, 1.0, 0.0, samples))
+    adopted = [record for record in bench.journal if isinstance(record, r.Granted)][1:]
+    assert [(grant.key.worker, grant.version, grant.peers) for grant in adopted] == [(1, 1, 1), (0, 1, 2)]
+
+
 def test_nothing_can_be_learned_from_nan_or_from_no_tokens():
     bench = Bench(workers=1)
     bench.join(0)
@@ -428,6 +575,7 @@ def test_a_push_of_other_samples_than_granted_is_rejected_and_of_fewer_is_not():
 def test_a_shard_of_another_time_is_refused():
     bench = Bench()
     (refused,) = bench.tell(m.Hello(0, 0, 3), Address("shard"))
+    assert refused.nonce == 3
     assert refused.why == "shard 0 holds version 3, its journal 0 to 0"
     for shard in (-1, 1):
         (refused,) = bench.tell(m.Hello(shard, 0, 0), Address("shard", shard))
@@ -453,7 +601,7 @@ def test_numbers_of_incarnations_are_not_given_out_again_after_a_checkpoint():
     new = Standing(Rules(workers=2), [1], 100, old.summary(), 0.0)
     assert new.incarnations == old.incarnations == {0: 3, 1: 2}
     assert new.members.keys() == {0}
-    assert new.members[0].peers == old.members[0].peers - 1, "who has left is no peer"
+    assert new.members[0].peers == old.members[0].peers == 1, "the other has lived since this one's clock began"
 
 
 def test_an_end_that_has_come_nearer_than_what_was_leased_is_no_contradiction():

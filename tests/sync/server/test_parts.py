@@ -118,6 +118,7 @@ RECORDS = [
     r.Left(0, 0, "expired"),
     r.Anew(),
     r.Answered(m.Answer(Key(0, 0, 1), False, 4, 1, r.LATE)),
+    r.Paced(0, 2, 1, 3),
 ]
 
 

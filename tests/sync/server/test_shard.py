@@ -8,8 +8,9 @@ import torch
 from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
 from shoal.sync.server import messages as m
-from shoal.sync.server.effects import Send, Write
+from shoal.sync.server.effects import Keep, Send, Write
 from shoal.sync.server.messages import Address, Key, Piece
+from shoal.sync.server.node.shard_log import ShardLog
 from shoal.sync.server.parameters import Parameters, blocks
 from shoal.sync.server.placement import Block
 from shoal.sync.server.rules import Rules
@@ -135,6 +136,79 @@ def test_the_first_copy_passes_on_what_is_pushed_and_a_clone_ends_up_the_same():
     assert server.held.live()[0].data_ptr() != clone.held.live()[0].data_ptr()
 
 
+def dc(**options) -> ServerShard:
+    """Of a job that compensates delays, λ = ½."""
+    held = blocks(VALUES, [Block("a", 0, 6), Block("s", 0, 1)])
+    sgd = OptimOptions(name="sgd", momentum=0.9, weight_decay=0.0)
+    rules = Rules("asp", compensation="dc", strength=0.5)
+    return ServerShard(0, Parameters(held, rules, sgd, 10), logged=True, backups=True, **options)
+
+
+def commit(server: ServerShard, version: int, key: Key, late: int, holders: tuple[int, ...] = ()) -> None:
+    server.handle(m.COORDINATOR, m.Apply(version, (key,), 0.5, 0.1, late, holders), (), 0.0)
+    assert server.version == version
+
+
+def test_delays_are_compensated_from_what_each_worker_pulled():
+    """Worker 0 pulled version 0, worker 1 version 1; worker 2 is never late."""
+    server = dc()
+    pulled = [server.held.live()[1].clone()]
+    stage(server, Key(2, 0, 0), 1.0)
+    commit(server, 1, Key(2, 0, 0), 0, holders=(0,))
+    pulled.append(server.held.live()[1].clone())
+    stage(server, Key(2, 0, 1), 2.0)
+    commit(server, 2, Key(2, 0, 1), 0, holders=(1,))
+    momentum = torch.tensor(0.9 * 0.5 + 1.0)
+    for version, worker in ((3, 0), (4, 1)):
+        value = server.held.live()[1].clone()
+        stage(server, Key(worker, 0, 0), 3.0)
+        commit(server, version, Key(worker, 0, 0), 2)
+        momentum = 0.9 * momentum + 1.5 + 0.5 * 1.5**2 * (value - pulled[worker])
+        torch.testing.assert_close(server.held.live()[1], value - 0.1 * momentum)
+
+
+def test_a_crash_after_a_checkpoint_does_not_stop_the_compensation(tmp_path):
+    """The commit by which a worker's weights were kept is in the checkpoint, its gradient comes later."""
+    live, back, log = dc(), dc(), ShardLog(tmp_path, torch.float32)
+    stage(live, Key(1, 0, 0), 1.0)
+    commit(live, 1, Key(1, 0, 0), 0, holders=(0,))
+    (keep,) = live.handle(m.COORDINATOR, m.Save(1, b""), (), 0.0)
+    assert keep == Keep(1, b"")
+    _, values, tensors = live.held.whole()
+    log.turn(1)
+    for message, carried in live.carried():
+        log.append(message, carried, durable=True)
+    for worker in (0, 1):
+        push = m.Stage(Key(worker, 0, 1), 0, 1, WHOLE)
+        write, _ = live.handle(WORKER, push, (torch.full((6, 2), 3.0), torch.tensor(3.0)), 0.0)
+        log.append(write.what, write.tensors, write.durable)
+    back.held.fill(values, tensors)
+    back.version = 1
+    back.recover(log.read(1))
+    log.close()
+    for server in (live, back):
+        commit(server, 2, Key(1, 0, 1), 0)
+        commit(server, 3, Key(0, 0, 1), 2)
+    assert all(torch.equal(a, b) for a, b in zip(live.held.live(), back.held.live(), strict=True))
+    stage(back, Key(0, 0, 2))
+    with pytest.raises(AssertionError, match="nothing to measure a stale gradient from"):
+        commit(back, 4, Key(0, 0, 2), 1)
+
+
+def test_what_is_saved_is_of_the_version_that_was_asked_for():
+    """Commits that were waiting for bytes come all at once."""
+    server, (one, two) = shard(), keys(2)
+    server.handle(m.COORDINATOR, m.Save(1, b"values"), (), 0.0)
+    stage(server, two)
+    apply(server, 2, two)
+    stage(server, one)
+    effects = server.handle(m.COORDINATOR, m.Apply(1, (one,), 1.0, 1.0, 0), (), 0.0)
+    assert effects[0] == Keep(1, b"values")
+    assert said(effects) == [m.Applied(0, 0, 1)]
+    assert torch.equal(server.held.live()[0], VALUES["a"] - 1)
+    assert apply(server, 2, two) == [m.Applied(0, 0, 2)]
+
+
 def test_what_is_staged_is_said_again_until_it_is_dropped_and_halves_do_not_pile_up():
     server, (one, two) = shard(retry=1.0), keys(2)
     stage(server, one)
@@ -174,6 +248,7 @@ def test_what_some_ranks_have_sent_goes_on_where_the_log_begins_anew_and_in_a_ne
     back.recover(carried)
     whole, *staged = old.give(1)
     new.take(whole.message, whole.tensors)
+    assert new.filled, "half a push can be of no commit"
     for effect in staged:
         new.handle(old.address, effect.message, effect.tensors, 0.0)
     for server in (back, new):
@@ -181,6 +256,29 @@ def test_what_some_ranks_have_sent_goes_on_where_the_log_begins_anew_and_in_a_ne
         assert [(s.name, s.value) for s in told.squares] == [("a", pytest.approx(6 * 4 + 6 * 9)), ("s", 25.0)]
         apply(server, 1, key)
         assert torch.equal(server.held.live()[0], VALUES["a"] - torch.tensor([2.0, 3.0]))
+
+
+def test_a_new_copy_is_filled_when_it_has_what_may_be_committed_already():
+    old, new = shard(), shard(copy=1)
+    stage(old, Key(0, 0, 0))
+    whole, staged = old.give(1)
+    assert not new.filled
+    new.take(whole.message, whole.tensors)
+    assert not new.filled
+    new.handle(old.address, staged.message, staged.tensors, 0.0)
+    assert new.filled
+
+
+def test_what_is_on_its_way_to_a_new_copy_stays_as_it_was_pushed():
+    """It is committed meanwhile, with two other copies: an update is made where the gradient lies."""
+    server = shard()
+    stage(server, Key(0, 0, 0), 2.0)
+    _, sent = server.give(1)
+    ((_, logged),) = server.carried()
+    server.handle(m.COORDINATOR, m.Apply(1, (Key(0, 0, 0),), 0.5, 1.0, 0), (), 0.0)
+    assert torch.equal(server.held.live()[0], VALUES["a"] - 1.0)
+    for tensors in (sent.tensors, logged):
+        assert torch.equal(tensors[0], torch.full((6, 2), 2.0))
 
 
 def test_a_copy_that_is_being_filled_is_passed_what_comes_until_it_is_gone():
@@ -194,6 +292,30 @@ def test_a_copy_that_is_being_filled_is_passed_what_comes_until_it_is_gone():
     server.give(4)
     server.lost(Address("shard", 0, 4))
     assert server.others == ()
+
+
+def test_a_copy_that_never_got_what_it_is_to_add_up_is_stuck():
+    """The worker that pushed it may be gone; another copy has it."""
+    server, (one, two) = shard(), keys(2)
+    stage(server, one)
+    assert said(server.handle(m.COORDINATOR, m.Combine(1, (one, two)), (), 0.0)) == []
+    assert server.stuck
+    stage(server, two)
+    assert not server.stuck
+    server.handle(m.COORDINATOR, m.Combine(1, (two, Key(7, 0, 0))), (), 0.0)
+    assert server.stuck
+    apply(server, 1, one)
+    assert not server.stuck, "it was another round that came to be"
+
+
+def test_a_refusal_of_what_was_said_long_ago_is_none():
+    server, key = shard(), Key(0, 0, 0)
+    stage(server, key)
+    apply(server, 1, key)
+    server.handle(m.COORDINATOR, m.Refused(0, "too old", ""), (), 0.0)
+    assert server.refused is None
+    server.handle(m.COORDINATOR, m.Refused(1, "too old", ""), (), 0.0)
+    assert server.refused is not None
 
 
 def test_a_copy_that_never_got_what_it_is_to_apply_is_stuck():

@@ -107,8 +107,10 @@ def test_look_ahead_is_what_workers_pull():
         assert torch.equal(pulled, there)
 
 
-def test_delayed_nesterov_follows_its_equations():
-    options, period, lr = OptimOptions(name="sgd", momentum=0.9), 3, 0.05
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_delayed_nesterov_follows_its_equations(decay):
+    """Of shard a, a matrix, and b, a vector, which does not decay."""
+    options, period, lr = OptimOptions(name="sgd", momentum=0.9, weight_decay=decay), 3, 0.05
     update = DelayedNesterov(shards(), options, period)
     values = [shard.local.clone() for shard in shards()]
     momentum = [torch.zeros_like(value) for value in values]
@@ -116,7 +118,8 @@ def test_delayed_nesterov_follows_its_equations():
     for step in range(7):
         for i, gradient in enumerate(gradients(step)):
             gathered[i] += gradient
-            values[i] -= lr * gradient / period
+            shrunk = values[i] * (1 - lr * decay / period) if i == 0 else values[i]
+            values[i] = shrunk - lr * gradient / period
             if (step + 1) % period == 0:
                 momentum[i] = 0.9 * momentum[i] + gathered[i] / period
                 values[i] -= lr * 0.9 * momentum[i]
@@ -124,6 +127,17 @@ def test_delayed_nesterov_follows_its_equations():
     apply(update, 7)
     for shard, value in zip(update.shards, values, strict=True):
         torch.testing.assert_close(shard.local, value, rtol=1e-12, atol=1e-14)
+
+
+def test_delayed_nesterov_decays_as_fast_as_sgd_does():
+    """The same gradients, N of them a step of sgd: without momentum, to first order in lr the same weights."""
+    options, period, lr = OptimOptions(name="sgd", momentum=0.0, weight_decay=2.0), 4, 1e-4
+    delayed, plain = DelayedNesterov(shards(), options, period), Update(shards(), options, 10)
+    apply(delayed, 3 * period, lr=lr, zero=True)
+    apply(plain, 3, lr=lr, zero=True)
+    whole = (shards()[0].local - plain.shards[0].local).abs()
+    assert ((delayed.shards[0].local - plain.shards[0].local).abs() < 1e-3 * whole).all()
+    assert torch.equal(delayed.shards[1].local, shards()[1].local)
 
 
 def test_delayed_nesterov_goes_on_from_its_saved_state():
@@ -148,7 +162,7 @@ def test_delayed_nesterov_is_not_adamw():
 
 
 def test_with_a_period_of_one_it_is_nesterov_momentum():
-    update = DelayedNesterov(shards(), OptimOptions(name="sgd", momentum=0.8), 1)
+    update = DelayedNesterov(shards(), OptimOptions(name="sgd", momentum=0.8, weight_decay=0.0), 1)
     theirs = [torch.nn.Parameter(shard.local.clone()) for shard in shards()]
     torchs = torch.optim.SGD(theirs, lr=0.05, momentum=0.8, nesterov=True)
     for step in range(5):

@@ -28,6 +28,7 @@ from shoal.sync.server.messages import COORDINATOR
 from shoal.sync.server.node.shard_log import ShardLog
 from shoal.sync.server.parameters import Parameters
 from shoal.sync.server.shard import ServerShard
+from shoal.sync.simulate.audit import exceeded
 from shoal.training.precision import stored
 from shoal.training.server import hold, plan
 from tests.launch import sockets
@@ -184,9 +185,8 @@ def history(folder: Path) -> tuple[dict[int, r.Committed], list[r.Rejected]]:
     """All that its journals say was committed, by version, and rejected. They agree where they overlap."""
     commits: dict[int, r.Committed] = {}
     rejected: dict[Any, r.Rejected] = {}
-    here = folder / "server"
-    for path in [*sorted(here.glob(f"{OLD}-*")), here / "journal"]:
-        for record in journal.decode(path.read_bytes(), str(path))[0]:
+    for records in journals(folder):
+        for record in records:
             if isinstance(record, r.Committed):
                 assert commits.setdefault(record.version, record) == record, "a version is two"
             elif isinstance(record, r.Rejected):
@@ -194,9 +194,20 @@ def history(folder: Path) -> tuple[dict[int, r.Committed], list[r.Rejected]]:
     return commits, list(rejected.values())
 
 
+def journals(folder: Path) -> list[list[r.AnyRecord]]:
+    """From the oldest on; each but the first begins with a summary, and what some before it has, too."""
+    here = folder / "server"
+    paths = [*sorted(here.glob(f"{OLD}-*")), here / "journal"]
+    return [journal.decode(path.read_bytes(), str(path))[0] for path in paths]
+
+
 def audit(folder: Path, samples: int, first: int = 0) -> list[r.Committed]:
     """Of a run's commits, in their order: none is missing, no push is in two, every sample was used exactly once, and
-    what workers were told is so. samples: used up by its end. first: by its beginning."""
+    what workers were told is so; and nothing was begun or committed that the mode does not allow. samples: used up by
+    its end. first: by its beginning."""
+    rules = plan.rules(read(folder / "job.toml"))
+    for records in journals(folder):
+        assert list(exceeded(rules, records)) == []
     commits, rejected = history(folder)
     found = [commits[version] for version in sorted(commits)]
     assert list(commits) == sorted(commits) == list(range(found[0].version, found[0].version + len(found)))

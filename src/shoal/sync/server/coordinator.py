@@ -13,13 +13,25 @@ from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.copies import Copy
-from shoal.sync.server.decisions import as_granted, commit, how_late, leases, may_begin, refusal, rests
+from shoal.sync.server.decisions import (
+    as_granted,
+    check_clock,
+    commit,
+    how_late,
+    leases,
+    may_begin,
+    refusal,
+    rests,
+)
 from shoal.sync.server.effects import Effect, Send, Summary, Write
 from shoal.sync.server.members import Member
 from shoal.sync.server.messages import Address, Key, Message, Range, Square
 from shoal.sync.server.rounds import Round
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.standing import Standing
+
+# Leases in which a copy of a shard may say for the first time that it is there.
+_FIRST = 10
 
 _FromShard = m.Hello | m.Staged | m.Combined | m.Applied
 _FromWorker = m.Leave | m.Heartbeat | m.Ask | m.Push
@@ -66,6 +78,11 @@ class Coordinator:
         # Shards without a copy that lives, and since when that is known.
         self._bare: dict[int, float] = {}
         self._out: list[Effect] = []
+        # Copies that have not said yet that they are there, and until when they may: at the beginning of a job they
+        # have much to read. And copies that were the last of a shard when their connection broke.
+        self.unheard = set(self.at.copies.applied)
+        self._unheard_until = now + (rules.lease if len(journal) > 1 else _FIRST * rules.lease)
+        self._ends: set[Copy] = set()
 
     @property
     def version(self) -> int:
@@ -97,6 +114,10 @@ class Coordinator:
         for member in list(self.at.members.values()):
             if now >= member.until:
                 self._give_up(member, "lost" if member.broken else "expired")
+        if now >= self._unheard_until:
+            for copy in sorted(self.unheard):
+                self._lose(copy)
+            self.unheard.clear()
         self._out += self.at.copies.tick(now)
         self._combine()
         return self._done()
@@ -111,12 +132,18 @@ class Coordinator:
                 if not self.rules.reconnect:
                     self._give_up(member, "lost")
         else:
-            copies = self.at.copies.of_shard[address.number]
-            left = tuple(copy for copy in copies if copy != address.copy)
-            # The only copy of a shard is waited for: it comes back with its log.
-            if left and left != copies:
-                self._change(address.number, left)
+            self._lose((address.number, address.copy))
         return self._done()
+
+    def _lose(self, lost: Copy) -> None:
+        """The last copy of a shard is waited for: it comes back with its log, or one that has taken all from it."""
+        shard, number = lost
+        copies = self.at.copies.of_shard[shard]
+        left = tuple(copy for copy in copies if copy != number)
+        if not left:
+            self._ends.add(lost)
+        elif left != copies:
+            self._change(shard, left)
 
     def replaced(self, shard: int, copy: int, now: float) -> list[Effect]:
         """A copy that has nothing yet has been started in the place of one that is gone, though its connection may
@@ -126,11 +153,11 @@ class Coordinator:
         if not 0 <= shard < len(self._places):
             return []
         copies, places = self.at.copies.of_shard[shard], self._places[shard]
-        left = tuple(other for other in copies if other >= copy or (copy - other) % places)
-        if not left:
+        gone = [other for other in copies if other < copy and (copy - other) % places == 0]
+        for other in gone:
+            self._lose((shard, other))
+        if len(gone) == len(copies):
             self._bare.setdefault(shard, now)
-        elif left != copies:
-            self._change(shard, left)
         return self._done()
 
     def grow(self, samples: int, growing: bool, now: float) -> list[Effect]:
@@ -264,8 +291,9 @@ class Coordinator:
                 self._give_up(member, "lost")
                 return False
             self.at.samples.give_back(samples)
-        everybody = sum(incarnation + 1 for incarnation in self.at.incarnations.values())
-        self._write(r.Granted(push.key, push.version, samples, everybody - 1), durable=False)
+        # Nothing that was decided after a grant is on the disk without it: who was there then has been since the clock
+        # began.
+        self._write(r.Granted(push.key, push.version, samples, member.peers), durable=False)
         return True
 
     def _late(self, push: m.Push) -> bool:
@@ -285,6 +313,7 @@ class Coordinator:
 
     def _from_shard(self, message: _FromShard) -> None:
         copy, copies = (message.shard, message.copy), self.at.copies
+        self.unheard.discard(copy)
         if isinstance(message, m.Hello):
             self._hello(copy, message)
         elif copy not in copies.applied:
@@ -303,10 +332,12 @@ class Coordinator:
         copies = self.at.copies
         if not 0 <= message.shard < len(copies.of_shard) or not copies.base <= message.version <= self.version:
             why = f"shard {message.shard} holds version {message.version}, its journal {copies.base} to {self.version}"
-            self._say(Address("shard", *copy), m.Refused(message.copy, why, "start all from one checkpoint"))
+            self._say(Address("shard", *copy), m.Refused(message.version, why, "start all from one checkpoint"))
             return
+        self._ends.discard(copy)
         if copy not in copies.applied:
-            self._change(message.shard, (*copies.of_shard[message.shard], message.copy))
+            left = [other for other in copies.of_shard[message.shard] if (message.shard, other) not in self._ends]
+            self._change(message.shard, (*left, message.copy))
         self._bare.pop(message.shard, None)
         copies.applied[copy] = message.version
         self._out += copies.again(copy, self.at.now)
@@ -316,7 +347,11 @@ class Coordinator:
         if member is not None and message.key == member.key:
             member.staged[copy] = message.squares
             self._complete(member)
-        elif message.key in self._round.keys:
+        if message.key in self._round.keys:
+            if copy not in self._round.squares:
+                # A new one, which may have all of the round now.
+                self._say(Address("shard", *copy), m.Combine(self.version + 1, self._round.keys))
+        elif member is not None and message.key == member.key:
             return
         elif (record := self.at.copies.commit_of(message.key)) is not None:
             # Never dropped, even if this copy has applied it: it may die, come back with its log, and need it again.
@@ -341,7 +376,7 @@ class Coordinator:
     # What becomes of gradients.
 
     def _complete(self, member: Member) -> None:
-        """Once every copy of every shard has all of the push."""
+        """Once every copy of every shard has all of the push; at its commit that is looked at again."""
         push = member.push
         if push is None or member.key in self.at.ready or not self.at.copies.applied.keys() <= member.staged.keys():
             return
@@ -361,7 +396,7 @@ class Coordinator:
                 continue
             if self._late(push):
                 self._reject(member, r.LATE)
-            else:
+            elif self.at.copies.holds(member.staged):
                 self._commit((push,), self._squares(member.staged))
 
     def _decide_round(self) -> None:
@@ -369,7 +404,7 @@ class Coordinator:
         if not self._round.pushes and self._round.closes(self.at):
             self._round.close(self.at)
             self._combine()
-        if not self._round.pushes or not self.at.copies.applied.keys() <= self._round.squares.keys():
+        if not self._round.pushes or not self.at.copies.holds(self._round.squares):
             return
         self._commit(self._round.pushes, self._squares(self._round.squares))
         self._round = Round(self.rules)
@@ -455,19 +490,22 @@ class Coordinator:
             self._say_grant(member)
 
     def _give(self, member: Member) -> None:
-        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk."""
+        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk.
+
+        But for dc: of whom nobody knows that he computes on these weights, they are not kept.
+        """
         assert member.asked is not None
-        gone, starved = member.asked.gone, member.starved
+        gone = member.asked.gone
         samples = member.grant.samples if member.grant is not None else None
         if member.asked.leaves:
             samples = m.NOTHING
         elif samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
             self.at.samples.give_back(samples)
         if samples is not None:
+            check_clock(self.at, member)
             peers = len(self.at.members) - 1
-            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable=False)
-            if starved:
-                self.at.turn = member.worker
+            durable = self.rules.compensation == "dc"
+            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable)
         self._say_grant(member)
 
     def _say_grant(self, member: Member) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from shoal.sync.server.effects import Send
 from shoal.sync.server.messages import Address, Key
@@ -18,8 +19,9 @@ class Copies:
     """Tells every copy of every shard of every commit until it has applied it."""
 
     def __init__(self, counts: Sequence[int], version: int, retry: float, epoch: int = 0):
-        """counts: copies of each shard. version: that all of them have applied."""
+        """counts: copies of each shard, at first. version: that all of them have applied."""
         self.base = version
+        self._least = [min(2, count) for count in counts]
         self.retry = retry
         self.commits: list[Committed] = []
         self._commit_of: dict[Key, Committed] = {}
@@ -33,6 +35,15 @@ class Copies:
     @property
     def version(self) -> int:
         return self.base + len(self.commits)
+
+    @property
+    def doubled(self) -> bool:
+        """Every shard that has no log has two copies: what they have outlives the loss of any process."""
+        return all(len(copies) >= least for copies, least in zip(self.of_shard, self._least, strict=True))
+
+    def holds(self, squares: Mapping[Copy, Any]) -> bool:
+        """Whether what these copies have said that they have can be committed: it is everywhere, and in two places."""
+        return self.doubled and self.applied.keys() <= squares.keys()
 
     def primaries(self) -> tuple[int, ...]:
         """The copy of each shard that workers talk to."""

@@ -15,7 +15,8 @@ class Member:
     clock: its pushes that were answered. size: micro-batches of its next gradient, at most `share`.
     rejected: gradients rejected in a row for coming late. asked, grant, push: how far the current clock has come.
     staged: which copies of shards have all bytes of the push. answer: to the clock before.
-    peers: incarnations that may commit between the grant and its own commit.
+    peers: other incarnations that have lived since the grant (before it: since the clock began), all of which may
+    commit between the grant and its own commit.
     until: when it is given up unless it is heard of. broken: its connection is, since it was.
     dismissed: told that nothing is left to do, and owes nothing.
     """
@@ -51,9 +52,10 @@ class Member:
     def address(self) -> Address:
         return Address("worker", self.worker, self.nonce)
 
-    def answered(self, answer: Answer) -> None:
-        """The current clock is over."""
+    def answered(self, answer: Answer, peers: int) -> None:
+        """The current clock is over. peers: others that live."""
         self.clock += 1
+        self.peers = peers
         self.asked = self.grant = self.push = None
         self.staged = {}
         self.answer = answer
@@ -73,5 +75,9 @@ class Member:
 
     @property
     def starved(self) -> bool:
-        """Smaller gradients did not help (or no pull came through): it gets a turn."""
-        return self.rejected > 2 or (self.asked is not None and self.asked.gone > 2)
+        """What it asks for is to come with a turn."""
+        return self.starved_by(self.asked.gone if self.asked is not None else 0)
+
+    def starved_by(self, gone: int) -> bool:
+        """Smaller gradients did not help, or no pull came through (gone: of the Ask): it gets a turn."""
+        return self.rejected > 2 or gone > 2

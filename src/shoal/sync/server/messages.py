@@ -184,7 +184,7 @@ class Joined(Message, frozen=True):
 class Refused(Message, frozen=True):
     """This worker, or this copy of a shard, cannot take part. why: one sentence. fix: what to do.
 
-    nonce: of the Join; of a shard: its copy.
+    nonce: of the Join; of a shard: the version that it said it holds.
     """
 
     nonce: int
@@ -366,13 +366,23 @@ class Whole(Message, frozen=True):
     """With the tensors of `pieces`: all that a shard holds at `version`.
 
     pieces: weights and the optimizer's state, `<slot>.<name>`; then, for each of `backups` (workers), the weights that
-    it pulled. values: of the optimizer, as JSON.
+    it pulled. values: of the optimizer, as JSON. staged: pushes that are not applied, and come by themselves.
     """
 
     version: int
     pieces: tuple[Piece, ...]
     backups: tuple[int, ...]
     values: bytes
+    staged: tuple[Key, ...] = ()
+
+
+class Backup(Message, frozen=True):
+    """In a shard's log, with the tensors of `pieces`: weights that a worker computes on, as of `version`, where delay
+    compensation will measure from them."""
+
+    worker: int
+    version: int
+    pieces: tuple[Piece, ...]
 
 
 class Copies(Message, frozen=True):
@@ -457,7 +467,7 @@ AnyMessage = (
     | Joined | Refused | Grant | Finished | Missing | Answer | Fenced | Primaries
     | Pull | Pulled | Gone | Stage
     | Hello | Staged | Copies | Combine | Combined | Apply | Applied | Drop
-    | Clone | Whole | Save | Saved | Kept | Over
+    | Clone | Whole | Backup | Save | Saved | Kept | Over
 )  # fmt: skip
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(AnyMessage)

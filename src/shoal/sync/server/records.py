@@ -112,6 +112,15 @@ class Answered(Record, frozen=True):
     answer: Answer
 
 
+class Paced(Record, frozen=True):
+    """Likewise: how many micro-batches a worker's next gradient has, and why. size, rejected, peers: as of a Member."""
+
+    worker: int
+    size: int
+    rejected: int
+    peers: int
+
+
 class Changed(Record, frozen=True):
     """From now on a shard has these copies, the first of which workers talk to."""
 
@@ -119,4 +128,4 @@ class Changed(Record, frozen=True):
     copies: tuple[int, ...]
 
 
-AnyRecord = Opened | Entered | Left | Anew | Granted | Begun | Committed | Rejected | Changed | Answered
+AnyRecord = Opened | Entered | Left | Anew | Granted | Begun | Committed | Rejected | Changed | Answered | Paced

@@ -99,9 +99,11 @@ class Rules:
     def bound(self, others: int) -> int | None:
         """Largest number of commits between a worker's pull and its own, or None.
 
-        others: workers that may commit meanwhile. Rounds: 0. ssp(s): others · (2s + 1), for when the worker pulled at
-        clock c every other had answered at least c − s, and none begins a clock after c + s (Ho et al. 2013, "More
-        Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", section 3, for the gate).
+        others: incarnations that may commit meanwhile. Rounds: 0. ssp(s): others · (2s + 1), for when the worker
+        pulled at clock c every other had answered at least c − s, and none begins a clock after c + s (Ho et al. 2013,
+        "More Effective Distributed ML via a Stale Synchronous Parallel Parameter Server", section 3, for the gate).
+        Where W workers neither come nor go that is (W − 1)(2s + 1). One that is lost may have committed as many before,
+        and one that joins, at the clock of the slowest and so at c − s or later, commits as many after: both count.
         """
         if self.rounds:
             return 0

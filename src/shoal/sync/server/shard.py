@@ -91,6 +91,8 @@ class ServerShard:
         self.staged: dict[Key, _Staged] = {}
         self._applied: dict[int, Key] = {}
         self._orders: dict[int, Apply] = {}
+        self._awaited: tuple[Key, ...] | None = None
+        self._combining: m.Combine | None = None
         self._summed: tuple[tuple[Key, ...], Any, tuple[Square, ...]] | None = None
         self._frozen: dict[int, Any] = {}
         self._backup: dict[int, Any] = {}
@@ -108,10 +110,13 @@ class ServerShard:
         """To be said to the coordinator when it is there, and again whenever either comes back."""
         return [Send(COORDINATOR, m.Hello(self.number, self.copy, self.version))]
 
-    def recover(self, log: Iterable[tuple[m.Stage, Sequence[Any]]]) -> None:
+    def recover(self, log: Iterable[tuple[m.Stage | m.Backup, Sequence[Any]]]) -> None:
         """After a crash, with `held` as it was saved at `version`: takes in what the log has of the time since."""
-        for stage, tensors in log:
-            self._put(stage, tensors)
+        for message, tensors in log:
+            if isinstance(message, m.Stage):
+                self._put(message, tensors)
+            elif message.version == self.version:
+                self._backup[message.worker] = list(tensors)
 
     def give(self, copy: int) -> list[Effect]:
         """All that is here, to a new copy; from now on it is passed what workers push."""
@@ -119,7 +124,8 @@ class ServerShard:
         pieces, values, tensors = self.held.whole()
         weights = [each for kept in self._backup.values() for each in self.held.cut(kept, self.held.pieces())]
         pieces += self.held.pieces() * len(self._backup)
-        whole = m.Whole(self.version, pieces, tuple(self._backup), values)
+        keys = tuple(key for key, staged in self.staged.items() if staged.squares is not None)
+        whole = m.Whole(self.version, pieces, tuple(self._backup), values, keys)
         self._given.add(copy)
         if copy not in self.others:
             self.others = (*self.others, copy)
@@ -128,9 +134,9 @@ class ServerShard:
 
     @property
     def stuck(self) -> bool:
-        """Whether it has been told to apply what it never got."""
-        order = self._orders.get(self.version + 1)
-        return order is not None and not self._whole(order)
+        """Whether it has been told to apply, or to add up, what it never got."""
+        orders: list[Apply | m.Combine | None] = [self._orders.get(self.version + 1), self._combining]
+        return any(o is not None and o.version == self.version + 1 and not self._whole(o.keys) for o in orders)
 
     def take(self, message: m.Whole, tensors: Sequence[Any]) -> None:
         """As a new copy: what another one gave."""
@@ -139,13 +145,18 @@ class ServerShard:
         self._backup = {
             worker: list(tensors[count + i * size : count + (i + 1) * size]) for i, worker in enumerate(message.backups)
         }
-        self.version = message.version
+        self.version, self._awaited = message.version, message.staged
+
+    @property
+    def filled(self) -> bool:
+        """As a new copy: all is here, also what may be committed already and was not applied where it comes from."""
+        return self._awaited is not None and self._whole(self._awaited)
 
     def handle(self, sender: Address, message: Message, tensors: Sequence[Any], now: float) -> list[Effect]:
         """What follows from one message.
 
         Raises JobError for pieces that are not held here: the sender's mistake, which changes nothing. Once `refused`
-        is set, this copy has no part in the job: it is to end.
+        is set, this copy has no part in the job: it is to end. A new one may take all from another.
         """
         if isinstance(message, m.Stage):
             self._stage(message, tensors, now)
@@ -168,7 +179,8 @@ class ServerShard:
         elif isinstance(message, m.Save):
             self._saves[message.version] = message.values
             self._keep()
-        elif isinstance(message, m.Refused):
+        elif isinstance(message, m.Refused) and message.nonce == self.version:
+            # Or it is an answer to what was said long ago.
             self.refused = message
         out, self._out = self._out, []
         return out
@@ -191,8 +203,16 @@ class ServerShard:
         out, self._out = self._out, []
         return out
 
+    def carried(self) -> Iterator[tuple[m.Stage | m.Backup, tuple[Any, ...]]]:
+        """What a log that begins anew at this version begins with: all that is not in `held`."""
+        pieces = self.held.pieces()
+        for worker, weights in self._backup.items():
+            yield m.Backup(worker, self.version, pieces), self.held.cut(weights, pieces)
+        yield from self.unapplied()
+
     def unapplied(self) -> Iterator[tuple[m.Stage, tuple[Any, ...]]]:
-        """What is staged and not decided on, for a log that begins anew, or for a new copy.
+        """What is staged and not decided on, for a log, or for a new copy, in tensors of its own: what is on its way
+        may be decided on meanwhile, and updates are made where the gradient lies.
 
         Of a push of which some ranks' parts have not come: all that is there, as one of those that have, and nothing
         as the others.
@@ -200,7 +220,8 @@ class ServerShard:
         pieces = self.held.pieces()
         for key, staged in self.staged.items():
             first, *others = sorted(staged.parts)
-            yield m.Stage(key, first, staged.of, pieces, True), self.held.cut(staged.gradient, pieces)
+            copied = self.held.total([staged.gradient])
+            yield m.Stage(key, first, staged.of, pieces, True), self.held.cut(copied, pieces)
             for part in others:
                 yield m.Stage(key, part, staged.of, (), True), ()
 
@@ -245,12 +266,11 @@ class ServerShard:
     def _combine(self, message: m.Combine) -> None:
         if message.version <= self.version:
             return
+        self._combining = message
         if self._summed is None or self._summed[0] != message.keys:
-            found = [self.staged.get(key) for key in message.keys]
-            gradients = [staged.gradient for staged in found if staged is not None and staged.squares is not None]
-            if len(gradients) < len(found):
+            if not self._whole(message.keys):
                 return
-            total = self.held.total(gradients)
+            total = self.held.total([self.staged[key].gradient for key in message.keys])
             self._summed = message.keys, total, self.held.squares(total)
         keys, _, squares = self._summed
         self._out.append(Send(COORDINATOR, m.Combined(message.version, keys, self.number, self.copy, squares)))
@@ -261,18 +281,21 @@ class ServerShard:
         else:
             for key in message.keys:
                 self.staged.pop(key, None)
-        while (order := self._orders.get(self.version + 1)) is not None and self._whole(order):
+        while (order := self._orders.get(self.version + 1)) is not None and self._whole(order.keys):
             self._apply_next(self._orders.pop(order.version))
             # The next order may be there already, and what they want would be gone.
             for reader in [sender for sender, pull in self._waiting.items() if pull.master]:
                 self._pull(reader, self._waiting[reader])
+            if self._keep():
+                # Or the next one would be in it, too. The coordinator says again what is left.
+                break
         self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))
         for sender, pull in list(self._waiting.items()):
             self._pull(sender, pull)
 
-    def _whole(self, order: Apply) -> bool:
-        """All of its bytes are here. They always are, but in a copy that has just recovered they may come later."""
-        return all(key in self.staged and self.staged[key].squares is not None for key in order.keys)
+    def _whole(self, keys: Sequence[Key]) -> bool:
+        """All of their bytes are here. They always are, but in a copy that has just recovered they may come later."""
+        return all(key in self.staged and self.staged[key].squares is not None for key in keys)
 
     def _apply_next(self, order: Apply) -> None:
         if self._may_be_pulled() or order.holders:
@@ -287,18 +310,20 @@ class ServerShard:
         else:
             total = self.held.total(staged)
         pulled = self._backup.pop(order.keys[0].worker, None) if self.backups else None
+        assert pulled is not None or not (self.backups and order.staleness), "nothing to measure a stale gradient from"
         self.held.apply(total, order, pulled)
         self._summed = None
         for key in order.keys:
             self._applied[key.worker] = key
         self.version = order.version
-        self._keep()
 
-    def _keep(self) -> None:
-        """What is to be saved of this version; of one that is over, nothing can be any more."""
-        if (values := self._saves.get(self.version)) is not None:
+    def _keep(self) -> bool:
+        """Whether something is to be saved of this version; of one that is over, nothing can be any more."""
+        values = self._saves.get(self.version)
+        if values is not None:
             self._out.append(Keep(self.version, values))
-        self._saves = {version: values for version, values in self._saves.items() if version > self.version}
+        self._saves = {version: told for version, told in self._saves.items() if version > self.version}
+        return values is not None
 
     def _may_be_pulled(self) -> bool:
         """Whether these weights may yet be asked for when the next commit has been applied."""

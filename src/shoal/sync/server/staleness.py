@@ -101,7 +101,8 @@ class DelayedNesterov:
 
     Liu et al. 2024, "Asynchronous Local-SGD Training for Language Modeling", algorithm 3, with c = 0:
     w ← w − lr · g/N after each gradient, and after every N-th one m ← β m + (their mean), w ← w − lr · β m.
-    Has the interface of `Update`.
+    Weight decay is decoupled, of matrices, as in `Update`; a gradient's share of it is an N-th, too: before each,
+    w ← (1 − lr λ / N) w. Has the interface of `Update`.
     """
 
     def __init__(self, shards: list[Shard], options: OptimOptions, period: int):
@@ -116,9 +117,13 @@ class DelayedNesterov:
         """One update from the shards' gradients times `scale`, at rate `lr`."""
         values = [shard.local for shard in self.shards]
         gradients = [g for shard in self.shards if (g := shard.grad) is not None]
+        # Norms and biases do not decay.
+        matrices = [shard.local for shard in self.shards if len(shard.global_shape) > 1]
         momentum, gathered = self.slots["momentum"], self.slots["gathered"]
         torch._foreach_mul_(gradients, scale / self.period)
         torch._foreach_add_(gathered, gradients)
+        if self.options.weight_decay and matrices:
+            torch._foreach_mul_(matrices, 1 - lr * self.options.weight_decay / self.period)
         torch._foreach_add_(values, gradients, alpha=-lr)
         self.done += 1
         if self.done % self.period == 0:

@@ -17,9 +17,9 @@ from shoal.sync.server.samples import Samples
 class Standing:
     """members, samples, versions: after all records of the journal.
 
-    ready: pushes that all copies of all shards have in full, in the order in which they were complete. turn: the
-    worker that all others wait for. Both are made anew after a crash, by what workers and shards say again.
-    draining: nobody may begin anything any more.
+    turn: the worker that all others wait for. ready: pushes that all copies of all shards have in full, in the order in
+    which they were complete; made anew after a crash, by what workers and shards say again. draining: nobody may begin
+    anything any more.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Standing:
         elif isinstance(record, r.Entered):
             for member in self.members.values():
                 member.peers += 1
-            self.members[record.worker] = Member.of(record, self.now + self.rules.lease)
+            entered = self.members[record.worker] = Member.of(record, self.now + self.rules.lease)
+            entered.peers = len(self.members) - 1
             self.incarnations[record.worker] = record.incarnation
             self.started = self.started or len(self.members) >= self.rules.workers
         elif isinstance(record, r.Left):
@@ -84,6 +85,9 @@ class Standing:
             self.copies.change(record)
         elif isinstance(record, r.Answered):
             self.members[record.answer.key.worker].answer = record.answer
+        elif isinstance(record, r.Paced):
+            member = self.members[record.worker]
+            member.size, member.rejected, member.peers = record.size, record.rejected, record.peers
         else:
             raise JobError("a journal is opened twice", where="journal", fix="start from the last checkpoint")
 
@@ -100,6 +104,7 @@ class Standing:
         for member in self.members.values():
             records.append(r.Entered(member.worker, member.nonce, member.incarnation, member.clock, member.share))
         for member in self.members.values():
+            records.append(r.Paced(member.worker, member.size, member.rejected, member.peers))
             if member.answer is not None:
                 records.append(r.Answered(member.answer))
             if member.grant is not None:
@@ -123,6 +128,8 @@ class Standing:
         member.grant = m.Grant(record.key, record.version, record.samples, record.gone)
         member.asked = None
         member.peers = record.peers
+        if self.turn is None and member.starved_by(record.gone):
+            self.turn = member.worker
 
     def _committed(self, record: r.Committed) -> None:
         self.copies.add(record)
@@ -147,7 +154,7 @@ class Standing:
         else:
             self.samples.give_back(member.grant.samples)
         self._forget(member)
-        member.answered(answer)
+        member.answered(answer, len(self.members) - 1)
 
     def _forget(self, member: Member) -> None:
         self.ready.pop(member.key, None)

@@ -11,13 +11,17 @@ from itertools import pairwise
 
 from shoal.sync.server import records as r
 from shoal.sync.server.messages import NOTHING, Key, Range
+from shoal.sync.server.rules import Rules
 from shoal.sync.simulate.ledger import Ledger, Token
 from shoal.sync.simulate.world import World
+
+# Worker and incarnation.
+_Life = tuple[int, int]
 
 
 def violations(world: World) -> list[str]:
     """One sentence for each thing that is wrong; none: all is well. The world's problem is `Ledgers`."""
-    commits = [record for record in world.journal if isinstance(record, r.Committed)]
+    commits = [record for record in world.history if isinstance(record, r.Committed)]
     return [
         *_ended(world),
         *_versions(world, commits),
@@ -26,11 +30,13 @@ def violations(world: World) -> list[str]:
         *_bounds(world, commits),
         *_snapshots(world, commits),
         *_owed(world),
+        *_compensated(world, commits),
+        *world.thin,
     ]
 
 
 def _ended(world: World) -> Iterator[str]:
-    if not world.finished:
+    if not world.finished and not world.over:
         yield f"after {world.now:.0f} simulated seconds some workers still wait"
 
 
@@ -57,6 +63,9 @@ def _versions(world: World, commits: list[r.Committed]) -> Iterator[str]:
 
 def _answers(world: World, commits: list[r.Committed]) -> Iterator[str]:
     """No acknowledged push is lost, none is applied twice, none is applied that was rejected."""
+    if world.over:
+        # Loudly. What was acknowledged since the last checkpoint is lost.
+        return
     counts: dict[Token, int] = {}
     ledger = world.shards()[0].held if world.shards() else None
     assert isinstance(ledger, Ledger)
@@ -90,45 +99,78 @@ def _samples(world: World, commits: list[r.Committed]) -> Iterator[str]:
 
 
 def _skipped(world: World) -> list[Range]:
-    found = [record.skipped for record in world.journal if isinstance(record, r.Rejected)]
+    found = [record.skipped for record in world.history if isinstance(record, r.Rejected)]
     return [samples for samples in found if samples.stop > samples.start]
 
 
 def _bounds(world: World, commits: list[r.Committed]) -> Iterator[str]:
-    """Staleness by what workers really pulled, against what the mode promises; the gate of ssp at every grant."""
-    rules = world.rules
+    """Staleness by what workers really pulled, against what the mode promises."""
     version_of = {key: record.version for record in commits for key in record.keys}
     for seen in world.seen:
         for token, versions in seen.pulled.items():
             if token[1] in version_of and (late := version_of[token[1]] - 1 - min(versions)) < 0:
                 yield f"{token[1]} was committed {-late} versions before what it was computed from"
-    live: dict[int, r.Entered] = {}
-    clocks: dict[int, int] = {}
-    granted: dict[Key, tuple[int, set[tuple[int, int]]]] = {}
-    for record in _grants_apart(world.journal):
-        if isinstance(record, r.Entered):
-            live[record.worker], clocks[record.worker] = record, record.clock
-            for _, others in granted.values():
-                others.add((record.worker, record.incarnation))
+    yield from exceeded(world.rules, world.history)
+
+
+def exceeded(rules: Rules, journal: Sequence[r.AnyRecord]) -> Iterator[str]:
+    """What a journal says that its mode does not allow: the gate of ssp at every grant and commit, staleness."""
+    clocks: dict[_Life, int] = {}
+    # Of each life all that have lived since its present clock began; of each grant all since that.
+    since: dict[_Life, set[_Life]] = {}
+    granted: dict[Key, tuple[int, set[_Life]]] = {}
+    version = 0
+    for record in _grants_apart(journal):
+        if isinstance(record, r.Opened):
+            version = record.version
+        elif isinstance(record, r.Entered):
+            for lives in (*since.values(), *(lives for _, lives in granted.values())):
+                lives.add((record.worker, record.incarnation))
+            clocks[record.worker, record.incarnation] = record.clock
+            since[record.worker, record.incarnation] = set(clocks)
         elif isinstance(record, r.Left):
-            live.pop(record.worker)
-            clocks.pop(record.worker)
+            del clocks[record.worker, record.incarnation], since[record.worker, record.incarnation]
+        elif isinstance(record, r.Anew):
+            clocks.clear()
+            since.clear()
+        elif isinstance(record, r.Paced):
+            # Where a journal has begun anew: some have left before.
+            (life,) = (life for life in clocks if life[0] == record.worker)
+            since[life] |= {(-1, i) for i in range(record.peers + 1 - len(since[life]))}
         elif isinstance(record, r.Granted):
-            others = {(e.worker, e.incarnation) for e in live.values()} - {record.key[:2]}
-            granted[record.key] = (record.version, others)
-            if record.samples == NOTHING:
-                # At the end what is left is pushed by all at once, whatever clocks they are at.
-                continue
-            ahead = record.key.clock - min(clocks.values())
-            if rules.mode == "ssp" and ahead > rules.staleness:
-                yield f"{record.key} began {ahead} clocks ahead of the slowest"
+            # One that was lost in a crash is of a version of that time.
+            again = record.version < version
+            granted[record.key] = record.version, set(since[_life(record.key)] if again else clocks)
+            if record.samples != NOTHING:
+                yield from _ahead(rules, record.key, clocks)
         elif isinstance(record, r.Rejected):
-            clocks[record.key.worker] += 1
+            version = record.version
+            _answered(record.key, clocks, since)
         elif isinstance(record, r.Committed):
+            version = record.version
             for key, samples in zip(record.keys, record.samples, strict=True):
-                if key.worker in clocks and live[key.worker].incarnation == key.incarnation:
-                    clocks[key.worker] += 1
-                yield from _stale(world, record.version, key, samples, granted.get(key))
+                yield from _stale(rules, version, key, samples, granted.get(key))
+                if samples != NOTHING:
+                    yield from _ahead(rules, key, clocks)
+                _answered(key, clocks, since)
+
+
+def _life(key: Key) -> _Life:
+    return key.worker, key.incarnation
+
+
+def _answered(key: Key, clocks: dict[_Life, int], since: dict[_Life, set[_Life]]) -> None:
+    """Its next clock begins."""
+    if (life := _life(key)) in clocks:
+        clocks[life] += 1
+        since[life] = set(clocks)
+
+
+def _ahead(rules: Rules, key: Key, clocks: dict[_Life, int]) -> Iterator[str]:
+    """What is left at the end is pushed by all at once, whatever clocks they are at: not for that."""
+    ahead = key.clock - min(clocks.values(), default=key.clock)
+    if rules.mode == "ssp" and ahead > rules.staleness:
+        yield f"{key} is {ahead} clocks ahead of the slowest"
 
 
 def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
@@ -136,14 +178,11 @@ def _grants_apart(journal: Sequence[r.AnyRecord]) -> Iterator[r.AnyRecord]:
         yield from record.grants if isinstance(record, r.Begun) else (record,)
 
 
-def _stale(
-    world: World, version: int, key: Key, samples: Range, grant: tuple[int, set[tuple[int, int]]] | None
-) -> Iterator[str]:
-    rules = world.rules
+def _stale(rules: Rules, version: int, key: Key, samples: Range, grant: tuple[int, set[_Life]] | None) -> Iterator[str]:
     if grant is None:
         yield f"{key} was committed and never granted"
         return
-    late, others = version - 1 - grant[0], len(grant[1])
+    late, others = version - 1 - grant[0], len(grant[1] - {_life(key)})
     if rules.rounds and late:
         yield f"{key} is {late} commits late in a round"
     if samples == NOTHING:
@@ -169,3 +208,16 @@ def _owed(world: World) -> Iterator[str]:
     for address, host in world.hosts.items():
         if world.finished and host.up and host.encoder is not None and host.encoder.owed:
             yield f"{address} has ended and still owes what its codec lost"
+
+
+def _compensated(world: World, commits: list[r.Committed]) -> Iterator[str]:
+    """`dc` measures a gradient that is late from the very weights that its worker pulled, on every copy."""
+    if world.rules.compensation != "dc":
+        return
+    for shard in world.shards():
+        held = shard.held
+        assert isinstance(held, Ledger)
+        for record, measured in zip(commits, held.measured, strict=False):
+            pulled = record.version - 1 - record.staleness[0]
+            if record.staleness[0] and measured != pulled:
+                yield f"{record.keys[0]} pulled version {pulled} and is compensated from {measured}"

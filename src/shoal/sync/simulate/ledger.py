@@ -15,10 +15,12 @@ _PIECE = (Piece("applied", (0,), (1,)),)
 
 
 class Ledger:
-    """In the place of a shard's parameters: what each commit applied here, in order."""
+    """In the place of a shard's parameters: what each commit applied here, in order; and, where a gradient's delay is
+    compensated, how many commits were in the weights that it was measured from (−1 = in none)."""
 
     def __init__(self) -> None:
         self.applied: list[tuple[Token, ...]] = []
+        self.measured: list[int] = []
 
     def blank(self) -> list[Token]:
         return []
@@ -34,12 +36,20 @@ class Ledger:
 
     def apply(self, gradient: list[Token], order: Apply, pulled: Any) -> None:
         self.applied.append(tuple(gradient))
+        self.measured.append(-1 if pulled is None else pulled[0])
 
-    def freeze(self) -> int:
-        return len(self.applied)
+    def freeze(self) -> tuple[int]:
+        """Weights: how many commits are in them."""
+        return (len(self.applied),)
 
-    def live(self) -> int:
-        return len(self.applied)
+    def live(self) -> tuple[int]:
+        return self.freeze()
+
+    def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Any, ...]]:
+        return _PIECE * 2, b"", (list(self.applied), list(self.measured))
+
+    def fill(self, values: bytes, tensors: Sequence[Any]) -> None:
+        self.applied, self.measured = list(tensors[0]), list(tensors[1])
 
     def pieces(self) -> tuple[Piece, ...]:
         return _PIECE
@@ -47,9 +57,8 @@ class Ledger:
     def places(self, pieces: Sequence[Piece]) -> tuple[int, ...]:
         return (0,)
 
-    def cut(self, weights: int, pieces: Sequence[Piece]) -> tuple[int]:
-        """How many commits are in these weights."""
-        return (weights,)
+    def cut(self, weights: Sequence[int], pieces: Sequence[Piece]) -> tuple[int, ...]:
+        return tuple(weights)
 
 
 class Ledgers:

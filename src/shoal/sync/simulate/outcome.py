@@ -101,6 +101,11 @@ def _run(scenario: Scenario, options: OptimOptions, global_batch: int) -> Outcom
         world = World(scenario, problem).run()
     finally:
         torch.set_num_threads(threads)
+    if world.over:
+        raise JobError(
+            f"after {world.now:.0f} simulated seconds {world.over}: the job cannot go on",
+            where=f"mode {scenario.rules.mode}", fix="fewer kills of one shard at a time, or more copies",
+        )  # fmt: skip
     if not world.finished:
         raise JobError(
             f"after {world.now:.0f} simulated seconds the job has not ended", where=f"mode {scenario.rules.mode}",
@@ -111,7 +116,7 @@ def _run(scenario: Scenario, options: OptimOptions, global_batch: int) -> Outcom
 
 def _outcome(world: World, problem: LeastSquares) -> Outcome:
     rules, scenario = world.rules, world.scenario
-    commits = [record for record in world.journal if isinstance(record, Committed)]
+    commits = [record for record in world.history if isinstance(record, Committed)]
     late = [
         staleness
         for record in commits
@@ -136,7 +141,7 @@ def _outcome(world: World, problem: LeastSquares) -> Outcome:
         bound=rules.bound(len(scenario.speeds) - 1),
         rejected=rejected,
         wasted=rejected / computed,
-        given_up=sum(isinstance(record, Left) and record.why != "left" for record in world.journal),
+        given_up=sum(isinstance(record, Left) and record.why != "left" for record in world.history),
         loss=problem.loss(shards),
         loss_first=problem.loss_of(problem.values),
     )

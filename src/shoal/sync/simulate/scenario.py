@@ -34,7 +34,8 @@ class Scenario:
     delay: seconds a message is on its way; jitter: times `delay`, the mean of what comes on top (exponential, so that
     messages overtake each other). loss, double: share of messages. patience: simulated seconds after which it is given
     up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each. arrivals: of a store that grows,
-    seconds and how many of the samples there are from then on, in order; none = all from the beginning.
+    seconds and how many of the samples there are from then on, in order; none = all from the beginning. saves: share of
+    commits that there is to be a checkpoint of, while none is on its way.
     """
 
     rules: Rules
@@ -51,6 +52,7 @@ class Scenario:
     faults: tuple[Fault, ...] = ()
     patience: float = 10_000.0
     arrivals: tuple[tuple[float, int], ...] = ()
+    saves: float = 0.0
 
 
 class Problem(Protocol):

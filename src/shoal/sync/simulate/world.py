@@ -11,22 +11,28 @@ from typing import Any
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
-from shoal.sync.server.effects import Effect, Send, Write
+from shoal.sync.server.effects import Effect, Keep, Send, Summary, Write
 from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.follower import Follower
 from shoal.sync.server.journal import MAGIC, decode, encode
 from shoal.sync.server.messages import COORDINATOR, Address, Chain, Key
 from shoal.sync.server.shadow import Shadow
 from shoal.sync.server.shard import ServerShard
+from shoal.sync.server.standing import Standing
 from shoal.sync.server.worker import Worker
+from shoal.sync.simulate.disk import Disk
 from shoal.sync.simulate.scenario import Fault, Problem, Scenario
+
+# Seconds that a shard's part of a checkpoint takes; and after which a copy that lacks bytes is started again.
+_SAVING, _STUCK = 0.2, 10.0
 
 
 @dataclass
 class _Host:
     """A process. life: how often it was started. fuse: effects until it is killed. asleep: hangs until then.
 
-    encoder: of a worker, where there is a codec.
+    encoder: of a worker, where there is a codec. filled: what a copy of a shard holds is all there. stuck:
+    since when it has not had what it is to apply.
     """
 
     machine: Any
@@ -38,6 +44,8 @@ class _Host:
     asleep: float = 0.0
     alarm: float = -1.0
     busy: Key | None = None
+    filled: bool = True
+    stuck: float | None = None
 
 
 @dataclass
@@ -56,7 +64,11 @@ class Seen:
 
 
 class World:
-    """Run it once with `run`, then read `journal`, `committed` (the times of commits), `seen`, `shards`, `now`."""
+    """Run it once with `run`, then read `history`, `committed` (the times of commits), `seen`, `shards`, `now`.
+
+    journal: as it is on the disk; history: all that was ever in it, without what was lost with the coordinator.
+    over: why it ended before its end. thin: commits whose bytes were in fewer places than was promised.
+    """
 
     def __init__(self, scenario: Scenario, problem: Problem, coordinator: type[Coordinator] = Coordinator):
         """coordinator: the class; a test may give one with a mistake in it."""
@@ -66,13 +78,17 @@ class World:
         self.now, self._count, self._chains = 0.0, 0, 0
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self.journal: list[r.AnyRecord] = [r.Opened("")]
+        self.history = list(self.journal)
         self.durable = 1
+        self.disk = Disk()
         self.committed: list[float] = []
-        self.logs: dict[int, list[tuple[m.Stage, Sequence[Any]]]] = {}
+        self.over = ""
+        self.thin: list[str] = []
         self.seen = [Seen() for _ in scenario.speeds]
         self.hosts: dict[Address, _Host] = {}
         self.live_workers: dict[int, Address] = {}
         self._done: set[int] = set()
+        self._ended: set[Address] = set()
         self._next_copy = scenario.copies
         self.hosts[COORDINATOR] = _Host(self._coordinator())
         for shard in range(scenario.shards):
@@ -96,7 +112,7 @@ class World:
     def run(self) -> World:
         """Until it is finished and every commit is applied, or patience ends."""
         queue, workers = self._queue, len(self.scenario.speeds)
-        while queue and not (len(self._done) == workers and self._settled()):
+        while queue and not self.over and not (len(self._done) == workers and self._settled()):
             self.now, _, event, given = heapq.heappop(queue)
             if self.now > self.scenario.patience:
                 break
@@ -105,7 +121,8 @@ class World:
 
     def shards(self) -> list[ServerShard]:
         """The copies that live."""
-        return [host.machine for address, host in self.hosts.items() if address.role == "shard" and host.up]
+        shards = [host for address, host in self.hosts.items() if address.role == "shard"]
+        return [host.machine for host in shards if host.up and host.filled]
 
     def _settled(self) -> bool:
         coordinator = self.hosts[COORDINATOR]
@@ -119,9 +136,7 @@ class World:
 
     def _broken(self) -> bool:
         """Some copy has yet to be started again."""
-        return (
-            sum(a.role == "shard" and h.up for a, h in self.hosts.items()) < self.scenario.shards * self.scenario.copies
-        )
+        return len(self.shards()) < self.scenario.shards * self.scenario.copies
 
     # Hosts and what they do.
 
@@ -129,8 +144,15 @@ class World:
         counts = [self.scenario.copies] * self.scenario.shards
         samples, growing = self._arrived()
         return self.make(
-            self.rules, self.problem.rate, counts, journal=self.journal, samples=samples, growing=growing, now=self.now
-        )
+            self.rules, self.problem.rate, counts, journal=self.journal, samples=samples, growing=growing, now=self.now,
+            due=self._due,
+        )  # fmt: skip
+
+    def _due(self, at: Standing) -> bytes | None:
+        if self.disk.saving is not None or not self.scenario.saves or self.rng.random() >= self.scenario.saves:
+            return None
+        self.disk.saving = at.version
+        return b""
 
     def _arrived(self) -> tuple[int, bool]:
         """How many samples there are by now, and whether more will come."""
@@ -179,26 +201,55 @@ class World:
         """Effects in order; a host with a burning fuse dies between two of them."""
         for effect in effects:
             if host.fuse is not None:
-                if host.fuse == 0 and self._kill(address, host):
+                if host.fuse == 0:
+                    self._kill(address, host)
                     return
-                host.fuse = host.fuse - 1 if host.fuse else None
+                host.fuse -= 1
             if isinstance(effect, Send):
                 self._send(address, effect)
-            elif not isinstance(effect, Write):
-                continue
+            elif isinstance(effect, Summary):
+                self.disk.marks[effect.version] = effect.records, len(self.journal)
+            elif isinstance(effect, Keep):
+                self._keep(address, host, effect.version)
             elif isinstance(effect.what, m.Stage):
-                self.logs.setdefault(address.number, []).append((effect.what, effect.tensors))
+                self.disk.log(address.number, effect.what, effect.tensors)
             else:
-                self.journal.append(effect.what)
-                if isinstance(effect.what, r.Committed):
-                    self.committed.append(self.now)
-                if effect.durable:
-                    self.durable = len(self.journal)
+                self._write(effect)
         if address.role == "worker":
             self._follow(address, host)
         elif address is COORDINATOR and host.machine.alarm not in (None, host.alarm):
             host.alarm = host.machine.alarm
             self._at(host.alarm, self._on_alarm, host.life)
+
+    def _write(self, effect: Write) -> None:
+        self.journal.append(effect.what)
+        self.history.append(effect.what)
+        if isinstance(effect.what, r.Committed):
+            self.committed.append(self.now)
+            self._places(effect.what)
+        if effect.durable:
+            self.durable = len(self.journal)
+
+    def _keep(self, address: Address, host: _Host, version: int) -> None:
+        """A shard's part of a checkpoint; it is on the disk a little later, if the shard is still there."""
+        shard: ServerShard = host.machine
+        if self.scenario.copies == 1:
+            self.disk.turn(address.number, version, shard.carried())
+        _, values, tensors = shard.held.whole()
+        self._at(self.now + _SAVING, self._on_kept_part, address, host.life, version, (values, tensors))
+
+    def _places(self, record: r.Committed) -> None:
+        """Looks where the bytes of a commit are, as it goes into the journal. What a copy had when it was killed counts
+        until the coordinator can know."""
+        for shard, copies in enumerate(self.hosts[COORDINATOR].machine.at.copies.of_shard):
+            machines = [self.hosts[Address("shard", shard, copy)].machine for copy in copies]
+            places = sum(
+                machine.version >= record.version
+                or all(key in machine.staged and machine.staged[key].squares is not None for key in record.keys)
+                for machine in machines
+            )
+            if places < len(copies) or places < min(2, self.scenario.copies):
+                self.thin.append(f"version {record.version} was committed with shard {shard} of it in {places} places")
 
     def _follow(self, address: Address, host: _Host) -> None:
         """What a worker's own program does: it computes when there is something to, joins again when it was fenced."""
@@ -238,13 +289,37 @@ class World:
         if host.asleep > self.now:
             self._at(host.asleep, self._on_message, sender, send)
             return
+        if sender in self._ended and send.to == COORDINATOR:
+            # Nothing comes out of a connection after its end.
+            return
         message, tensors = send.message, send.tensors
         if send.to.role == "coordinator":
             self._do(COORDINATOR, host, host.machine.handle(sender, message, self.now))
         elif send.to.role == "shard":
-            self._do(send.to, host, host.machine.handle(sender, message, tensors, self.now))
+            self._to_shard(sender, send.to, host, message, tensors)
         else:
             self._to_worker(send.to, host, message, tensors)
+
+    def _to_shard(
+        self, sender: Address, address: Address, host: _Host, message: m.Message, tensors: Sequence[Any]
+    ) -> None:  # fmt: skip
+        """What its process does with a message, besides giving it to the machine (`node.serve`)."""
+        shard: ServerShard = host.machine
+        if not host.filled:
+            if isinstance(message, m.Whole):
+                shard.take(message, tensors)
+            elif isinstance(message, m.Stage):
+                shard.handle(sender, message, tensors, self.now)
+            if shard.filled:
+                host.filled = True
+                self._do(address, host, shard.hello())
+            return
+        if isinstance(message, m.Clone):
+            self._do(address, host, shard.give(message.copy))
+        elif isinstance(message, m.Kept):
+            self.disk.forget(address.number, message.version)
+        elif not isinstance(message, m.Whole):
+            self._do(address, host, shard.handle(sender, message, tensors, self.now))
 
     def _to_worker(self, address: Address, host: _Host, message: m.Message, tensors: Sequence[Any]) -> None:
         worker: Worker = host.machine
@@ -299,9 +374,52 @@ class World:
         host = self.hosts.get(now_at)
         if host is None or (address.role == "worker" and address.number in self._done):
             return
+        if not host.up and address.role == "shard" and self.scenario.copies > 1:
+            # Another one has taken its place.
+            return
         self._at(self.now + self.rules.retry, self._on_tick, address)
-        if host.up and host.asleep <= self.now:
+        if not host.up or host.asleep > self.now:
+            return
+        if address.role == "shard":
+            self._look_after(address, host)
+        else:
             self._do(now_at, host, host.machine.tick(self.now))
+
+    def _look_after(self, address: Address, host: _Host) -> None:
+        """A shard's process, now and then: takes all from another copy, greets the coordinator, ends if it is stuck."""
+        shard: ServerShard = host.machine
+        if not host.filled:
+            first = self.hosts[COORDINATOR].machine.at.copies.primaries()[address.number]
+            self._send(address, Send(Address("shard", address.number, first), m.Clone(address.number, address.copy)))
+            return
+        host.stuck = (host.stuck or self.now) if shard.stuck and self.scenario.copies > 1 else None
+        late = host.stuck is not None and self.now - host.stuck > _STUCK
+        if late or (shard.refused is not None and self.scenario.copies > 1):
+            self._kill(address, host)
+            return
+        # Whoever the coordinator is connected with has told it so: it would say it again to a new one.
+        known: Coordinator = self.hosts[COORDINATOR].machine
+        copy = address.number, address.copy
+        hello = [] if copy in known.at.copies.applied and copy not in known.unheard else shard.hello()
+        self._do(address, host, [*hello, *shard.tick(self.now)])
+
+    def _on_kept_part(self, address: Address, life: int, version: int, part: tuple[bytes, Sequence[Any]]) -> None:
+        host = self.hosts[address]
+        if not host.up or host.life != life:
+            return
+        if self.disk.part(version, address.number, part, self.scenario.shards):
+            self._at(self.now + self.scenario.delay, self._on_saved, version)
+
+    def _on_saved(self, version: int) -> None:
+        """The coordinator hears that a checkpoint is complete: its journal begins anew there."""
+        host = self.hosts[COORDINATOR]
+        if not host.up or self.disk.saving != version:
+            return
+        self.disk.saving = None
+        records, position = self.disk.marks.pop(version)
+        self.journal = [*records, *self.journal[position:]]
+        self.durable = len(self.journal)
+        self._do(COORDINATOR, host, host.machine.kept(version))
 
     def _on_alarm(self, life: int) -> None:
         host = self.hosts[COORDINATOR]
@@ -340,27 +458,29 @@ class World:
         coordinator: Coordinator = self.hosts[COORDINATOR].machine
         return Address("shard", fault.number, coordinator.at.copies.primaries()[fault.number])
 
-    def _kill(self, address: Address, host: _Host) -> bool:
-        """False where it would destroy the only copy of what is not on a disk."""
+    def _kill(self, address: Address, host: _Host) -> None:
+        """Where nothing is left of a shard without a log, the run is over: what it held cannot be had again."""
         host.fuse = None
-        if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
-            return False
         host.up, host.life = False, host.life + 1
+        if address.role != "worker":
+            self.disk.saving = None
+        if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
+            self.over = f"no copy of shard {address.number} is left"
         self._at(self.now + host.down, self._on_start, address)
         if address is not COORDINATOR:
             self._at(self.now + self.scenario.delay, self._on_lost, address)
-        return True
 
     def _last(self, address: Address) -> bool:
-        alike = [a for a, h in self.hosts.items() if a.role == "shard" and a.number == address.number and h.up]
-        known: Coordinator = self.hosts[COORDINATOR].machine
-        return len(alike) < 2 or len(known.at.copies.of_shard[address.number]) < 2
+        return all(shard.number != address.number for shard in self.shards())
 
     def _on_lost(self, address: Address) -> None:
         host = self.hosts[COORDINATOR]
-        if not host.up:
-            self._at(self.now + self.scenario.delay, self._on_lost, address)
-        else:
+        for shard in self.shards():
+            shard.lost(address)
+        if address.role == "shard" and self.scenario.copies > 1:
+            self._ended.add(address)
+        # A coordinator that is not there has no connections that could break.
+        if host.up:
             self._do(COORDINATOR, host, host.machine.lost(address, self.now))
 
     def _on_start(self, address: Address) -> None:
@@ -371,7 +491,7 @@ class World:
         elif self.scenario.copies == 1:
             host = self._revived(address)
             host.machine = self._shard(address.number, address.copy, ())
-            host.machine.recover(self.logs.get(address.number, ()))
+            self.disk.recover(host.machine)
             self._do(address, host, host.machine.hello())
         else:
             self._start_copy(address)
@@ -386,33 +506,15 @@ class World:
         host = self._revived(COORDINATOR)
         kept, torn = encode(self.journal[: self.durable]), encode(self.journal[self.durable :])
         data = MAGIC + kept + torn[: self.rng.randint(0, len(torn))]
-        self.journal, _ = decode(data)
+        before, (self.journal, _) = len(self.journal), decode(data)
         self.durable = len(self.journal)
+        self.history = self.history[: len(self.history) - (before - self.durable)]
+        self.disk.marks.clear()
         host.machine = self._coordinator()
-        for address in host.machine.at.copies.addresses():
-            if not self._up(address):
-                # It cannot be connected to; that it had died may have been learned and forgotten in the crash.
-                self._at(self.now + self.scenario.delay, self._on_lost, address)
 
     def _start_copy(self, address: Address) -> None:
-        """A new copy, made from the one that lives while it does nothing else; the coordinator knows both at once."""
-        coordinator = self.hosts[COORDINATOR]
-        if not coordinator.up or address.copy in coordinator.machine.at.copies.of_shard[address.number]:
-            self._at(self.now + self.scenario.delay, self._on_start, address)
-            return
-        first = coordinator.machine.at.copies.of_shard[address.number][0]
-        source = Address("shard", address.number, first)
-        if not self._up(source):
-            self._at(self.now + self.scenario.delay, self._on_start, address)
-            return
-        made: ServerShard = self.hosts[source].machine.clone(self._next_copy)
+        """A new process, which takes all from the copy that workers talk to."""
+        made = self._shard(address.number, self._next_copy, ())
         self._next_copy += 1
-        (hello,) = made.hello()
-        assert isinstance(hello, Send)
-        self._do(COORDINATOR, coordinator, coordinator.machine.handle(made.address, hello.message, self.now))
-        if not coordinator.up:
-            self._at(self.now + self.scenario.delay, self._on_start, address)
-            return
-        del self.hosts[address]
-        self.hosts[made.address] = _Host(made)
-        self._at(self.now + self.rules.retry, self._on_tick, made.address)
+        self.hosts[made.address] = _Host(made, filled=False)
+        self._on_tick(made.address)

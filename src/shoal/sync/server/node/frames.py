@@ -38,7 +38,7 @@ def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype, po
     take = (pool or Pool(0)).take
     if getattr(message, "encoded", False):
         return [take((length,), torch.uint8) for length in lengths]
-    pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole) else ()
+    pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole | m.Backup) else ()
     if len(pieces) != len(lengths):
         raise FrameError("does not fit", f"sent {len(lengths)} tensors with {type(message).__name__}")
     rows = message.rows if isinstance(message, m.Pulled) else ()

@@ -41,6 +41,8 @@ class Serving:
             if event is not None:
                 self._take(event)
             if (refused := self.machine.refused) is not None:
+                if not self.machine.logged:
+                    raise ConnectionResetError(f"{refused.why}; a new copy takes all from another one")
                 raise JobError(refused.why, fix=refused.fix)
             for saved in self._poll():
                 self.station.send(COORDINATOR, saved)
@@ -107,16 +109,17 @@ class Serving:
                 assert self.log is not None
                 self.log.append(effect.what, effect.tensors, effect.durable)
             elif isinstance(effect, Keep):
-                self._save(effect.version, effect.values)
+                # Whoever goes on from this checkpoint needs what the segment begins with.
                 self._turn(effect.version)
+                self._save(effect.version, effect.values)
 
     def _turn(self, version: int) -> None:
-        """What is not part of this version goes on into the next segment of the log, and what is staged with it."""
+        """What is not part of this version goes into the next segment of the log, with all that it will need."""
         if self.log is None:
             return
         self.log.turn(version)
-        for stage, tensors in self.machine.unapplied():
-            self.log.append(stage, tensors, durable=True)
+        for message, tensors in self.machine.carried():
+            self.log.append(message, tensors, durable=True)
 
 
 # Seconds without a coordinator after which a shard gives up; and after which a copy that lacks bytes does.
@@ -141,6 +144,9 @@ def join(machine: ServerShard, station: Station, patience: float) -> None:
             station.send(first, m.Clone(machine.number, machine.copy))
         elif isinstance(event.message, m.Whole):
             machine.take(event.message, event.tensors)
+        elif isinstance(event.message, m.Stage):
+            machine.handle(event.sender, event.message, event.tensors, now)
+        if machine.filled:
             return
     raise RankError(
         f"no copy of server shard {machine.number} is left: what it held since the last checkpoint is lost",

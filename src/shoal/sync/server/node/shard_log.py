@@ -1,7 +1,8 @@
 """What workers have pushed to a shard of one copy, on a disk: so that it is there after a crash.
 
-Segments, one for each checkpoint that was begun: `<version>.log`. In a segment, of each push: length and CRC-32 of its
-header, the header (msgpack: the message, and the CRC-32 of each tensor's bytes), the tensors' bytes.
+Segments, one for each checkpoint that was begun: `<version>.log`. In a segment, first, where stale gradients are
+compensated by it, the weights that workers computed on at that version. Of each of these and of each push: length and
+CRC-32 of its header, the header (msgpack: the message, and the CRC-32 of each tensor's bytes), the tensors' bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from shoal.sync.server import messages as m
 from shoal.sync.server.node import frames
 from shoal.sync.server.wire.buffers import to_send
 
+Logged = m.Stage | m.Backup
 _HEAD = struct.Struct("<II")
 # Seconds that a process which was killed may take to be gone.
 _PATIENCE = 10.0
@@ -46,7 +48,7 @@ class ShardLog:
         self._version = max([version for version, _ in self._segments()], default=0)
         self._file = self._open(self._version)
 
-    def read(self, version: int = 0) -> Iterator[tuple[m.Stage, Sequence[Tensor]]]:
+    def read(self, version: int = 0) -> Iterator[tuple[Logged, Sequence[Tensor]]]:
         """All that is not part of `version` for sure, in the order in which it came; of a segment, up to the first push
         that is torn."""
         segments = self._segments()
@@ -55,11 +57,11 @@ class ShardLog:
             if first >= since:
                 yield from _entries(path, self.dtype)
 
-    def append(self, stage: m.Stage, tensors: Sequence[Tensor], durable: bool) -> None:
+    def append(self, message: Logged, tensors: Sequence[Tensor], durable: bool) -> None:
         """durable: returns when it is on the disk, and all before it."""
         start = os.lseek(self._file, 0, os.SEEK_CUR)
         views = [to_send(tensor) for tensor in frames.buffers(tensors)]
-        entry = _Entry(m.encode(stage), tuple(map(len, views)), tuple(map(zlib.crc32, views)))
+        entry = _Entry(m.encode(message), tuple(map(len, views)), tuple(map(zlib.crc32, views)))
         header = msgspec.msgpack.encode(entry)
         try:
             head = _HEAD.pack(len(header), zlib.crc32(header)) + header
@@ -150,11 +152,11 @@ def _parts(entry: _Entry, payload: memoryview) -> Iterator[memoryview]:
         start += length
 
 
-def _entries(path: Path, dtype: torch.dtype) -> Iterator[tuple[m.Stage, Sequence[Tensor]]]:
+def _entries(path: Path, dtype: torch.dtype) -> Iterator[tuple[Logged, Sequence[Tensor]]]:
     for _, entry, payload in _walk(path):
-        stage = m.decode(entry.message)
-        assert isinstance(stage, m.Stage), "nothing else is logged"
-        tensors = frames.places(stage, entry.lengths, dtype)
+        message = m.decode(entry.message)
+        assert isinstance(message, Logged), "nothing else is logged"
+        tensors = frames.places(message, entry.lengths, dtype)
         for tensor, part in zip(tensors, _parts(entry, memoryview(payload)), strict=True):
             memoryview(to_send(tensor))[:] = part
-        yield stage, tensors
+        yield message, tensors
