@@ -41,10 +41,9 @@ class Growth:
 
     def reached(self) -> Reached:
         """By the rows that are known."""
-        whole = self.loader.samples // self.round * self.round
-        if self._last is None or whole < self._last:
-            return Reached(whole, True)
-        return Reached(self._last, False)
+        if self._last is not None and self.loader.samples >= self._last:
+            return Reached(self._last, False)
+        return Reached(self.loader.samples // self.round * self.round, True)
 
     def look(self, now: float) -> Reached | None:
         """Where more rows are there than before, what that makes; None otherwise. Looks once a second at most."""
