@@ -29,7 +29,9 @@ REASON = namespaces.why_not()
 needs_hosts = pytest.mark.skipif(bool(REASON), reason=REASON or "-")
 NETNS = Path("/run/netns")
 MAKES_HOSTS = (
-    "import time; from benchmarks.hosts import Hosts, terminable\n"
+    # Where these tests run in a shell's background, Ctrl-C would be ignored.
+    "import signal, time; from benchmarks.hosts import Hosts, terminable\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "with terminable(), Hosts(1) as hosts: print(hosts.names[0], flush=True); time.sleep(600)"
 )
 

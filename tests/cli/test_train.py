@@ -121,6 +121,20 @@ def test_a_run_that_goes_on_with_another_sync_or_mode_forgets_what_it_said_for_t
     assert main([*run, "--mode", "bsp", "--staleness", "3"]) == 2, "said now, it is a mistake"
 
 
+def test_a_run_that_once_said_what_had_no_effect_goes_on(trained: Recorder, tmp_path: Path):
+    """Of a version that took it; and who leaves local steps leaves what belongs to them."""
+    run = ["train", "--resume", str(tmp_path)]
+    apart = ["--mode", "asp", "--server.local-steps", "4", "--sync.outer-lr", "0.5"]
+    assert main(["train", "--sync", "server", *apart]) == 0
+    given = replace(trained.job, server=replace(trained.job.server, staleness=2))
+    (tmp_path / "job.toml").write_text(write(given))
+    assert main(run) == 0
+    assert trained.job.server == ServerOptions(mode="asp", local_steps=4)
+    assert trained.job.sync.outer_lr == 0.5
+    assert main([*run, "--server.local-steps", "1"]) == 0
+    assert (trained.job.server, trained.job.sync) == (ServerOptions(mode="asp"), SyncOptions(name="server"))
+
+
 def test_workers_are_the_replicas_of_the_layout(trained: Recorder, tmp_path: Path):
     file = recipe(tmp_path, 'layout = "replicas=2,fsdp=2"')
     for args, layout in (

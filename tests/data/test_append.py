@@ -302,3 +302,11 @@ def test_what_follows_a_gap_is_not_read_and_the_gap_is_not_filled(store, tmp_pat
     assert caught.value.where.endswith("segment-000001")
     (tmp_path / "away").rename(folder_of(store, 1))
     assert appended(store, ["more"]).segment == 3
+
+
+def test_a_store_of_single_bytes_takes_its_own_number_of_tokens(store):
+    """Though its options said another, which bytes do not heed."""
+    options = DataOptions(source=(str(store.parent / "text.txt"),), vocab_size=257)
+    (store.parent / "text.txt").write_text("more text\n")
+    assert tokenizer.load(store).vocab_size == 257
+    assert append(store, options, ("vocab_size",), lambda said: None).segment > 0

@@ -14,6 +14,7 @@ from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job.check import nearest, one_of, require
+from shoal.observe.units import counted
 
 _HELP = """usage: shoal ckpt show|verify|reshard|export-hf|import-hf PATH [OUT] [--OPTION VALUE ...]
 
@@ -185,7 +186,7 @@ def _verify(options: VerifyOptions) -> Answer:
     for file, reason in damages:
         print(f"{file} {reason}")
     if not damages:
-        print(f"{checkpoint}: every bit of {len(manifest.read(checkpoint).files)} files is as it was saved")
+        print(f"{checkpoint}: every bit of {counted(len(manifest.read(checkpoint).files), 'file')} is as it was saved")
     found = [{"file": str(file), "reason": reason} for file, reason in damages]
     return Answer({"checkpoint": str(checkpoint), "damaged": found}, exit_code=1 if damages else 0)
 

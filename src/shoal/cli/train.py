@@ -100,10 +100,10 @@ def run(args: list[str]) -> Answer:
 
 
 def _going_on(before: Job, given: Train) -> Job:
-    """The job of the run before, without what it said for another sync or mode than it shall go on with."""
-    sync, server = replace(before.sync, name=given.sync.name), replace(before.server, mode=given.server.mode)
-    if (sync, server) == (before.sync, before.server):
-        return before
+    """The job of the run before, without what it said for another sync or mode than it shall go on with: that had no
+    effect, or has none any more, and who goes on with a run has not said it now."""
+    sync = replace(before.sync, name=given.sync.name)
+    server = replace(before.server, mode=given.server.mode, local_steps=given.server.local_steps)
     return without_idle(replace(before, sync=sync, server=server))
 
 

@@ -115,15 +115,18 @@ def _added(
     """Makes a segment of the text, all of it for training."""
     has = origin(folder)
     same_tokenizer(folder, options.tokenizer)
+    tokenizer = tokenizers.load(folder)
     for name in ("vocab_size", "validation"):
-        if name in asked and getattr(options, name) != getattr(has, name):
+        # A tokenizer may have another number of tokens than its training was asked for.
+        same = {getattr(has, name)} | ({tokenizer.vocab_size} if name == "vocab_size" else set())
+        if name in asked and getattr(options, name) not in same:
             what = f"data.{name}={getattr(options, name)} is not that of the store, {getattr(has, name)}"
             raise JobError(what, where=str(folder), fix=f"leave out data.{name}; or begin another store")
     number = next_number(folder)
     new = temporary / "segment"
     new.mkdir()
     spans, _ = split(corpus.files, 0)
-    counts = tokenise("train", spans, options, tokenizers.load(folder), new, Progress(corpus.size, say))
+    counts = tokenise("train", spans, options, tokenizer, new, Progress(corpus.size, say))
     needs_text([counts], options)
     Segment(new / "train", counts, has.fingerprint).save()
     while not _published(new, folder_of(folder, number)):

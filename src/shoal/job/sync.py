@@ -89,13 +89,13 @@ class SyncOptions:
         kept = parse(self.codec)[0]
         require(
             kept.name != POWERSGD or self.name == "allreduce",
-            f"sync.codec={self.codec!r} excludes sync.name={self.name}: it sums gradients, whole matrices every step",
+            f"sync.codec={self.codec!r} excludes sync.name={self.name}: PowerSGD is of sums over replicas, each step",
             "sync.name=allreduce, or e.g. sync.codec=topk:0.01+int2",
         )
         require(
             not (self.feedback and kept.name == "randomk" and kept.unbiased),
             f"sync.codec={self.codec!r} with sync.feedback: what is lost would be more in every step",
-            f"{self.codec.replace(':unbiased', '', 1)}, or sync.feedback=false",
+            self.codec.replace(":unbiased", "", 1) + (", or sync.feedback=false" if self.name != "server" else ""),
         )
 
     def _validate_rounds(self) -> None:

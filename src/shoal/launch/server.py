@@ -122,10 +122,13 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
 def _wait(folder: Path, patience: float) -> _Start:
     """What the run's first machine has written, once it has."""
     deadline, path = time.monotonic() + patience, folder / _FOLDER / _START
+    if not path.is_file():
+        speaker()(f"waits up to {patience:g} s for the run's first machine to begin it")
     while not path.is_file():
         if time.monotonic() > deadline:
-            what = f"no run with a parameter server has begun here within {patience:g} s"
-            raise JobError(what, where=str(folder), fix="start `shoal train --sync server --run-dir FOLDER` first")
+            what = f"no run with a parameter server goes on here, nor has one begun within {patience:g} s"
+            fix = f"start `shoal train --sync server --run-dir {folder}` first, or `shoal train --resume {folder}`"
+            raise JobError(what, where=str(folder), fix=fix)
         time.sleep(_AGAIN)
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Start)

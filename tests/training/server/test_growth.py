@@ -79,6 +79,14 @@ def test_with_a_number_of_steps_it_ends_there(grows):
     assert found.look(0.0) == Reached(36, False)
 
 
+@pytest.mark.parametrize(("rows", "reached"), [(79, Reached(72, True)), (80, Reached(80, False))])
+def test_the_last_round_may_be_shorter_and_waits_for_no_text_that_it_does_not_need(grows, rows, reached):
+    server = ServerOptions(mode="asp", local_steps=2)
+    job = replace(JOB, train=replace(JOB.train, steps=10, global_batch=8), server=server, layout=Layout(replicas=1))
+    job = replace(job, server=replace(server, local_steps=3))
+    assert grows(job, rows).reached() == reached
+
+
 def test_a_dry_spell_is_told_of_once_when_nobody_computes_and_so_is_its_end(grows):
     found, samples = grows(JOB, 30), Samples(24)
     samples.growing = True

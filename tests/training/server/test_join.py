@@ -82,7 +82,7 @@ def test_a_worker_that_joined_leaves_with_all_that_it_owes_and_the_others_go_on(
 
 def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):
     assert main(["join", str(tmp_path), "worker 1", "--wait", "0.2"]) == 2
-    assert "no run with a parameter server has begun here within 0.2 s" in capsys.readouterr().err
+    assert "no run with a parameter server goes on here, nor has one begun within 0.2 s" in capsys.readouterr().err
     assert main(["join", str(tmp_path)]) == 2
     assert "a run and a part of it are to be named" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -78,6 +79,24 @@ def test_a_rest_is_an_update_and_no_gradient():
     assert row is not None
     assert (row["loss"], row["tokens"], row["staleness"], row["grad_norm"]) == (2.0, 6, {"0": 1, "1": 1}, 1.5)
     assert (row["version"], row["commits"], row["waited_s"]) == (3, 3, {})
+
+
+def test_time_without_anything_to_compute_is_no_steps(monkeypatch):
+    now, seconds = [100.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    rows = Rows(4, 0, 1)
+    rows.pushed(push(0, 1, 0.5, 1.0))
+    for version, (waits, computes) in enumerate([(0.0, 2.0), (600.0, 3.0)], 1):
+        rows.pause()
+        now[0] += waits
+        rows.resume()
+        now[0] += computes
+        rows.take(commit(version, 0, 4 * version - 4, loss=4.0))
+        rows.take(commit(version, 0, 4 * version - 2, loss=4.0))
+        row = rows.row()
+        assert row is not None
+        seconds.append(row["seconds"])
+    assert seconds == [3.0, 3.0], "the first computed for a second before anybody heard of it"
 
 
 def test_what_rejected_gradients_have_cost_is_in_the_row():

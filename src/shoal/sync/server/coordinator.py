@@ -285,7 +285,7 @@ class Coordinator:
 
     def _adopt(self, member: Member, push: m.Push) -> bool:
         """The grant was written, but did not reach the disk before a crash. False if its samples are another's now."""
-        samples = push.samples if member.grant is None else member.grant.samples
+        samples = push.samples if member.grant is None or push.rest else member.grant.samples
         if member.grant is None:
             if not self.at.samples.claim(samples):
                 self._give_up(member, "lost")
@@ -465,12 +465,18 @@ class Coordinator:
         for member in may_begin(self.at):
             if self.at.turn in (None, member.worker) or not member.starved:
                 self._give(member)
+        if self.at.samples.dry and not any(member.grant for member in self.at.members.values()):
+            # While there is no text, nobody is getting nearer to whom ssp holds back.
+            for member in [each for each in self.at.members.values() if each.asked and each.asked.leaves]:
+                self._give(member)
 
     def _dismiss(self) -> None:
-        """Lets those go that owe nothing and are to compute nothing more; none before all that are waited for came."""
+        """Lets those go that are to compute nothing more and owe nothing, or for nothing: at a rate of 0, with which
+        schedules end, a rest moves no weight."""
         for member in list(self.at.members.values()):
-            asked = member.asked
-            if asked is not None and not asked.owes and (self.at.over or (asked.leaves and self.at.started)):
+            asked, over = member.asked, self.at.over
+            owes = asked is not None and asked.owes and not (over and self.rate(self.at.samples.used) == 0)
+            if asked is not None and not owes and (over or asked.leaves):
                 self._say(member.address, m.Finished(member.worker, member.incarnation))
                 member.asked, member.dismissed = None, True
 

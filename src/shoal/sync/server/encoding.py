@@ -31,7 +31,8 @@ class Encoder:
     """One for each rank of a worker, for as long as its process lives.
 
     For each push `encode` or `rest` once, and `settle` when it is answered or the worker is fenced. Of a fenced worker
-    whose last push was committed without its knowing, one residual is pushed twice. Memory: the rank's pieces once,
+    whose last push was committed without its knowing, one residual is pushed twice, and what that push lost not at
+    all. Memory: the rank's pieces once,
     twice between `encode` and `settle`.
     """
 

@@ -49,6 +49,11 @@ class Member:
         return Key(self.worker, self.incarnation, self.clock)
 
     @property
+    def leaving(self) -> bool:
+        """It computes nothing more."""
+        return self.dismissed or (self.grant is not None and self.grant.rest)
+
+    @property
     def address(self) -> Address:
         return Address("worker", self.worker, self.nonce)
 

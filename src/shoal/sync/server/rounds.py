@@ -25,7 +25,8 @@ class Round:
         """The gradients that are here make an update, and no other is waited for.
 
         bsp, and rests: all that began the round and live. quorum: `quorum` of them, then `grace` seconds (Chen et al.
-        2016, "Revisiting Distributed Synchronous SGD", section 3, for backup workers whose late gradients are dropped).
+        2016, "Revisiting Distributed Synchronous SGD", section 3, for backup workers whose late gradients are dropped);
+        a rest of one that leaves is none of them.
         """
         here = len(at.ready)
         going = [member for member in at.members.values() if member.grant and member.grant.version == at.version]
@@ -34,7 +35,8 @@ class Round:
         rests = bool(going) and all(member.grant is not None and member.grant.rest for member in going)
         if self.rules.mode == "bsp" or rests:
             return here == len(going)
-        if here < min(self.rules.quorum, len(at.members)):
+        real = sum(member.push is not None and not member.push.rest for member in at.ready.values())
+        if real < min(self.rules.quorum, sum(not member.leaving for member in at.members.values())):
             # At the end of the data there may be no work for so many.
             return here == len(going) and (at.draining or not at.samples.available)
         if self.ends is None:

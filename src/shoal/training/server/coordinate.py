@@ -120,6 +120,8 @@ class _Lead:
         self._attempts, self._asked = 0, 0.0
         self._glance: m.Noted | None = None
         self._since_save = 0
+        # Workers that this coordinator has seen go.
+        self._lost: set[int] = set()
         reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
             plan.rules(job), self._rate, [job.server.copies] * job.server.shards, journal=journal.records,
@@ -231,11 +233,13 @@ class _Lead:
             if record.reason == "not finite":
                 self._not_finite(record)
         elif isinstance(record, r.Left) and record.why in ("lost", "expired"):
+            self._lost.add(record.worker)
             why = "its connection broke" if record.why == "lost" else f"silent for {self.machine.rules.lease:g} s"
             self.show.say(f"worker {record.worker} is given up ({why}); the others go on")
         elif isinstance(record, r.Left) and record.why == "left" and not self.machine.at.over:
+            self._lost.add(record.worker)
             self.show.say(f"worker {record.worker} has left")
-        elif isinstance(record, r.Entered) and record.incarnation:
+        elif isinstance(record, r.Entered) and record.worker in self._lost:
             self.show.say(f"worker {record.worker} has joined again")
 
     def _not_finite(self, record: r.Rejected) -> None:
@@ -273,6 +277,7 @@ class _Lead:
         if (reached := growth.look(now)) is not None:
             self._conductor.do(self.machine.grow(reached.end, reached.growing, now))
         if news := growth.news(at.samples, any(member.grant is not None for member in at.members.values())):
+            self.rows.pause() if growth.waits else self.rows.resume()
             self.show.say(news)
 
     def _all_saved(self, now: float) -> bool:

@@ -29,7 +29,8 @@ class Reached:
 
 class Growth:
     """The coordinator's side. Samples are given out in whole rounds, one gradient of each worker: so a step is of the
-    same samples whether its text was there from the beginning or came while workers waited for it."""
+    same samples whether its text was there from the beginning or came while workers waited for it (but where asp gives
+    workers unequal shares). waits: for text, as `news` has told."""
 
     def __init__(self, job: Job, corpus: Prepared):
         self.store = corpus.folder
@@ -37,14 +38,13 @@ class Growth:
         self.round = pushed_batch(job) * job.server.local_steps
         self._last = plan.samples(job, job.train.steps) if job.train.steps else None
         self._looked = float("-inf")
-        self._waits = False
+        self.waits = False
 
     def reached(self) -> Reached:
         """By the rows that are known."""
-        whole = self.loader.samples // self.round * self.round
-        if self._last is None or whole < self._last:
-            return Reached(whole, True)
-        return Reached(self._last, False)
+        if self._last is not None and self.loader.samples >= self._last:
+            return Reached(self._last, False)
+        return Reached(self.loader.samples // self.round * self.round, True)
 
     def look(self, now: float) -> Reached | None:
         """Where more rows are there than before, what that makes; None otherwise. Looks once a second at most."""
@@ -59,10 +59,10 @@ class Growth:
 
         busy: somebody computes.
         """
-        waits = samples.dry and (self._waits or not busy)
-        if waits == self._waits:
+        waits = samples.dry and (self.waits or not busy)
+        if waits == self.waits:
             return ""
-        self._waits = waits
+        self.waits = waits
         rows = f"{self.loader.samples:,}"
         if not waits:
             return f"goes on: there is text up to row {rows}"

@@ -34,6 +34,7 @@ class Rows:
         # Of each worker that was given up, the lost gradient that it may yet push: it was only slow.
         self._unheard: dict[int, m.Key] = {}
         self._since: float | None = None
+        self._paused: float | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -46,6 +47,16 @@ class Rows:
         self._drifts: list[float] = []
         self._common: list[float] = []
         self._last: r.Committed | None = None
+
+    def pause(self) -> None:
+        """There is nothing to compute: the time from here is no step's."""
+        self._paused = time.perf_counter()
+
+    def resume(self) -> None:
+        """There is again."""
+        if self._since is not None and self._paused is not None:
+            self._since += time.perf_counter() - self._paused
+        self._paused = None
 
     def pushed(self, push: m.Push) -> None:
         """What a worker says of its push; known when it is decided on."""

@@ -49,9 +49,7 @@ def main(
         ranks = ending.enter_context(mesh.build(given.layout, seat, timeout=given.sync.timeout))
         device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
         corpus = Prepared.load(Path(prepared))
-        training, seen = (
-            Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed) for _ in range(2)
-        )
+        training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = held_out(corpus, given) if number == 0 else None
         replica, objective = spread(given, ranks, fresh=False)
         rules, train = plan.rules(whole), given.train
@@ -65,8 +63,8 @@ def main(
             follower=Follower(rules.codec) if encoded else None,
         )  # fmt: skip
         glances, answered = Glances(given), 0
-        # With a loader of its own: it looks for more rows on another thread.
-        words = Words(seen, glances if validation is not None else None) if Words.enough(given) else None
+        # It is asked between `begin` and its return, when nobody else reads.
+        words = Words(training, glances if validation is not None else None) if Words.enough(given) else None
         sync = ending.enter_context(
             Server(
                 ranks,
