@@ -92,6 +92,10 @@ def run(
             world._do(COORDINATOR, host, host.machine.drain(world.now))
 
     def leave() -> None:
+        if not world.hosts[COORDINATOR].machine.at.started:
+            # Others would wait for who takes its place, and here nobody does.
+            world._at(world.now + 0.1, leave)
+            return
         address = world.live_workers[1]
         world._do(address, world.hosts[address], world.hosts[address].machine.retire(world.now))
 

@@ -36,6 +36,11 @@ def test_random_schedules(part):
         assert wrong(schedule(seed)) == [], f"schedule {seed}"
 
 
+def test_a_copy_that_lacks_what_the_others_have_saved_is_refused_until_it_knows():
+    """It was behind when the checkpoint was complete; the others and the coordinator died, and the refusal was lost."""
+    assert wrong(schedule(21_309)) == []
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("part", range(100))
 def test_a_hundred_thousand_schedules(part):

@@ -313,7 +313,6 @@ class Coordinator:
 
     def _from_shard(self, message: _FromShard) -> None:
         copy, copies = (message.shard, message.copy), self.at.copies
-        self.unheard.discard(copy)
         if isinstance(message, m.Hello):
             self._hello(copy, message)
         elif copy not in copies.applied:
@@ -334,6 +333,7 @@ class Coordinator:
             why = f"shard {message.shard} holds version {message.version}, its journal {copies.base} to {self.version}"
             self._say(Address("shard", *copy), m.Refused(message.version, why, "start all from one checkpoint"))
             return
+        self.unheard.discard(copy)
         self._ends.discard(copy)
         if copy not in copies.applied:
             left = [other for other in copies.of_shard[message.shard] if (message.shard, other) not in self._ends]
@@ -508,7 +508,8 @@ class Coordinator:
         elif samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
             self.at.samples.give_back(samples)
         if samples is not None:
-            check_clock(self.at, member)
+            if not member.asked.leaves:
+                check_clock(self.at, member)
             peers = len(self.at.members) - 1
             durable = self.rules.compensation == "dc"
             self._write(r.Granted(member.key, self.version, samples, peers, gone), durable)
