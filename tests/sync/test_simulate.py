@@ -16,9 +16,10 @@ from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.copies import Copies
 from shoal.sync.server.effects import Send
+from shoal.sync.server.messages import Key, Range
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.shard import ServerShard
-from shoal.sync.simulate.audit import violations
+from shoal.sync.simulate.audit import exceeded, violations
 from shoal.sync.simulate.ledger import Ledgers
 from shoal.sync.simulate.outcome import simulate
 from shoal.sync.simulate.scenario import Fault, Scenario
@@ -94,6 +95,19 @@ def test_random_schedules_of_samples_that_come_bit_by_bit():
 def test_ten_thousand_schedules_of_samples_that_come_bit_by_bit(part):
     for seed in range(10_000 + 1000 * part, 11_000 + 1000 * part):
         assert wrong(arriving(seed)) == [], f"schedule {seed}"
+
+
+def test_who_was_there_before_all_processes_were_new_holds_nobody_back():
+    before, after = Key(0, 0, 0), [Key(0, 1, clock) for clock in range(3)]
+    journal = [r.Opened(""), r.Entered(0, 1, 0, 0, 1), r.Entered(1, 2, 0, 0, 1), r.Granted(before, 0, Range(0, 1), 1)]
+    journal += [r.Anew(), r.Entered(0, 3, 1, 0, 1)]
+    for i, key in enumerate(after):
+        samples = Range(i, i + 1)
+        journal += [r.Granted(key, i, samples, 0)]
+        journal += [r.Committed(i + 1, (key,), (0,), (1.0,), (samples,), 1.0, 1.0, 0.1)]
+    rules = Rules("ssp", workers=2, staleness=0)
+    assert list(exceeded(rules, journal)) == []
+    assert list(exceeded(rules, [record for record in journal if record != r.Anew()])) != []
 
 
 def test_a_schedule_is_the_same_every_time():
