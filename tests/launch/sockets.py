@@ -17,8 +17,11 @@ def alive(pid: int) -> bool:
 
 
 def family(pid: int) -> list[int]:
-    """The process and all its descendants."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """The process and all its descendants, as far as they live."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return [pid]
     return [pid, *(member for child in children for member in family(int(child)))]
 
 
