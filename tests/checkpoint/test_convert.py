@@ -499,7 +499,7 @@ def sizes(tmp_path_factory):
         ("show", [], [OPENS]),
         ("verify", [], [DIGESTS]),
         ("reshard", ["--pieces", "3"], [KEEPS, MAPS]),
-        ("export-hf", [], [KEEPS, MAPS]),
+        pytest.param("export-hf", [], [KEEPS, MAPS], marks=pytest.mark.nightly),
         ("export-hf", ["--dtype", "bf16"], [KEEPS]),
         ("import-hf", [], [KEEPS, MAPS]),
     ],

@@ -70,7 +70,11 @@ def test_layouts_of_a_job_compute_the_same_and_impossible_ones_are_refused(job):
 
 @pytest.mark.parametrize(
     "only",
-    [["replicas=2,replica_share=2+1,micro_batch=4"], ["fsdp=3"], ["pipeline=2,stages=5+3", "pipeline=2,micro_batch=3"]],
+    [
+        ["replicas=2,replica_share=2+1,micro_batch=4"],
+        pytest.param(["fsdp=3"], marks=pytest.mark.nightly),
+        ["pipeline=2,stages=5+3", "pipeline=2,micro_batch=3"],
+    ],
 )
 def test_what_the_job_can_have_the_small_one_can_too(job, only):
     """Whatever its replicas do otherwise."""
@@ -159,6 +163,7 @@ def test_ok_follows_from_the_differences_and_the_bound():
 LOW = ("bf16", "fp32")
 
 
+@pytest.mark.nightly
 def test_layouts_that_share_one_sequence_reader_are_checked_in_low_precision_too(job):
     only = ["tensor=2", "context=2", "pipeline=2", "fsdp=3"]
     report = check(job, processes=3, only=only, dtypes=LOW, steps=4)

@@ -87,7 +87,7 @@ def test_at_the_end_all_have_the_mean(whole):
             assert torch.equal(own, common), name
 
 
-@pytest.mark.parametrize("codec", ["bf16", "randomk:0.25+int8"])
+@pytest.mark.parametrize("codec", [pytest.param("bf16", marks=pytest.mark.nightly), "randomk:0.25+int8"])
 def test_what_a_codec_has_lost_is_in_checkpoints(ranks, train, tiny, tmp_path, codec):
     """Bitwise resume with one fragment on its way; on other numbers of replicas the sum stays what it was."""
     job = tiny(tmp_path / "run", "replicas=3", train={"steps": 16}, sync=SYNC | {"codec": codec},
