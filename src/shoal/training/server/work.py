@@ -13,7 +13,7 @@ from shoal import device, mesh, operations
 from shoal.data.batch import Batch
 from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
-from shoal.job import parse
+from shoal.job import Job, parse
 from shoal.mesh import Mesh, Seat
 from shoal.sync.server import messages as m
 from shoal.sync.server.encoding import Encoder
@@ -52,16 +52,6 @@ def main(
         training = Loader(corpus, given.data, "train", given.train.global_batch, given.train.seed)
         validation = held_out(corpus, given) if number == 0 else None
         replica, objective = spread(given, ranks, fresh=False)
-        rules, train = plan.rules(whole), given.train
-        encoded = rules.codec != "none"
-        encoder = None
-        if encoded:
-            encoder = Encoder(rules, seed=train.seed, worker=number, part=ranks.rank)
-        machine = Worker(
-            number, plan.share(whole, number), given.server.shards, model=plan.model_hash(whole),
-            tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,
-            follower=Follower(rules.codec) if encoded else None,
-        )  # fmt: skip
         glances, answered = Glances(given), 0
         # It is asked between `begin` and its return, when nobody else reads.
         words = Words(training, glances if validation is not None else None) if Words.enough(given) else None
@@ -70,8 +60,8 @@ def main(
                 ranks,
                 replica,
                 plan.placement(whole),
-                machine=machine,
-                encoder=encoder,
+                machine=_machine(whole, run, number),
+                encoder=_encoder(whole, ranks, number),
                 words=words,
                 leaving=lambda: stop.asked,
                 station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
@@ -100,6 +90,20 @@ def main(
             sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30, drift)
             answered += 1
         return {"answered": answered}
+
+
+def _machine(whole: Job, run: Path, number: int) -> Worker:
+    rules = plan.rules(whole)
+    return Worker(
+        number, plan.share(whole, number), whole.server.shards, model=plan.model_hash(whole),
+        tokenizer=plan.tokenizer_hash(run), retry=rules.retry, heartbeat=rules.lease / 4,
+        follower=Follower(rules.codec) if rules.codec != "none" else None,
+    )  # fmt: skip
+
+
+def _encoder(whole: Job, ranks: Mesh, number: int) -> Encoder | None:
+    rules = plan.rules(whole)
+    return Encoder(rules, seed=whole.train.seed, worker=number, part=ranks.rank) if rules.codec != "none" else None
 
 
 def _batches(loader: Loader, ranks: Mesh, samples: Range) -> list[Batch]:
