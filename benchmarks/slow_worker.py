@@ -15,8 +15,10 @@ first step until the target, on a straight line between two checkpoints. Checkpo
 does it, and their loss is measured when the run has ended, so that looking takes no time from anybody. speedup: bsp's
 seconds over the method's, median of seeds.
 
-One run of bsp takes --steps times the slowest pad: 13 minutes. What has been measured lies in --out and is not measured
-again, so this can be done in pieces, or go on after it was stopped. Delete the folder when the code has changed.
+bsp computes the same whatever the pads are (each update waits for all), so its losses are those of runs without pads,
+and its seconds are steps × the median of --timed steps with them, as in benchmarks/network.py. What has been measured
+lies in --out and is not measured again, so this can be done in pieces, or go on after it was stopped. Delete the folder
+when the code has changed.
 """
 
 from __future__ import annotations
@@ -78,17 +80,17 @@ def job_of(base: Job, method: str, lr: float, seed: int, asked: argparse.Namespa
     return parse("\n".join(["[server]", f"mode = {json.dumps(mode)}", shards, *lines]), method, job).validate()
 
 
-def run(job: Job, asked: argparse.Namespace) -> dict[str, Any]:
-    """One run from its start to its last sample.
+def run(job: Job, asked: argparse.Namespace, pads: list[float]) -> dict[str, Any]:
+    """One run from its start to its last sample. pads: seconds of a gradient, each worker's.
 
-    losses: [step, loss] of each checkpoint. seconds: until each, from the end of the first step on.
+    losses: [step, loss] of each checkpoint. seconds: until each, from the end of the first step on. step: median.
     """
     with tempfile.TemporaryDirectory(dir=asked.out) as name, ExitStack() as ending:
         job, arguments = ready(replace(job, run=replace(job.run, dir=str(Path(name, "run")))), None, time.time())
         folder, prepared = Path(arguments["folder"]), arguments["prepared"]
         ranks = Ranks([*server.ENTRIES, RANKS])
         ending.callback(ranks.close)
-        with Thinned(folder / "checkpoints", asked.every), stretched(asked.pads, folder):
+        with Thinned(folder / "checkpoints", asked.every), stretched(pads, folder):
             server.run(job, arguments, ranks, say, lambda name: None)
         told = {"folder": str(folder), "job": write(job), "prepared": prepared, "rows": asked.rows}
         looks = local.run(f"{RANKS}:losses", told, 1, ranks=ranks)
@@ -112,6 +114,7 @@ def figures(looks: list[dict[str, Any]], rows: list[dict[str, Any]], gradients: 
         "seconds": [between(times, look["version"]) for look in looks],
         "staleness": sum(late * count for late, count in counts) / used,
         "rejected": sum(row["rejected"] for row in rows) / (used + sum(row["rejected"] for row in rows)),
+        "step": statistics.median(row["seconds"] for row in rows[1:]),
         "overran": [one["overran"] / max(1, one["answered"]) for one in gradients],
     }
 
@@ -179,8 +182,17 @@ class Slow:
     def train(self, method: str, lr: float, seed: int) -> dict[str, Any]:
         asked = self.asked
         job = job_of(self.base, method, lr, seed, asked)
-        key = {"method": method, "job": write(job), "pads": asked.pads, "rows": asked.rows}
-        found: dict[str, Any] = self.bench.measured("slow", key, lambda: run(job, asked))
+        key = {"method": method, "job": write(job), "rows": asked.rows}
+        if method != BASELINE:
+            return self._run(job, asked.pads, key)
+        found = self._run(job, [0.0] * asked.workers, key)
+        timed = replace(job, train=replace(job.train, steps=asked.timed))
+        paced = self._run(timed, asked.pads, {**key, "job": write(timed)})
+        seconds = [paced["step"] * (step - 1) for step, _ in found["losses"]]
+        return {**found, "seconds": seconds, "overran": paced["overran"]}
+
+    def _run(self, job: Job, pads: list[float], key: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = self.bench.measured("slow", {**key, "pads": pads}, lambda: run(job, self.asked, pads))
         return found
 
     def targets(self) -> tuple[float, list[float]]:
@@ -241,6 +253,7 @@ def options() -> argparse.Namespace:
     floats = lambda text: [float(part) for part in text.split(",")]  # noqa: E731
     parser.add_argument("--methods", nargs="+", default=METHODS, metavar="MODE[:KEY=VALUE,...]")
     parser.add_argument("--steps", type=int, default=400, help="after which bsp's loss is the target")
+    parser.add_argument("--timed", type=int, default=20, help="steps of bsp that are timed with pads")
     parser.add_argument("--longest", type=float, default=1.5, help="times as many samples the others may use")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lr", type=floats, default=[1e-3, 2e-3, 4e-3])

@@ -44,6 +44,30 @@ def test_what_waits_is_sent_before_the_end(two):
     assert [worker.receive(timeout=20).header for _ in range(200)] == [b"%d" % number for number in range(200)]
 
 
+def until(true, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_the_other_side_has_not_got_is_on_its_way_though_the_kernel_has_it(two):
+    worker, server = two
+    headers = [b"%d" % number for number in range(64)]
+    with Outbox(server) as outbox:
+        # Until the other side's buffer is full, and a frame lies in this side's.
+        for put, header in enumerate(headers, 1):  # noqa: B007
+            outbox.put(header, [bytes(1 << 15)])
+            until(lambda: not outbox.waiting)
+            if server.bytes_arrived < server.bytes_sent:
+                break
+        assert outbox.has(header), "it would be sent a second time"
+        assert not outbox.has(headers[0]), "nobody could ask for it again"
+        for _ in range(put):
+            worker.receive(timeout=20)
+        until(lambda: not outbox.has(header))
+
+
 def put_on(outbox: Outbox, header: bytes, pause: float = 0.0) -> None:
     """Until it fails, or for 20 seconds."""
     deadline = time.monotonic() + 20

@@ -48,7 +48,21 @@ def test_a_pull_is_repeated_where_it_was_not_answered():
     worker.handle(m.Pulled(KEY, 0, 5, PIECES), ("weights",), 0.0)
     assert worker.tick(0.9)[0].message == m.Heartbeat(4, 2, 0)
     assert (Address("shard", 1, 3), m.Pull(KEY, 5)) in said(worker.tick(1.9))
-    assert not [m for to, m in said(worker.tick(2.9)) if to == Address("shard", 0, 0)]
+    again = [to for to, message in said(worker.tick(3.9)) if isinstance(message, m.Pull)]
+    assert again == [Address("shard", 1, 3)]
+
+
+def test_what_is_not_answered_is_asked_again_ever_less_often_until_a_connection_breaks():
+    worker = asking()
+
+    def asked(begin: int, end: int) -> list[int]:
+        return [now for now in range(begin, end) if m.Ask(KEY, 0) in [message for _, message in said(worker.tick(now))]]
+
+    assert asked(1, 32) == [1, 3, 7, 15, 23, 31]
+    worker.lost()
+    assert asked(32, 34) == [32]
+    worker.handle(GRANT, (), 34.0)
+    assert (Address("shard", 0, 0), m.Pull(KEY, 5)) in said(worker.tick(35.0)), "another question, and soon again"
 
 
 def test_a_version_that_is_gone_is_asked_for_anew():

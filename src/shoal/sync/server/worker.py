@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from shoal.sync.server.follower import Follower
 
 
+# The longest wait for an answer before the question is repeated, of the shortest.
+_LONGEST = 8.0
+
+
 @dataclass(frozen=True)
 class Pushed:
     """What one rank pushes to one shard: sums over tokens. The tensors must stay as they are until the answer.
@@ -70,6 +74,7 @@ class Worker:
         self._pushed: Mapping[int, Pushed] = {}
         self._part, self._parts = 0, 1
         self._said = self._beat = 0.0
+        self._wait = retry
         self._out: list[Effect] = []
 
     @property
@@ -149,15 +154,20 @@ class Worker:
         return self._effects()
 
     def tick(self, now: float) -> list[Effect]:
-        """Says that it lives, and again what was not answered."""
+        """Says that it lives, and again what was not answered: each time after twice the time, for whoever is slow
+        because there is much to do must not get more of it."""
         if self.state in ("left", "fenced", "refused", "finished"):
             return []
-        if self.state != "computing" and now - self._said >= self.retry:
-            self._again(now)
+        if self.state != "computing" and now - self._said >= self._wait:
+            self._again(now, 2 * self._wait)
         elif self.state != "joining" and now - self._beat >= self.heartbeat:
             self._beat = now
             self._live()
         return self._effects()
+
+    def lost(self) -> None:
+        """A connection broke, and with it perhaps a question or an answer: asks again soon."""
+        self._wait = self.retry
 
     def _live(self) -> None:
         """Says that it lives; learns of shards that have moved."""
@@ -167,9 +177,13 @@ class Worker:
         out, self._out = self._out, []
         return out
 
-    def _again(self, now: float) -> None:
-        """What the present state waits for an answer to. A repeated Push is answered with what is missing."""
+    def _again(self, now: float, wait: float = 0.0) -> None:
+        """What the present state waits for an answer to. A repeated Push is answered with what is missing.
+
+        wait: seconds until this is said once more.
+        """
         self._said = self._beat = now
+        self._wait = min(max(wait, self.retry), _LONGEST * self.retry)
         if self.state == "joining":
             self._out.append(Send(COORDINATOR, m.Join(self.number, self.nonce, self.share, self.model, self.tokenizer)))
         elif self.state == "asking":

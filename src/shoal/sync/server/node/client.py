@@ -159,8 +159,9 @@ class Client:
             if isinstance(event.message, m.Refused) and event.sender != COORDINATOR:
                 self._error = JobError(event.message.why, fix=event.message.fix)
             self._do(machine.handle(event.message, event.tensors, now))
-        elif isinstance(event, Lost) and event.error is not None:
-            self._error = event.error
+        elif isinstance(event, Lost):
+            self._error = event.error or self._error
+            machine.lost()
         if self._leaving() and not machine.leaves:
             self._do(machine.retire(now))
         self._do(machine.tick(now))

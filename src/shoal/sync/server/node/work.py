@@ -37,8 +37,8 @@ from shoal.sync.step import sum_within, totals_of
 _MOST_RUNS = 4096
 # Seconds after which the lead tells the others that there is no news, since nobody waits for ever in a collective.
 _NEWS = 20.0
-# Seconds after which a rank asks a shard again, and those after which it gives up.
-_RETRY, _PATIENCE = 1.0, 120.0
+# Seconds after which a rank asks a shard again, at first and at most, and those after which it gives up.
+_RETRY, _LONGEST, _PATIENCE = 1.0, 8.0, 120.0
 # What the lead says: the worker has ended, weights are to be pulled, what is owed is to be pushed, a push goes out,
 # parts of it again, it is over.
 _END, _PULL, _REST, _PUSH, _AGAIN, _DONE = range(6)
@@ -159,13 +159,13 @@ class Server:
         assert self._station is not None
         rows = self._rows(command)
         found: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
-        deadline, said = time.monotonic() + _PATIENCE, float("-inf")
+        deadline, said, wait = time.monotonic() + _PATIENCE, float("-inf"), _RETRY / 2
         while len(found) < self.shards:
             now = time.monotonic()
             if now > deadline:
                 raise RankError(f"no weights of version {command.version} within {_PATIENCE:.0f} s")
-            if now - said > _RETRY:
-                said = now
+            if now - said > wait:
+                said, wait = now, min(2 * wait, _LONGEST)
                 for shard in set(range(self.shards)) - found.keys():
                     pull = self._asks(command, shard, rows.get(shard, ()))
                     self._station.send(Address("shard", shard, primaries[shard]), pull)

@@ -63,6 +63,11 @@ class Connection:
         """With headers and codes; TCP's and TLS's own bytes come on top."""
         return self._stream.received
 
+    @property
+    def bytes_arrived(self) -> int:
+        """Of those sent, how many the other side's kernel has: with TLS a few less, as encrypted ones are more."""
+        return self._stream.sent - self._stream.unacknowledged
+
     def send(self, header: bytes, buffers: Sequence[Buffer] = (), *, timeout: float) -> None:
         """Returns when the kernel has taken all of it; buffers may be changed then.
 

@@ -21,6 +21,8 @@ class Outbox:
         self._connection, self._most, self._timeout, self._slowest = connection, most, timeout, slowest
         self._waiting: deque[tuple[bytes, Sequence[Buffer]]] = deque()
         self._sending: bytes | None = None
+        # Frames that the kernel has taken, and the count of sent bytes that they end with.
+        self._leaving: deque[tuple[bytes, int]] = deque()
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._send, name=f"answers {connection.peer}", daemon=True)
@@ -38,9 +40,14 @@ class Outbox:
         return len(self._waiting) + (self._sending is not None)
 
     def has(self, header: bytes) -> bool:
-        """Whether a frame with this header waits, or is on its way into the kernel."""
+        """Whether a frame with this header waits, or is on its way to the other side's kernel.
+
+        On a slow line the last seconds of that way are in this side's kernel.
+        """
         with self._changed:
-            return header == self._sending or any(header == other for other, _ in self._waiting)
+            self._arrive()
+            waiting = (other for other, _ in (*self._waiting, *self._leaving))
+            return header == self._sending or header in waiting
 
     def put(self, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         """Returns at once; the buffers must stay as they are until they are sent.
@@ -70,6 +77,14 @@ class Outbox:
             except OSError:
                 # Told to whoever receives from this peer, and to whoever puts the next one in.
                 return self._connection.close()
+            with self._changed:
+                self._arrive()
+                self._leaving.append((header, self._connection.bytes_sent))
+
+    def _arrive(self) -> None:
+        """Forgets what is no longer on its way."""
+        while self._leaving and self._leaving[0][1] <= self._connection.bytes_arrived:
+            self._leaving.popleft()
 
     def _next(self) -> tuple[bytes, Sequence[Buffer]] | None:
         with self._changed:

@@ -7,10 +7,13 @@ allows one call at a time, which a poll outside of the call does not hold up), a
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import ssl
+import struct
+import termios
 import threading
 import time
 from collections import deque
@@ -79,6 +82,16 @@ class Stream:
     @property
     def severed(self) -> bool:
         return self._severed.is_set()
+
+    @property
+    def unacknowledged(self) -> int:
+        """Bytes that the kernel has taken and the other side's has not acknowledged (of TLS: encrypted ones)."""
+        try:
+            # Of a socket this is Linux's SIOCOUTQ (man 7 tcp).
+            return int(struct.unpack("i", fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(4)))[0])
+        except (OSError, ValueError):
+            # It is closed, or this system does not say.
+            return 0
 
     def _try(self, move: _Move, left: deque[memoryview], event: int, deadline: float) -> int:
         """Bytes that were moved; 0 after a wait for `event`."""
