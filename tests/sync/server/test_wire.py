@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from shoal.sync.server.wire import FrameError, Limits, Listener, connect
+from shoal.sync.server.wire.frame import pack
 from tests.sync.server.peers import TRUSTED, echo, ended, eventually, in_thread, pair, serving
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8, torch.bool]
@@ -107,6 +108,20 @@ def test_half_a_frame_ends_the_connection_in_time(two):
         server.receive(timeout=20)
     with pytest.raises(ConnectionError):
         worker.receive(timeout=20)
+
+
+def test_a_frame_that_begins_at_the_last_moment_has_its_own_time(two):
+    worker, server = two
+    head = pack(worker._session.send_key, 0, b"late", [4])
+
+    def send() -> None:
+        time.sleep(1.5)
+        worker._stream.write([memoryview(head)], time.monotonic() + 20)
+        time.sleep(1.5)
+        worker._stream.write([memoryview(b"four")], time.monotonic() + 20)
+
+    with in_thread(send):
+        assert server.receive(timeout=2.0) == (b"late", [b"four"])
 
 
 def test_a_peer_that_takes_nothing_does_not_hold_up_who_sends_for_longer_than_said(two):
@@ -239,10 +254,12 @@ def test_the_listener_goes_on_when_the_system_has_no_more_to_give(refused: str, 
 
 
 def test_who_connects_waits_for_a_listener_that_is_still_starting():
-    with Listener(echo) as listener:
-        port = listener.address[1]
-    with pytest.raises(ConnectionError, match=rf"server 0 \(127\.0\.0\.1:{port}\) cannot be reached"):
-        connect("127.0.0.1", port, peer="server 0", timeout=0.2)
+    # Taken, so that no other program listens there meanwhile.
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        with pytest.raises(ConnectionError, match=rf"server 0 \(127\.0\.0\.1:{port}\) cannot be reached"):
+            connect("127.0.0.1", port, peer="server 0", timeout=0.2)
     with in_thread(lambda: connect("127.0.0.1", port, timeout=30).close()) as done:
         time.sleep(0.3)
         with Listener(echo, port=port):

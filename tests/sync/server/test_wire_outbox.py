@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from shoal.sync.server.wire import Outbox
+from shoal.sync.server.wire import Limits, Outbox
 from tests.sync.server.peers import in_thread, pair
 
 
@@ -66,6 +66,17 @@ def test_what_the_other_side_has_not_got_is_on_its_way_though_the_kernel_has_it(
         for _ in range(put):
             worker.receive(timeout=20)
         until(lambda: not outbox.has(header))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_what_can_never_be_sent_ends_the_connection():
+    """A limit of this side's own: a fault of the program, which must not leave the other side waiting."""
+    with pair(limits=Limits(header=64)) as (worker, server), Outbox(server) as outbox:
+        outbox.put(bytes(65))
+        with pytest.raises(ConnectionError):
+            worker.receive(timeout=20)
+        with pytest.raises(ConnectionError):
+            outbox.put(b"next")
 
 
 def put_on(outbox: Outbox, header: bytes, pause: float = 0.0) -> None:

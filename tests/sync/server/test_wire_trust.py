@@ -19,6 +19,7 @@ from shoal.job.server import ServerOptions
 from shoal.sync.server.wire import Credentials, FrameError, Listener, connect
 from shoal.sync.server.wire.handshake import answer, ask
 from shoal.sync.server.wire.stream import Stream
+from shoal.training.server.hold import served
 from tests.launch.sockets import listening
 from tests.sync.server.peers import TOKEN, TRUSTED, echo, ended, eventually, in_thread, pair, serving
 
@@ -353,3 +354,13 @@ def test_tls_needs_all_of_its_files(files: Path, tmp_path: Path):
         Listener(echo, credentials=tls(tmp_path, "one"))
     with pytest.raises(JobError, match="TLS cannot use these files"):
         Listener(echo, credentials=Credentials(TOKEN, files / "one.pem", files / "two.key", files / "authority.pem"))
+
+
+def test_weights_that_change_on_their_way_are_not_sent_where_payload_is_checked(monkeypatch: pytest.MonkeyPatch):
+    """A CRC of them would be of other bytes, and each pull would end the connection."""
+    monkeypatch.setattr("shoal.sync.server.wire.credentials.is_loopback", lambda host: host.startswith("127."))
+    secure = Credentials(TOKEN, Path("certificate"), Path("key"), Path("authority"))
+    assert served("hogwild", "127.0.0.1", TRUSTED) == "hogwild"
+    assert served("hogwild", "10.0.0.1", secure) == "hogwild"
+    assert served("hogwild", "10.0.0.1", TRUSTED) == "shard"
+    assert served("snapshot", "10.0.0.1", TRUSTED) == "snapshot"

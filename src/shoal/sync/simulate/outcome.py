@@ -73,7 +73,8 @@ class Simulation:
             counts = "  ".join(f"{late}: {count}" for late, count in row.staleness.items())
             lines.append(f"{row.mode}: pushes by staleness  {counts}")
         if self.outcome.bound is not None:
-            lines += ["", f"staleness is never above {self.outcome.bound}"]
+            unless = ", but for workers that come or go" if self.outcome.given_up else ""
+            lines += ["", f"staleness is never above {self.outcome.bound}{unless}"]
         if len(rows) > 1:
             lines.append(f"{self.speedup:.2f} times as fast as bsp over the same samples")
         return "\n".join(lines)

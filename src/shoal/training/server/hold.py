@@ -29,6 +29,7 @@ from shoal.sync.server.parameters import Parameters
 from shoal.sync.server.placement import Block
 from shoal.sync.server.shadow import Shadow
 from shoal.sync.server.shard import ServerShard
+from shoal.sync.server.wire.credentials import Credentials, has_checksums
 from shoal.training.precision import stored
 from shoal.training.server import plan
 
@@ -52,7 +53,8 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
     cloned = life > 0 and not alone
     version = 0 if cloned else _fill(run, given, held)
     machine = ServerShard(
-        number, held, copy=copy if alone else copy + options.copies * life, level=rules.level, version=version,
+        number, held, copy=copy if alone else copy + options.copies * life, version=version,
+        level=served(rules.level, host, Credentials.of(options)),
         others=range(1, options.copies) if copy == 0 and not cloned else (), logged=alone, retry=rules.retry,
         backups=rules.compensation == "dc", shadow=_shadow(given, number, copy),
     )  # fmt: skip
@@ -73,6 +75,12 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
             join(machine, station, _CLONED)
         part = _Part(number, held, saver)
         Serving(machine, station, log, save=part.save, poll=part.poll).run()
+
+
+def served(level: str, host: str, credentials: Credentials) -> str:
+    """How much of an update a pull may see. Where what is sent has a CRC, not its middle: that would be other bytes
+    than the CRC is of."""
+    return "shard" if level == "hogwild" and has_checksums(host, credentials) else level
 
 
 def _shadow(job: Job, number: int, copy: int) -> Shadow | None:

@@ -25,7 +25,7 @@ from shoal.sync.server.wire.connection import Frame
 _AGAIN, _PATIENCE = 0.2, 10.0
 # Seconds for one frame: this, and what its bytes take on a slow line.
 _FRAME, _SLOWEST = 60.0, 50_000
-# Seconds that a thread waits for a frame before it waits again.
+# Seconds that a thread waits for a frame before it waits again, and for one that has begun.
 _IDLE = 600.0
 # Frames that may wait for somebody who reads slowly.
 _MOST = 1024
@@ -206,7 +206,7 @@ class Station:
             found.append(frames.read(header))
             return frames.places(found[0], lengths, self.dtype, self._pool)
 
-        return connection.receive(into, timeout=_IDLE), found[0]
+        return connection.receive(into, timeout=_IDLE, slowest=_SLOWEST), found[0]
 
     def _forget(self, address: Address, peer: _Peer, error: JobError | None = None) -> None:
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import zlib
@@ -84,8 +85,9 @@ class Connection:
             self._sent += 1
             self._stream.write([memoryview(head), *views], deadline)
 
-    def receive(self, into: Into | None = None, *, timeout: float) -> Frame:
-        """The next frame. timeout: seconds for all of it.
+    def receive(self, into: Into | None = None, *, timeout: float, slowest: float = math.inf) -> Frame:
+        """The next frame. timeout: seconds until it begins; and then for the rest of it, with one more for so many
+        bytes (`slowest`).
 
         into: gives the memory for the buffers of a frame with this header and these lengths in bytes, which then are
         filled without a copy: tensors on the CPU or other memory, of just these lengths; None: they are thrown away.
@@ -104,7 +106,7 @@ class Connection:
                     self._end("cut off" if begun else "closed")
                 raise
             with self._ending_on_error():
-                return self._rest(data, into or _new, deadline)
+                return self._rest(data, into or _new, time.monotonic() + timeout, slowest)
 
     def close(self) -> None:
         """Ends it for both sides; threads that are in `send` or `receive` get a ConnectionError. May be repeated."""
@@ -112,7 +114,7 @@ class Connection:
         self._closed = True
         self._give_back()
 
-    def _rest(self, data: bytearray, into: Into, deadline: float) -> Frame:
+    def _rest(self, data: bytearray, into: Into, deadline: float, slowest: float) -> Frame:
         prefix = read_prefix(data, self._limits)
         rest = bytearray(prefix.rest)
         self._stream.read([memoryview(rest)], deadline)
@@ -120,6 +122,7 @@ class Connection:
             self._session.receive_key, self._received, data, prefix, rest, self._limits
         )
         self._received += 1
+        deadline += sum(lengths) / slowest
         if prefix.checked != self._session.checked:
             raise FrameError("no frame", "sent a frame with or without CRCs, unlike what was agreed on")
         buffers = into(header, lengths)

@@ -98,6 +98,11 @@ def require_token(host: str, credentials: Credentials) -> None:
         )  # fmt: skip
 
 
+def has_checksums(host: str, credentials: Credentials) -> bool:
+    """Whether what a listener there sends and receives is checked by CRCs: not on loopback, and TLS has its own."""
+    return not credentials.tls and not is_loopback(host)
+
+
 def is_loopback(host: str) -> bool:
     """Whether all addresses of this name are of this machine only. JobError for a name that nobody knows."""
     try:

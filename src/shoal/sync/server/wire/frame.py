@@ -29,12 +29,12 @@ _ENTRY = struct.Struct("!QI")
 class Limits:
     """What a peer may ask for in one frame; more ends the connection before any memory is taken for it."""
 
-    header: int = 1 << 20
-    """Bytes of a header."""
-    buffers: int = 1 << 16
-    """Number of buffers."""
-    payload: int = 1 << 34
-    """Bytes of all buffers together."""
+    header: int = 1 << 25
+    """Bytes of a header. A message names each tensor in it in some 60 bytes."""
+    buffers: int = 1 << 19
+    """Number of buffers. DeepSeek-V3 has 45,000 matrices; a new copy of a shard gets those of AdamW, too."""
+    payload: int = 1 << 40
+    """Bytes of all buffers together. What they are must fit the message before there is memory for them."""
 
     def within(self, other: Limits) -> bool:
         return self.header <= other.header and self.buffers <= other.buffers and self.payload <= other.payload

@@ -20,7 +20,7 @@ from itertools import cycle
 from shoal.errors import JobError
 from shoal.sync.server.wire import handshake
 from shoal.sync.server.wire.connection import Connection
-from shoal.sync.server.wire.credentials import Credentials, is_loopback, require_token
+from shoal.sync.server.wire.credentials import Credentials, has_checksums, is_loopback, require_token
 from shoal.sync.server.wire.frame import FrameError, Limits
 from shoal.sync.server.wire.stream import Stream, configure
 
@@ -56,7 +56,7 @@ class Listener:
         tls = self._credentials.tls
         self._tls = self._credentials.context(ssl.Purpose.CLIENT_AUTH) if tls else None
         self._fingerprint = self._credentials.fingerprint() if tls else b""
-        self._loopback = is_loopback(host)
+        self._loopback, self._checked = is_loopback(host), has_checksums(host, self._credentials)
         self._socket = _listening(host, port, loopback=self._loopback)
         address = self._socket.getsockname()
         self.address: tuple[str, int] = (address[0], address[1])
@@ -163,9 +163,8 @@ class Listener:
         deadline = time.monotonic() + _GREETING
         stream.secure(deadline)
         # TLS authenticates payload, and on loopback it stays in memory.
-        checked = self._tls is None and not self._loopback
         session = handshake.answer(
-            stream, self._credentials.token, checked, self._fingerprint, self._admit, deadline
+            stream, self._credentials.token, self._checked, self._fingerprint, self._admit, deadline
         )  # fmt: skip
         if session.name:
             stream.peer = f"{session.name} ({stream.peer})"

@@ -77,6 +77,10 @@ class Outbox:
             except OSError:
                 # Told to whoever receives from this peer, and to whoever puts the next one in.
                 return self._connection.close()
+            except BaseException:
+                # A fault of this side's; nobody must wait for what will never be sent.
+                self._connection.close()
+                raise
             with self._changed:
                 self._arrive()
                 self._leaving.append((header, self._connection.bytes_sent))
