@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.job.optim import OptimOptions
-from shoal.sync.server import coordinator
+from shoal.sync.server import grants
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.copies import Copies
@@ -258,9 +258,9 @@ def test_the_coordinator_asserts_its_bound(monkeypatch):
 @pytest.mark.parametrize("sentence", ["clocks ahead, more than", "clocks ahead of the slowest"])
 def test_a_gate_that_lets_everybody_through_is_seen(monkeypatch, sentence):
     """By the coordinator's own assertion; and without that by the audit."""
-    monkeypatch.setattr(coordinator, "may_begin", lambda at: [x for x in at.members.values() if x.asked is not None])
+    monkeypatch.setattr(grants, "may_begin", lambda at: [x for x in at.members.values() if x.asked is not None])
     if sentence == "clocks ahead of the slowest":
-        monkeypatch.setattr(coordinator, "check_clock", lambda at, member: None)
+        monkeypatch.setattr(grants, "check_clock", lambda at, member: None)
     assert seen(sentence)
 
 

@@ -400,7 +400,7 @@ class World:
         # Whoever the coordinator is connected with has told it so: it would say it again to a new one.
         known: Coordinator = self.hosts[COORDINATOR].machine
         copy = address.number, address.copy
-        hello = [] if copy in known.at.copies.applied and copy not in known.unheard else shard.hello()
+        hello = [] if copy in known.at.copies.applied and copy not in known.presence.unheard else shard.hello()
         self._do(address, host, [*hello, *shard.tick(self.now)])
 
     def _on_kept_part(self, address: Address, life: int, version: int, part: tuple[bytes, Sequence[Any]]) -> None:
