@@ -243,7 +243,7 @@ def test_a_pull_of_two_versions_is_seen(monkeypatch):
 
     def torn(world, *args):
         shard = make(world, *args)
-        shard.level = "shard"
+        shard.pulls.level = "shard"
         return shard
 
     monkeypatch.setattr(World, "_shard", torn)

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from shoal.sync.server.held import Held
 from shoal.sync.server.messages import Key, Range
 from shoal.sync.server.rules import Rules
-from shoal.sync.server.shard import Held
 from shoal.sync.server.worker import Pushed
 
 
