@@ -54,6 +54,13 @@ class Scenario:
     arrivals: tuple[tuple[float, int], ...] = ()
     saves: float = 0.0
 
+    def arrived(self, time: float) -> tuple[int, bool]:
+        """How many samples there are by then, and whether more will come."""
+        if not self.arrivals:
+            return self.samples, False
+        here = max((count for at, count in self.arrivals if at <= time), default=0)
+        return here, here < self.samples
+
 
 class Problem(Protocol):
     """What is trained, or what a test puts in its place."""
