@@ -85,7 +85,7 @@ from shoal.job.data import DataOptions
 
 store, text, moment = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-sync, close = draft._sync, Writer.close
+sync, close = draft.sync, Writer.close
 
 def dying(path):
     if path.name in {"unsynced": ("train.bin",), "unnamed": ("store", "segment")}.get(moment, ()):
@@ -96,7 +96,7 @@ def dying(path):
 
 if moment == "written":
     Writer.close = lambda self: die()
-draft._sync = dying
+draft.sync = dying
 append(store, DataOptions(source=(text,), tokenizer="bytes", validation=0.0))
 """
 
@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_leaves_the_store_as_it_was(store, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = contents(store)
-    monkeypatch.setattr("shoal.data.draft._sync", full)
+    monkeypatch.setattr("shoal.data.draft.sync", full)
     with pytest.raises(DataError, match=r"cannot be appended: .*No space left"):
         appended(store, ["more"])
     assert contents(store) == before

@@ -52,8 +52,8 @@ def test_a_folder_gets_its_name_when_all_of_it_is_on_disk(tmp_path, monkeypatch)
     made.mkdir()
     for name in ("one", "two"):
         (made / name).write_text(name)
-    sync = module._sync
-    monkeypatch.setattr(module, "_sync", lambda path: (synced.append((path.name, target.exists())), sync(path)))
+    sync = module.sync
+    monkeypatch.setattr(module, "sync", lambda path: (synced.append((path.name, target.exists())), sync(path)))
     publish(made, target)
     assert sorted(synced[:2]) == [("one", False), ("two", False)]
     assert synced[2:] == [("made", False), (tmp_path.name, True)]

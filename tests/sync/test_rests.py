@@ -104,12 +104,12 @@ def run(
     if leaves is not None:
         world._at(leaves, leave)
     wrong = [text for text in violations(world.run()) if drained is None or "samples were used" not in text]
-    commits = [record for record in world.history if isinstance(record, r.Committed)]
+    commits = [record for record in world.journal.history if isinstance(record, r.Committed)]
     pushes = [(key, samples) for c in commits for key, samples in zip(c.keys, c.samples, strict=True)]
     counts["rests"] += sum(samples == NOTHING for _, samples in pushes)
     counts["together"] += sum(len(c.keys) > 1 and c.samples[0] == NOTHING for c in commits)
     counts["beside"] += sum(len({samples == NOTHING for samples in c.samples}) > 1 for c in commits)
-    counts["rejected"] += sum(isinstance(record, r.Rejected) for record in world.history)
+    counts["rejected"] += sum(isinstance(record, r.Rejected) for record in world.journal.history)
     if world.over:
         # No copy of a shard is left: loudly, and nothing can be said of what was applied.
         return wrong, 0.0
@@ -182,14 +182,14 @@ class Anyhow(Encoder):
 
 
 def test_a_rest_that_is_not_pushed_is_seen(monkeypatch):
-    monkeypatch.setattr("shoal.sync.simulate.world.Worker", Silent)
+    monkeypatch.setattr("shoal.sync.simulate.machines.Worker", Silent)
     wrong, far = run(unclipped(0), Counter())
     assert far > 1e-6
     assert any("still owes" in text for text in wrong)
 
 
 def test_a_rest_that_is_pushed_twice_is_seen(monkeypatch):
-    monkeypatch.setattr("shoal.sync.simulate.world.Worker", Impatient)
-    monkeypatch.setattr("shoal.sync.simulate.world.Encoder", Anyhow)
+    monkeypatch.setattr("shoal.sync.simulate.machines.Worker", Impatient)
+    monkeypatch.setattr("shoal.sync.simulate.machines.Encoder", Anyhow)
     found = (run(replace(unclipped(seed), patience=30.0), Counter()) for seed in range(40))
     assert any(not wrong and far > 1e-6 for wrong, far in found)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.job.optim import OptimOptions
-from shoal.sync.server import coordinator
+from shoal.sync.server import grants
 from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.copies import Copies
@@ -21,6 +21,7 @@ from shoal.sync.server.rules import Rules
 from shoal.sync.server.shard import ServerShard
 from shoal.sync.simulate.audit import exceeded, violations
 from shoal.sync.simulate.ledger import Ledgers
+from shoal.sync.simulate.machines import Machines
 from shoal.sync.simulate.outcome import simulate
 from shoal.sync.simulate.scenario import Fault, Scenario
 from shoal.sync.simulate.world import World
@@ -112,7 +113,7 @@ def test_who_was_there_before_all_processes_were_new_holds_nobody_back():
 
 def test_a_schedule_is_the_same_every_time():
     one, two = (World(schedule(7), Ledgers()).run() for _ in range(2))
-    assert one.journal == two.journal
+    assert one.journal.records == two.journal.records
     assert one.now == two.now
 
 
@@ -210,14 +211,14 @@ def test_an_order_followed_twice_is_seen(monkeypatch):
 
 
 def test_bytes_that_are_only_in_memory_are_missed(monkeypatch):
-    make = World._shard
+    make = Machines.shard
 
-    def unlogged(world, *args):
-        shard = make(world, *args)
+    def unlogged(machines, *args):
+        shard = make(machines, *args)
         shard.logged = False
         return shard
 
-    monkeypatch.setattr(World, "_shard", unlogged)
+    monkeypatch.setattr(Machines, "shard", unlogged)
     assert seen("is lost")
 
 
@@ -239,14 +240,14 @@ def test_a_shard_that_is_lost_with_all_its_copies_ends_the_run():
 
 def test_a_pull_of_two_versions_is_seen(monkeypatch):
     """Shards that always serve what they have, though a snapshot was asked for."""
-    make = World._shard
+    make = Machines.shard
 
-    def torn(world, *args):
-        shard = make(world, *args)
-        shard.level = "shard"
+    def torn(machines, *args):
+        shard = make(machines, *args)
+        shard.pulls.level = "shard"
         return shard
 
-    monkeypatch.setattr(World, "_shard", torn)
+    monkeypatch.setattr(Machines, "shard", torn)
     assert seen("was computed on versions")
 
 
@@ -258,9 +259,9 @@ def test_the_coordinator_asserts_its_bound(monkeypatch):
 @pytest.mark.parametrize("sentence", ["clocks ahead, more than", "clocks ahead of the slowest"])
 def test_a_gate_that_lets_everybody_through_is_seen(monkeypatch, sentence):
     """By the coordinator's own assertion; and without that by the audit."""
-    monkeypatch.setattr(coordinator, "may_begin", lambda at: [x for x in at.members.values() if x.asked is not None])
+    monkeypatch.setattr(grants, "may_begin", lambda at: [x for x in at.members.values() if x.asked is not None])
     if sentence == "clocks ahead of the slowest":
-        monkeypatch.setattr(coordinator, "check_clock", lambda at, member: None)
+        monkeypatch.setattr(grants, "check_clock", lambda at, member: None)
     assert seen(sentence)
 
 
@@ -303,7 +304,7 @@ def test_the_slow_worker_gets_a_turn():
     answers = [answer.accepted for answer, _ in world.seen[2].answers]
     sizes = [
         record.samples.stop - record.samples.start
-        for record in world.journal
+        for record in world.journal.records
         if isinstance(record, r.Granted) and record.key.worker == 2
     ]
     assert answers[:4] == [False, False, False, True]

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import msgspec
 
+from shoal.durable import sync
+
 _COMPLETE = re.compile(r"step-(\d{8,})(?:-(\d+))?")
 _TEMPORARY = re.compile(r"step-.*\.(\w+)-(\d+)\.tmp")
 
@@ -83,12 +85,3 @@ def prune(root: Path, step: int, keep: int, attempt: Attempt) -> None:
         doomed = root / attempt.temporary(path.name)
         os.rename(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
-
-
-def sync(folder: Path) -> None:
-    """Waits until a folder's entries are on the disk."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from shoal.checkpoint.folders import sync
+from shoal.durable import sync
 from shoal.errors import CheckpointError
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from shoal.durable import sync
 
 _PREFIX, _LOCK = ".prepare-", "lock"
 
@@ -40,14 +41,6 @@ def publish(made: Path, target: Path) -> None:
     Raises OSError, also if there is a folder of that name which is not empty.
     """
     for path in (*made.iterdir(), made):
-        _sync(path)
+        sync(path)
     made.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+    sync(target.parent)

@@ -6,7 +6,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from shoal.checkpoint.folders import sync
+from shoal.durable import sync
 
 
 def replace(path: Path, content: bytes) -> None:

@@ -129,7 +129,7 @@ def test_bsp_is_bitwise_one_process(name, clip, workers):
     rules = Rules("bsp", workers=workers, clip=clip)
     found, world = served(rules, Model(rules, OPTIMIZERS[name], shards=3))
     assert equal(found, one_process(rules, OPTIMIZERS[name]))
-    clips = [record.clip for record in world.journal if hasattr(record, "clip")]
+    clips = [record.clip for record in world.journal.records if hasattr(record, "clip")]
     assert len(clips) == STEPS
     assert all((value < 1) == bool(clip) for value in clips)
 

@@ -191,6 +191,19 @@ def test_of_three_copies_two_are_enough():
     assert bench.push(grant) is not None
 
 
+def test_a_push_is_complete_when_the_copy_that_lacks_it_is_lost():
+    """At once: the worker, which has been told that it is known, asks ever less often."""
+    bench = Bench(workers=1, copies=3)
+    bench.join(0)
+    grant = bench.granted(Key(0, 0, 0))
+    bench.tell(m.Push(grant.key, 0, 1.0, 0.0, grant.samples))
+    for copy in (0, 1):
+        bench.tell(m.Staged(grant.key, 0, copy, (Square("w", 0, 1.0),)))
+    assert bench.coordinator.version == 0
+    bench.do(bench.coordinator.lost(Address("shard", 0, 2), 0.0))
+    assert bench.coordinator.version == 1
+
+
 def test_a_retry_gets_the_recorded_answer_also_after_a_crash():
     bench = Bench(workers=1)
     bench.join(0)

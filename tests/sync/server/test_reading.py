@@ -20,8 +20,9 @@ from shoal.sync.server.node.serve import Serving
 from shoal.sync.server.node.station import Said, Station
 from shoal.sync.server.parameters import Parameters, blocks
 from shoal.sync.server.placement import Block
+from shoal.sync.server.pulls import READERS
 from shoal.sync.server.rules import Rules
-from shoal.sync.server.shard import READERS, ServerShard
+from shoal.sync.server.shard import ServerShard
 from shoal.sync.server.wire import Credentials
 
 ONE = Address("reader", 0, 1)
@@ -245,6 +246,6 @@ def test_who_does_not_know_the_token_is_told_so(tmp_path):
 def test_a_shard_that_does_not_answer_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "_PATIENCE", 0.5)
     with Live(tmp_path, 30.0) as job, job.reader() as station:
-        job.machines[1]._pull = lambda sender, message: None
+        job.machines[1].pulls.pull = lambda sender, message, version: []
         with pytest.raises(RankError, match=r"server shard 1 has not answered for"):
             Reader(station).read()

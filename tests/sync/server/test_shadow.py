@@ -93,8 +93,8 @@ def differences(codec: str, seed: int) -> Counter[str]:
             continue
         counts["dense" if answer.base < 0 else "some deltas" if answer.links else "nothing"] += 1
         counts["several"] += len(answer.links) > 1
-        assert server.shadow is not None
-        here = server.held.cut(server.shadow._dense[answer.version], wanted or WHOLE)
+        assert server.pulls.shadow is not None
+        here = server.held.cut(server.pulls.shadow._dense[answer.version], wanted or WHOLE)
         counts["different"] += not equal(tensors, here)
     return counts
 
@@ -153,7 +153,7 @@ def test_other_bits_are_seen(monkeypatch, where, name, mistake):
 def test_a_shard_that_was_killed_is_not_taken_for_what_it_was(drawn):
     """At the same version its shadow is another one; a process that drew the number of the one before would hide it."""
     before, after = shard(), shard()
-    after.shadow.forget(Chain(0, drawn))
+    after.pulls.shadow.forget(Chain(0, drawn))
     held, new = Follower("int4"), Follower("int4")
     pull(before, held)
     for server in (before, after):
@@ -239,14 +239,14 @@ def test_so_many_deltas_are_kept_and_never_more_bytes_than_the_weights():
         for _ in range(commits):
             commit(server)
             pull(server, busy)
-            assert not server._frozen, "the shadow takes the place of copies of the weights"
+            assert not server.pulls._frozen, "the shadow takes the place of copies of the weights"
         assert len(pull(server, slow)[0].links) == links
-    assert len(server.shadow._deltas) == 5
+    assert len(server.pulls.shadow._deltas) == 5
     coarse, busy = shard("int8"), Follower("int8")
     for _ in range(8):
         pull(coarse, busy)
         commit(coarse)
-    assert len(coarse.shadow._deltas) == 3
+    assert len(coarse.pulls.shadow._deltas) == 3
 
 
 def test_a_small_part_of_a_block_travels_as_it_is_where_that_is_less():
@@ -295,7 +295,7 @@ def test_a_worker_says_what_it_holds_and_passes_over_what_does_not_fit():
     worker.handle(step.message, step.tensors, 0.0)
     pulled, tensors = worker.pulled[0]
     assert (pulled.pieces, pulled.encoded) == (WHOLE, False)
-    assert equal(tensors, server.shadow._dense[1])
+    assert equal(tensors, server.pulls.shadow._dense[1])
 
 
 # Bytes.

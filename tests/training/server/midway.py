@@ -13,8 +13,8 @@ from unittest import mock
 
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Address
+from shoal.sync.server.node.other import Other
 from shoal.sync.server.node.station import Station
-from shoal.sync.server.node.work import Server
 from shoal.sync.server.wire.stream import Stream
 from tests.launch import sockets
 
@@ -64,18 +64,18 @@ def stopped(push: int) -> Iterator[None]:
 def apart(version: int) -> Iterator[None]:
     """Shard 0 is killed when the first of a worker's ranks has pulled this version, or the first after it, and before
     the second has, who has no connection with it then: it pulls from another life of that shard."""
-    real, left = Server._pull, [1]
+    real, left = Other.pull, [1]
 
-    def pull(self: Server, command: Any, primaries: tuple[int, ...]) -> Any:
-        if self._station is not None and command.version >= version and left:
+    def pull(self: Other, command: Any, primaries: tuple[int, ...]) -> Any:
+        if command.version >= version and left:
             left.clear()
             time.sleep(0.3)
-            self._station.drop(Address("shard", 0, primaries[0]))
+            self.station.drop(Address("shard", 0, primaries[0]))
             for pid in _named("shoal-server0"):
                 os.kill(pid, signal.SIGKILL)
         return real(self, command, primaries)
 
-    with mock.patch.object(Server, "_pull", pull):
+    with mock.patch.object(Other, "pull", pull):
         yield
 
 

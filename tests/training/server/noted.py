@@ -12,8 +12,10 @@ from unittest import mock
 
 from torch import Tensor
 
+from shoal.mesh import Mesh
 from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.messages import Key, Piece
+from shoal.sync.server.node import work
 from shoal.sync.server.node.work import Server
 
 NOTES = "noted"
@@ -24,15 +26,15 @@ def noting(folder: Path, number: int, rank: int) -> Iterator[None]:
     """Writes down of each pull of this rank what came from which shard, and whether all ranks had the same; of each
     push whether what it lost counts from then on."""
     path = folder / "server" / f"{NOTES}-{number}-{rank}"
-    agreed, settle, push = Server._agreed, Encoder.settle, Server._push
+    agreed, settle, push = work.agreed, Encoder.settle, Server._push
     at: list[Key] = []
 
     def note(**what: Any) -> None:
         with path.open("a") as file:
             file.write(json.dumps(what) + "\n")
 
-    def pulled(self: Server, found: Any) -> bool:
-        all_have = agreed(self, found)
+    def pulled(mesh: Mesh, found: Any) -> bool:
+        all_have = agreed(mesh, found)
         shards = {
             shard: [message.version, message.chain.drawn, digest(zip(message.pieces, tensors, strict=True))]
             for shard, (message, tensors) in (found or {}).items()
@@ -50,8 +52,8 @@ def noting(folder: Path, number: int, rank: int) -> Iterator[None]:
         settle(self, accepted)
         note(what="settled", key=at[0], accepted=accepted, kept=self._kept is not before)
 
-    patched = mock.patch.multiple(Server, _agreed=pulled, _push=pushes)
-    with patched, mock.patch.object(Encoder, "settle", settles):
+    pulls, sends = mock.patch.object(work, "agreed", pulled), mock.patch.object(Server, "_push", pushes)
+    with pulls, sends, mock.patch.object(Encoder, "settle", settles):
         yield
 
 

@@ -6,27 +6,20 @@ coordinator writes the commit into its journal, and only then is anybody told.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
+from shoal.sync.server.acts import Acts
+from shoal.sync.server.commits import Commits
 from shoal.sync.server.copies import Copy
-from shoal.sync.server.decisions import (
-    as_granted,
-    check_clock,
-    commit,
-    how_late,
-    leases,
-    may_begin,
-    refusal,
-    rests,
-)
-from shoal.sync.server.effects import Effect, Send, Summary, Write
+from shoal.sync.server.decisions import as_granted, refusal
+from shoal.sync.server.effects import Effect, Send
+from shoal.sync.server.grants import grant
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import Address, Key, Message, Range, Square
-from shoal.sync.server.rounds import Round
+from shoal.sync.server.messages import Address, Message
+from shoal.sync.server.presence import Presence
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.standing import Standing
 
@@ -66,23 +59,17 @@ class Coordinator:
         checkpoint of it: the values of its manifest, as JSON, or None.
         """
         self.rules, self.rate, self.model, self.tokenizer = rules.validate(), rate, model, tokenizer
-        self.due = due
         self.at = Standing(rules, copies, samples, journal, now, growing)
         if (job := self.at.opened.job) != model:
             raise JobError(
                 f"this is the journal of model {job}, not of {model}", where="journal",
                 fix="name the folder of this run",
             )  # fmt: skip
-        self._round = Round(rules)
-        self._places = tuple(copies)
-        # Shards without a copy that lives, and since when that is known.
-        self._bare: dict[int, float] = {}
-        self._out: list[Effect] = []
-        # Copies that have not said yet that they are there, and until when they may: at the beginning of a job they
-        # have much to read. And copies that were the last of a shard when their connection broke.
-        self.unheard = set(self.at.copies.applied)
-        self._unheard_until = now + (rules.lease if len(journal) > 1 else _FIRST * rules.lease)
-        self._ends: set[Copy] = set()
+        self._acts = Acts(self.at)
+        self._commits = Commits(self._acts, rate, due)
+        # At the beginning of a job its shards have much to read.
+        first = _FIRST if len(journal) == 1 else 1
+        self.presence = Presence(self._acts, self._commits, tuple(copies), now + first * rules.lease)
 
     @property
     def version(self) -> int:
@@ -91,7 +78,7 @@ class Coordinator:
 
     @property
     def alarm(self) -> float | None:
-        ends = self._round.ends
+        ends = self._commits.round.ends
         return ends if ends is not None and ends > self.at.now else None
 
     # Events.
@@ -114,12 +101,9 @@ class Coordinator:
         for member in list(self.at.members.values()):
             if now >= member.until:
                 self._give_up(member, "lost" if member.broken else "expired")
-        if now >= self._unheard_until:
-            for copy in sorted(self.unheard):
-                self._lose(copy)
-            self.unheard.clear()
-        self._out += self.at.copies.tick(now)
-        self._combine()
+        self.presence.tick()
+        self._acts.add(self.at.copies.tick(now))
+        self._commits.combine()
         return self._done()
 
     def lost(self, address: Address, now: float) -> list[Effect]:
@@ -132,32 +116,15 @@ class Coordinator:
                 if not self.rules.reconnect:
                     self._give_up(member, "lost")
         else:
-            self._lose((address.number, address.copy))
+            self.presence.lost((address.number, address.copy))
         return self._done()
-
-    def _lose(self, lost: Copy) -> None:
-        """The last copy of a shard is waited for: it comes back with its log, or one that has taken all from it."""
-        shard, number = lost
-        copies = self.at.copies.of_shard[shard]
-        left = tuple(copy for copy in copies if copy != number)
-        if not left:
-            self._ends.add(lost)
-        elif left != copies:
-            self._change(shard, left)
 
     def replaced(self, shard: int, copy: int, now: float) -> list[Effect]:
         """A copy that has nothing yet has been started in the place of one that is gone, though its connection may
         never have come to this coordinator: in each life of its process a copy has the number of the life before, and
         as many more as the shard has copies."""
         self.at.now = now
-        if not 0 <= shard < len(self._places):
-            return []
-        copies, places = self.at.copies.of_shard[shard], self._places[shard]
-        gone = [other for other in copies if other < copy and (copy - other) % places == 0]
-        for other in gone:
-            self._lose((shard, other))
-        if len(gone) == len(copies):
-            self._bare.setdefault(shard, now)
+        self.presence.replaced(shard, copy)
         return self._done()
 
     def grow(self, samples: int, growing: bool, now: float) -> list[Effect]:
@@ -169,7 +136,7 @@ class Coordinator:
     def bare(self, now: float) -> int | None:
         """A shard of which no copy is left, if any: what it held is gone. One that has just got all of it from the
         last of them has `retry` seconds to say so."""
-        return next((shard for shard, since in self._bare.items() if now - since >= self.rules.retry), None)
+        return self.presence.bare(now)
 
     def drain(self, now: float) -> list[Effect]:
         """Nobody begins anything any more: whoever asks is told that it is over, or pushes what it owes."""
@@ -189,7 +156,7 @@ class Coordinator:
 
     def save(self, values: bytes) -> list[Effect]:
         """Has the shards save the latest version, now."""
-        self._save(values)
+        self._acts.save(values)
         return self._done()
 
     def kept(self, version: int) -> list[Effect]:
@@ -197,27 +164,19 @@ class Coordinator:
         self.at.copies.forget(version)
         return [Send(address, m.Kept(version)) for address in self.at.copies.addresses()]
 
-    def _save(self, values: bytes) -> None:
-        told = m.Save(self.version, values)
-        self._out.append(Summary(self.version, tuple(self.at.summary())))
-        self._out += [Send(Address("shard", s, copy), told) for s, copy in enumerate(self.at.copies.primaries())]
-
     def _done(self) -> list[Effect]:
         """Whatever has become possible by an event, then the effects."""
-        if self.rules.rounds:
-            self._decide_round()
-        else:
-            self._decide()
-        self._grant()
-        out, self._out = self._out, []
-        return out
+        self._commits.decide()
+        if not self._commits.round.pushes:
+            grant(self._acts, self.rate)
+        return self._acts.taken()
 
     # Workers.
 
     def _join(self, message: m.Join) -> None:
         back = Address("worker", message.worker, message.nonce)
         if (refused := refusal(message, self.model, self.tokenizer)) is not None:
-            self._say(back, refused)
+            self._acts.say(back, refused)
             return
         member = self.at.members.get(message.worker)
         if member is None or member.nonce != message.nonce:
@@ -226,20 +185,20 @@ class Coordinator:
             # It begins where the slowest one is, so that nobody waits for it to catch up.
             clock = min((other.clock for other in self.at.members.values()), default=0)
             incarnation = self.at.incarnations.get(message.worker, -1) + 1
-            self._write(r.Entered(message.worker, message.nonce, incarnation, clock, message.share))
+            self._acts.write(r.Entered(message.worker, message.nonce, incarnation, clock, message.share))
             member = self.at.members[message.worker]
         member.heard(self.at.now + self.rules.lease)
         copies = self.at.copies
         joined = m.Joined(
             message.worker, message.nonce, member.incarnation, member.clock, copies.epoch, copies.primaries()
         )
-        self._say(back, joined)
+        self._acts.say(back, joined)
 
     def _from_worker(self, sender: Address, message: _FromWorker) -> None:
         who = message.key if isinstance(message, m.Ask | m.Push) else message
         member = self.at.members.get(who.worker)
         if member is None or member.incarnation != who.incarnation:
-            self._say(sender, m.Fenced(who.worker, who.incarnation))
+            self._acts.say(sender, m.Fenced(who.worker, who.incarnation))
             return
         member.heard(self.at.now + self.rules.lease)
         if isinstance(message, m.Ask):
@@ -249,39 +208,38 @@ class Coordinator:
         elif isinstance(message, m.Leave):
             self._give_up(member, "left")
         elif message.epoch < self.at.copies.epoch:
-            self._say(member.address, m.Primaries(self.at.copies.epoch, self.at.copies.primaries()))
+            self._acts.say_primaries(member)
 
     def _ask(self, member: Member, message: m.Ask) -> None:
         if message.key != member.key or member.push is not None:
             return
         if member.grant is not None and message.gone <= member.grant.gone:
-            self._say(member.address, member.grant)
+            self._acts.say(member.address, member.grant)
         else:
             if member.asked is not None:
                 # It may wait for long, for others or for text: lest it takes this for a coordinator that is gone.
-                told = m.Primaries(self.at.copies.epoch, self.at.copies.primaries())
-                self._say(member.address, told)
+                self._acts.say_primaries(member)
             member.asked = message
 
     def _push(self, member: Member, message: m.Push) -> None:
         if message.key != member.key:
             if member.answer is not None and member.answer.key == message.key:
-                self._say(member.address, member.answer)
+                self._acts.say(member.address, member.answer)
             return
         if (member.grant is None or message.version > member.grant.version) and not self._adopt(member, message):
             return
         again, member.push = member.push is not None, message
         if not as_granted(self.at, member, message):
-            self._reject(member, "not as granted")
-        elif self._late(message):
-            self._reject(member, r.LATE)
+            self._commits.reject(member, "not as granted")
+        elif self._commits.late(message):
+            self._commits.reject(member, r.LATE)
         else:
-            self._complete(member)
+            self._commits.complete(member)
             if again and member.push is not None:
                 missing = {shard for shard, copy in self.at.copies.applied if (shard, copy) not in member.staged}
-                self._say(member.address, m.Missing(message.key, tuple(sorted(missing))))
+                self._acts.say(member.address, m.Missing(message.key, tuple(sorted(missing))))
                 for shard in sorted(missing):
-                    self._say_copies(shard)
+                    self._acts.say_copies(shard)
 
     def _adopt(self, member: Member, push: m.Push) -> bool:
         """The grant was written, but did not reach the disk before a crash. False if its samples are another's now."""
@@ -293,236 +251,48 @@ class Coordinator:
             self.at.samples.give_back(samples)
         # Nothing that was decided after a grant is on the disk without it: who was there then has been since the clock
         # began.
-        self._write(r.Granted(push.key, push.version, samples, member.peers), durable=False)
+        self._acts.write(r.Granted(push.key, push.version, samples, member.peers), durable=False)
         return True
-
-    def _late(self, push: m.Push) -> bool:
-        if self.rules.rounds:
-            return push.version < self.version and push.key not in self._round.keys
-        return self.rules.max_staleness is not None and how_late(self.at, push) > self.rules.max_staleness
 
     def _give_up(self, member: Member, why: str) -> None:
         """Fences an incarnation: none of its gradients will count from now on, but those that are being summed."""
-        self._write(r.Left(member.worker, member.incarnation, why))
-        if member.grant is not None and member.key not in self._round.keys:
-            self._drop(member.key)
+        self._acts.write(r.Left(member.worker, member.incarnation, why))
+        if member.grant is not None and member.key not in self._commits.round.keys:
+            self._acts.drop(member.key)
         if why != "left":
-            self._say(member.address, m.Fenced(member.worker, member.incarnation))
+            self._acts.say(member.address, m.Fenced(member.worker, member.incarnation))
 
     # Shards.
 
     def _from_shard(self, message: _FromShard) -> None:
         copy, copies = (message.shard, message.copy), self.at.copies
         if isinstance(message, m.Hello):
-            self._hello(copy, message)
+            self.presence.hello(message)
         elif copy not in copies.applied:
             return
         elif isinstance(message, m.Staged):
             self._staged(copy, message)
         elif isinstance(message, m.Combined):
-            if message.version == self.version + 1 and message.keys == self._round.keys:
-                self._round.squares[copy] = message.squares
+            if message.version == self.version + 1 and message.keys == self._commits.round.keys:
+                self._commits.round.squares[copy] = message.squares
         else:
             copies.applied[copy] = max(copies.applied[copy], message.version)
             # One that has come back and follows what it missed gets the next of it at once.
-            self._out += copies.next(copy, self.at.now)
-
-    def _hello(self, copy: Copy, message: m.Hello) -> None:
-        copies = self.at.copies
-        if not 0 <= message.shard < len(copies.of_shard) or not copies.base <= message.version <= self.version:
-            why = f"shard {message.shard} holds version {message.version}, its journal {copies.base} to {self.version}"
-            self._say(Address("shard", *copy), m.Refused(message.version, why, "start all from one checkpoint"))
-            return
-        self.unheard.discard(copy)
-        self._ends.discard(copy)
-        if copy not in copies.applied:
-            left = [other for other in copies.of_shard[message.shard] if (message.shard, other) not in self._ends]
-            self._change(message.shard, (*left, message.copy))
-        self._bare.pop(message.shard, None)
-        copies.applied[copy] = message.version
-        self._out += copies.again(copy, self.at.now)
+            self._acts.add(copies.next(copy, self.at.now))
 
     def _staged(self, copy: Copy, message: m.Staged) -> None:
         member = self.at.members.get(message.key.worker)
         if member is not None and message.key == member.key:
             member.staged[copy] = message.squares
-            self._complete(member)
-        if message.key in self._round.keys:
-            if copy not in self._round.squares:
+            self._commits.complete(member)
+        if message.key in self._commits.round.keys:
+            if copy not in self._commits.round.squares:
                 # A new one, which may have all of the round now.
-                self._say(Address("shard", *copy), m.Combine(self.version + 1, self._round.keys))
+                self._acts.say(Address("shard", *copy), m.Combine(self.version + 1, self._commits.round.keys))
         elif member is not None and message.key == member.key:
             return
         elif (record := self.at.copies.commit_of(message.key)) is not None:
             # Never dropped, even if this copy has applied it: it may die, come back with its log, and need it again.
-            self._say(Address("shard", *copy), record.apply())
+            self._acts.say(Address("shard", *copy), record.apply())
         else:
-            self._say(Address("shard", *copy), m.Drop((message.key,)))
-
-    def _change(self, shard: int, copies: tuple[int, ...]) -> None:
-        self._write(r.Changed(shard, copies))
-        self._say_copies(shard)
-        told = m.Primaries(self.at.copies.epoch, self.at.copies.primaries())
-        for member in list(self.at.members.values()):
-            self._say(member.address, told)
-            self._complete(member)
-
-    def _say_copies(self, shard: int) -> None:
-        """Lest the first of them does not know that it is, or of a new one."""
-        copies = self.at.copies.of_shard[shard]
-        for copy in copies:
-            self._say(Address("shard", shard, copy), m.Copies(self.at.copies.epoch, copies))
-
-    # What becomes of gradients.
-
-    def _complete(self, member: Member) -> None:
-        """Once every copy of every shard has all of the push; at its commit that is looked at again."""
-        push = member.push
-        if push is None or member.key in self.at.ready or not self.at.copies.applied.keys() <= member.staged.keys():
-            return
-        if not math.isfinite(sum(square.value for square in self._squares(member.staged))):
-            self._reject(member, "not finite", push.samples)
-        elif push.weight <= 0:
-            self._reject(member, "no valid tokens", push.samples)
-        else:
-            self.at.ready[member.key] = member
-
-    def _decide(self) -> None:
-        """asp, ssp: one commit a push."""
-        for member in list(self.at.ready.values()):
-            push = member.push
-            assert push is not None
-            if self.at.turn not in (None, member.worker):
-                continue
-            if self._late(push):
-                self._reject(member, r.LATE)
-            elif self.at.copies.holds(member.staged):
-                self._commit((push,), self._squares(member.staged))
-
-    def _decide_round(self) -> None:
-        """bsp, quorum: one commit a round."""
-        if not self._round.pushes and self._round.closes(self.at):
-            self._round.close(self.at)
-            self._combine()
-        if not self._round.pushes or not self.at.copies.holds(self._round.squares):
-            return
-        self._commit(self._round.pushes, self._squares(self._round.squares))
-        self._round = Round(self.rules)
-        for member in list(self.at.members.values()):
-            if member.push is not None and self._late(member.push):
-                self._reject(member, r.LATE)
-
-    def _combine(self) -> None:
-        """Asks for the sum of a round's gradients where it is not known yet."""
-        if self._round.pushes:
-            told = m.Combine(self.version + 1, self._round.keys)
-            unknown = self.at.copies.applied.keys() - self._round.squares.keys()
-            self._out += [Send(Address("shard", *copy), told) for copy in sorted(unknown)]
-
-    def _squares(self, of_copies: dict[Copy, tuple[Square, ...]]) -> list[Square]:
-        """Of the shards' first copies, in the order in which one process would add them up: by name and row."""
-        primaries = enumerate(self.at.copies.primaries())
-        return sorted(square for shard, copy in primaries for square in of_copies[shard, copy])
-
-    def _commit(self, pushes: tuple[m.Push, ...], squares: list[Square]) -> None:
-        """Journal first; shards and workers learn of it from the effects after it."""
-        record = commit(self.at, self.rate, pushes, squares)
-        self._write(record)
-        self._out += self.at.copies.send(record, self.at.now)
-        if (values := self.due(self.at)) is not None:
-            self._save(values)
-        for i, key in enumerate(record.keys):
-            member = self.at.members.get(key.worker)
-            if member is not None and member.incarnation == key.incarnation:
-                self._say(member.address, record.answer(i))
-
-    def _reject(self, member: Member, reason: str, skipped: Range = m.NOTHING) -> None:
-        assert member.push is not None
-        record = r.Rejected(member.key, self.version, self.version - member.push.version, reason, skipped)
-        self._write(record)
-        self._drop(record.key)
-        self._say(member.address, record.answer())
-
-    def _drop(self, key: Key) -> None:
-        """After the journal has it, never before: bytes that are gone cannot be committed any more."""
-        self._out += [Send(address, m.Drop((key,))) for address in self.at.copies.addresses()]
-
-    # What workers may begin.
-
-    def _grant(self) -> None:
-        if self._round.pushes:
-            return
-        self._dismiss()
-        if self.at.over:
-            self._begin_rests()
-            return
-        if self.rules.mode == "bsp":
-            for member in [each for each in self.at.members.values() if each.asked and each.grant]:
-                # One of the round that goes on could not pull: the others wait for it, not it for them.
-                self._give(member)
-            self._begin(may_begin(self.at))
-            return
-        for member in may_begin(self.at):
-            if self.at.turn in (None, member.worker) or not member.starved:
-                self._give(member)
-        if self.at.samples.dry and not any(member.grant for member in self.at.members.values()):
-            # While there is no text, nobody is getting nearer to whom ssp holds back.
-            for member in [each for each in self.at.members.values() if each.asked and each.asked.leaves]:
-                self._give(member)
-
-    def _dismiss(self) -> None:
-        """Lets those go that are to compute nothing more and owe nothing, or for nothing: at a rate of 0, with which
-        schedules end, a rest moves no weight."""
-        for member in list(self.at.members.values()):
-            asked, over = member.asked, self.at.over
-            owes = asked is not None and asked.owes and not (over and self.rate(self.at.samples.used) == 0)
-            if asked is not None and not owes and (over or asked.leaves):
-                self._say(member.address, m.Finished(member.worker, member.incarnation))
-                member.asked, member.dismissed = None, True
-
-    def _begin_rests(self) -> None:
-        """There is nothing more to compute: whoever owes something pushes that."""
-        if grants := rests(self.at):
-            self._write(r.Begun(grants))
-        for grant in grants:
-            self._say_grant(self.at.members[grant.key.worker])
-
-    def _begin(self, asked: list[Member]) -> None:
-        """bsp: all begin together, and get their samples in the order of their numbers."""
-        grants = leases(self.at, asked)
-        if grants:
-            self._write(r.Begun(grants))
-        for member in asked:
-            self._say_grant(member)
-
-    def _give(self, member: Member) -> None:
-        """asp, ssp, quorum: a lease that is forgotten in a crash costs work, no more, so it need not be on disk.
-
-        But for dc: of whom nobody knows that he computes on these weights, they are not kept.
-        """
-        assert member.asked is not None
-        gone = member.asked.gone
-        samples = member.grant.samples if member.grant is not None else None
-        if member.asked.leaves:
-            samples = m.NOTHING
-        elif samples is None and (samples := self.at.samples.lease(member.size * self.rules.micro_batch)) is not None:
-            self.at.samples.give_back(samples)
-        if samples is not None:
-            if not member.asked.leaves:
-                check_clock(self.at, member)
-            peers = len(self.at.members) - 1
-            durable = self.rules.compensation == "dc"
-            self._write(r.Granted(member.key, self.version, samples, peers, gone), durable)
-        self._say_grant(member)
-
-    def _say_grant(self, member: Member) -> None:
-        """Where there are no samples for it, but others' may yet come back, it waits."""
-        if member.grant is not None:
-            self._say(member.address, member.grant)
-
-    def _write(self, record: r.AnyRecord, durable: bool = True) -> None:
-        self._out.append(Write(record, durable=durable))
-        self.at.take(record)
-
-    def _say(self, to: Address, message: Message) -> None:
-        self._out.append(Send(to, message))
+            self._acts.say(Address("shard", *copy), m.Drop((message.key,)))

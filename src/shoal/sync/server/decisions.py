@@ -1,4 +1,4 @@
-"""What the coordinator decides, as functions of where it stands: who may join and begin, what a commit is."""
+"""What the coordinator decides, as functions of where it stands: who may join, which pushes count, what a commit is."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 
 from shoal.sync.server.members import Member
-from shoal.sync.server.messages import NOTHING, Join, Key, Push, Refused, Square
-from shoal.sync.server.records import Committed, Granted
+from shoal.sync.server.messages import Join, Key, Push, Refused, Square
+from shoal.sync.server.records import Committed
 from shoal.sync.server.staleness import rate_factor, weight_factor
 from shoal.sync.server.standing import Standing
 
@@ -93,53 +93,3 @@ def _holders(at: Standing, keys: tuple[Key, ...]) -> tuple[int, ...]:
         member.worker for member in at.members.values()
         if member.grant is not None and member.grant.version == at.version and member.key not in keys
     )  # fmt: skip
-
-
-def may_begin(at: Standing) -> list[Member]:
-    """Of the workers that ask to begin a clock those that need not wait for others.
-
-    bsp: everybody, in the order of numbers, once everybody has asked. ssp: those that are at most `staleness` clocks
-    ahead of the slowest (Ho et al. 2013, section 3).
-    """
-    members = at.members.values()
-    asked = [member for member in members if member.asked is not None]
-    if not asked or not at.started:
-        return []
-    if at.rules.mode == "bsp":
-        together = len(asked) == len(members) and not any(member.grant for member in asked)
-        return sorted(asked, key=lambda member: member.worker) if together else []
-    if at.rules.mode == "ssp":
-        slowest = min(member.clock for member in members)
-        return [member for member in asked if member.clock - slowest <= at.rules.staleness]
-    return asked
-
-
-def rests(at: Standing) -> tuple[Granted, ...]:
-    """When there is nothing more to compute: what workers owe, pushed by all of them at a time.
-
-    Not before all that take part have asked: nobody computes any more, so gradients meet nothing on their way that the
-    mode does not promise, and with bsp and quorum all rests are one update.
-    """
-    members = sorted((o for o in at.members.values() if not o.dismissed), key=lambda member: member.worker)
-    if any(member.asked is None for member in members):
-        return ()
-    return tuple(
-        Granted(member.key, at.version, NOTHING, len(members) - 1, member.asked.gone)
-        for member in members if member.asked is not None
-    )  # fmt: skip
-
-
-def leases(at: Standing, members: list[Member]) -> tuple[Granted, ...]:
-    """What each may begin with, in this order, without taking it: for those for whom there are samples.
-
-    None, but what it owes, for one that leaves.
-    """
-    found = []
-    for member in members:
-        leaves = member.asked is not None and member.asked.leaves
-        samples = NOTHING if leaves else at.samples.lease(member.size * at.rules.micro_batch)
-        if samples is not None:
-            found.append(Granted(member.key, at.version, samples, len(at.members) - 1))
-    for grant in found:
-        at.samples.give_back(grant.samples)
-    return tuple(found)

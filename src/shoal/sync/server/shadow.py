@@ -13,17 +13,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from shoal.sync.codec import Draws, codec_of
+from shoal.sync.server.held import Held
 from shoal.sync.server.messages import Chain, Piece
 from shoal.sync.server.payload import from_bytes, to_bytes
-
-if TYPE_CHECKING:
-    from shoal.sync.server.shard import Held
 
 
 class Delta(NamedTuple):

@@ -1,41 +1,20 @@
-"""One copy of a server shard: stages pushes, applies commits in order and once, answers pulls. No I/O, no clock."""
+"""One copy of a server shard: stages pushes, applies commits in order and once. No I/O, no clock."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server.effects import Effect, Keep, Send, Write
-from shoal.sync.server.messages import COORDINATOR, Address, Apply, Key, Message, Piece, Square
-from shoal.sync.server.rows import fits, picked
+from shoal.sync.server.held import Held
+from shoal.sync.server.messages import COORDINATOR, Address, Apply, Key, Message, Square
+from shoal.sync.server.pulls import Pulls
 
 if TYPE_CHECKING:
     from shoal.sync.server.shadow import Shadow
-
-# Readers that may hold a copy of the weights, each on its way to one of them.
-READERS = 4
-
-
-class Held(Protocol):
-    """What a shard holds: `Parameters`, or what a test puts in their place. A gradient is whatever `blank` makes."""
-
-    def blank(self) -> Any: ...
-    def put(self, into: Any, pieces: Sequence[Piece], tensors: Sequence[Any], encoded: bool = False) -> None: ...
-    def squares(self, gradient: Any) -> tuple[Square, ...]: ...
-    def total(self, gradients: Sequence[Any]) -> Any: ...
-    def apply(self, gradient: Any, order: Apply, pulled: Any) -> None: ...
-    def freeze(self) -> Any: ...
-    def live(self) -> Any: ...
-    def master(self) -> Any: ...
-    def pieces(self) -> tuple[Piece, ...]: ...
-    def places(self, pieces: Sequence[Piece]) -> Sequence[int]: ...
-    def cut(self, weights: Any, pieces: Sequence[Piece]) -> tuple[Any, ...]: ...
-    def whole(self) -> tuple[tuple[Piece, ...], bytes, tuple[Any, ...]]: ...
-    def fill(self, values: bytes, tensors: Sequence[Any]) -> None: ...
 
 
 @dataclass
@@ -53,14 +32,8 @@ class _Staged:
 class ServerShard:
     """Version v: exactly the commits ≤ v are applied. Give it every message and the time; do what it says.
 
-    Pulls (`level`): `snapshot` is served from the latest version or the one before it, in tensors that stay as they
-    are; `shard` from the latest; `hogwild` from the weights themselves, which may change while they are being sent
-    (Recht et al. 2011, "Hogwild!": lock-free, updates lost or torn in single elements only).
-    A reader (`master`) gets the weights of the very version that it names, in a copy of its own: if that is to come,
-    when it is there, and otherwise only from the latest.
-    Memory: weights, optimizer state, one staged gradient a worker; `snapshot` at most two more copies of the weights,
-    with `dc` one for each version that some worker computes on besides. With a `shadow` one, and what that takes. One
-    for each reader, of at most `READERS`.
+    Memory: weights, optimizer state, one staged gradient a worker, what `Pulls` keep; with `dc` one more copy of the
+    weights for each version that some worker computes on.
     """
 
     def __init__(
@@ -82,11 +55,11 @@ class ServerShard:
         logged: staged bytes go to a durable log. retry: seconds. backups: keep what each worker pulled, for `dc`.
         shadow: what is served in place of the weights, where there is a codec; not with `hogwild`, nor with `backups`.
         """
-        self.number, self.copy, self.held, self.level, self.version = number, copy, held, level, version
+        self.number, self.copy, self.held, self.version = number, copy, held, version
         self.refused: m.Refused | None = None
         self.others, self.logged, self.retry, self.backups = tuple(others), logged, retry, backups
         assert shadow is None or (level != "hogwild" and not backups)
-        self.shadow = shadow
+        self.pulls = Pulls(number, held, level, shadow)
         self._epoch = 0
         self.staged: dict[Key, _Staged] = {}
         self._applied: dict[int, Key] = {}
@@ -94,10 +67,7 @@ class ServerShard:
         self._awaited: tuple[Key, ...] | None = None
         self._combining: m.Combine | None = None
         self._summed: tuple[tuple[Key, ...], Any, tuple[Square, ...]] | None = None
-        self._frozen: dict[int, Any] = {}
         self._backup: dict[int, Any] = {}
-        self._waiting: dict[Address, m.Pull] = {}
-        self._readers: set[Address] = set()
         self._saves: dict[int, bytes] = {}
         self._given: set[int] = set()
         self._out: list[Effect] = []
@@ -163,7 +133,7 @@ class ServerShard:
         elif isinstance(message, m.Apply):
             self._apply(message)
         elif isinstance(message, m.Pull):
-            self._pull(sender, message)
+            self._out += self.pulls.pull(sender, message, self.version)
         elif isinstance(message, m.Combine):
             self._combine(message)
         elif isinstance(message, m.Drop):
@@ -192,8 +162,7 @@ class ServerShard:
             self._given.discard(sender.copy)
             self.others = tuple(other for other in self.others if other != sender.copy)
         if sender.role == "reader":
-            self._readers.discard(sender)
-            self._waiting.pop(sender, None)
+            self.pulls.lost(sender)
 
     def tick(self, now: float) -> list[Effect]:
         """Says again what is staged and not decided on: the coordinator may have lost it, or have decided."""
@@ -284,24 +253,19 @@ class ServerShard:
         while (order := self._orders.get(self.version + 1)) is not None and self._whole(order.keys):
             self._apply_next(self._orders.pop(order.version))
             # The next order may be there already, and what they want would be gone.
-            for reader in [sender for sender, pull in self._waiting.items() if pull.master]:
-                self._pull(reader, self._waiting[reader])
+            self._out += self.pulls.waited(self.version, readers=True)
             if self._keep():
                 # Or the next one would be in it, too. The coordinator says again what is left.
                 break
         self._out.append(Send(COORDINATOR, m.Applied(self.number, self.copy, self.version)))
-        for sender, pull in list(self._waiting.items()):
-            self._pull(sender, pull)
+        self._out += self.pulls.waited(self.version)
 
     def _whole(self, keys: Sequence[Key]) -> bool:
         """All of their bytes are here. They always are, but in a copy that has just recovered they may come later."""
         return all(key in self.staged and self.staged[key].squares is not None for key in keys)
 
     def _apply_next(self, order: Apply) -> None:
-        if self._may_be_pulled() or order.holders:
-            self._freeze()
-        self._backup |= dict.fromkeys(order.holders, self._frozen.get(self.version))
-        self._frozen = {v: kept for v, kept in self._frozen.items() if v == self.version and self.level == "snapshot"}
+        self._backup |= dict.fromkeys(order.holders, self.pulls.passing(self.version, bool(order.holders)))
         staged = [self.staged.pop(key).gradient for key in order.keys]
         if len(staged) == 1:
             total = staged[0]
@@ -325,72 +289,9 @@ class ServerShard:
         self._saves = {version: told for version, told in self._saves.items() if version > self.version}
         return values is not None
 
-    def _may_be_pulled(self) -> bool:
-        """Whether these weights may yet be asked for when the next commit has been applied."""
-        reached = self.shadow is not None and self.shadow.version >= self.version
-        return self.level == "snapshot" and not reached
-
-    def _freeze(self) -> Any:
-        if self.version not in self._frozen:
-            self._frozen[self.version] = self.held.freeze()
-        return self._frozen[self.version]
-
-    def _pull(self, sender: Address, message: m.Pull) -> None:
-        self._waiting.pop(sender, None)
-        if message.rows and (self.shadow is not None or not fits(message.pieces or (), message.rows)):
-            raise JobError(
-                "rows were asked for that are not served", fix="start all workers and servers from the same job.toml"
-            )
-        exactly = self.level == "snapshot" or message.master
-        version = message.version if exactly else max(message.version, self.version)
-        if version > self.version:
-            self._waiting[sender] = message
-            return
-        if self.shadow is not None and not message.master:
-            self._pull_shadow(self.shadow, sender, message, version)
-            return
-        if message.master:
-            weights = self._copied(sender) if version == self.version else None
-        elif self.level == "hogwild":
-            weights = self.held.live()
-        elif version == self.version:
-            weights = self._freeze()
-        else:
-            weights = self._frozen.get(version)
-        if weights is None:
-            self._out.append(Send(sender, m.Gone(message.key, self.number, version, self.version)))
-            return
-        pieces = self.held.pieces() if message.pieces is None else message.pieces
-        pulled = m.Pulled(message.key, self.number, version, pieces, rows=message.rows)
-        self._out.append(Send(sender, pulled, picked(self.held.cut(weights, pieces), message.rows)))
-
-    def _pull_shadow(self, shadow: Shadow, sender: Address, message: m.Pull, version: int) -> None:
-        if version > shadow.version:
-            weights = self._freeze() if version == self.version else self._frozen.get(version)
-            if weights is not None:
-                shadow.reach(version, weights, self.held.pieces())
-                del self._frozen[version]
-        base = message.held if message.chain == shadow.chain else -1
-        pieces = self.held.pieces() if message.pieces is None else message.pieces
-        served = shadow.serve(self.held, pieces, base, version)
-        if served is None:
-            self._out.append(Send(sender, m.Gone(message.key, self.number, version, self.version)))
-            return
-        pieces, base, links, tensors = served
-        pulled = m.Pulled(message.key, self.number, version, pieces, shadow.chain, base, links)
-        self._out.append(Send(sender, pulled, tensors))
-
-    def _copied(self, reader: Address) -> Any:
-        """Master weights for a reader; None where as many have some as may, or this one has had its own."""
-        if reader in self._readers or len(self._readers) >= READERS:
-            return None
-        self._readers.add(reader)
-        return self.held.master()
-
     def clone(self, copy: int) -> ServerShard:
         """Another copy with the same weights, optimizer state and staged pushes, none of it shared."""
         other = deepcopy(self)
-        other.copy, other.others, other._waiting, other._readers, other._out = copy, (), {}, set(), []
-        if other.shadow is not None:
-            other.shadow.forget(other.shadow.chain._replace(copy=copy))
+        other.copy, other.others, other._out = copy, (), []
+        other.pulls.cloned(copy)
         return other

@@ -21,7 +21,7 @@ _Life = tuple[int, int]
 
 def violations(world: World) -> list[str]:
     """One sentence for each thing that is wrong; none: all is well. The world's problem is `Ledgers`."""
-    commits = [record for record in world.history if isinstance(record, r.Committed)]
+    commits = [record for record in world.journal.history if isinstance(record, r.Committed)]
     return [
         *_ended(world),
         *_versions(world, commits),
@@ -99,7 +99,7 @@ def _samples(world: World, commits: list[r.Committed]) -> Iterator[str]:
 
 
 def _skipped(world: World) -> list[Range]:
-    found = [record.skipped for record in world.history if isinstance(record, r.Rejected)]
+    found = [record.skipped for record in world.journal.history if isinstance(record, r.Rejected)]
     return [samples for samples in found if samples.stop > samples.start]
 
 
@@ -110,7 +110,7 @@ def _bounds(world: World, commits: list[r.Committed]) -> Iterator[str]:
         for token, versions in seen.pulled.items():
             if token[1] in version_of and (late := version_of[token[1]] - 1 - min(versions)) < 0:
                 yield f"{token[1]} was committed {-late} versions before what it was computed from"
-    yield from exceeded(world.rules, world.history)
+    yield from exceeded(world.rules, world.journal.history)
 
 
 def exceeded(rules: Rules, journal: Sequence[r.AnyRecord]) -> Iterator[str]:

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from shoal.sync.server import messages as m
-from shoal.sync.server import records as r
 from shoal.sync.server.shard import ServerShard
 
 _Entry = tuple[m.Stage | m.Backup, Sequence[Any]]
@@ -15,12 +14,10 @@ _Part = tuple[bytes, Sequence[Any]]
 
 
 class Disk:
-    """saving: the version of which there is to be a checkpoint. marks: by such a version, the records that the journal
-    begins with from there, and where in it what follows begins."""
+    """saving: the version of which there is to be a checkpoint."""
 
     def __init__(self) -> None:
         self.saving: int | None = None
-        self.marks: dict[int, tuple[Sequence[r.AnyRecord], int]] = {}
         self.checkpoint: tuple[int, dict[int, _Part]] | None = None
         self._parts: dict[int, dict[int, _Part]] = {}
         self._logs: dict[int, dict[int, list[_Entry]]] = {}

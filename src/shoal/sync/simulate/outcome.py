@@ -117,7 +117,7 @@ def _run(scenario: Scenario, options: OptimOptions, global_batch: int) -> Outcom
 
 def _outcome(world: World, problem: LeastSquares) -> Outcome:
     rules, scenario = world.rules, world.scenario
-    commits = [record for record in world.history if isinstance(record, Committed)]
+    commits = [record for record in world.journal.history if isinstance(record, Committed)]
     late = [
         staleness
         for record in commits
@@ -142,7 +142,7 @@ def _outcome(world: World, problem: LeastSquares) -> Outcome:
         bound=rules.bound(len(scenario.speeds) - 1),
         rejected=rejected,
         wasted=rejected / computed,
-        given_up=sum(isinstance(record, Left) and record.why != "left" for record in world.history),
+        given_up=sum(isinstance(record, Left) and record.why != "left" for record in world.journal.history),
         loss=problem.loss(shards),
         loss_first=problem.loss_of(problem.values),
     )

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from shoal.sync.server.held import Held
 from shoal.sync.server.messages import Key, Range
 from shoal.sync.server.rules import Rules
-from shoal.sync.server.shard import Held
 from shoal.sync.server.worker import Pushed
 
 
@@ -53,6 +53,13 @@ class Scenario:
     patience: float = 10_000.0
     arrivals: tuple[tuple[float, int], ...] = ()
     saves: float = 0.0
+
+    def arrived(self, time: float) -> tuple[int, bool]:
+        """How many samples there are by then, and whether more will come."""
+        if not self.arrivals:
+            return self.samples, False
+        here = max((count for at, count in self.arrivals if at <= time), default=0)
+        return here, here < self.samples
 
 
 class Problem(Protocol):

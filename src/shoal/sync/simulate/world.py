@@ -13,14 +13,13 @@ from shoal.sync.server import records as r
 from shoal.sync.server.coordinator import Coordinator
 from shoal.sync.server.effects import Effect, Keep, Send, Summary, Write
 from shoal.sync.server.encoding import Encoder
-from shoal.sync.server.follower import Follower
-from shoal.sync.server.journal import MAGIC, decode, encode
-from shoal.sync.server.messages import COORDINATOR, Address, Chain, Key
-from shoal.sync.server.shadow import Shadow
+from shoal.sync.server.messages import COORDINATOR, Address, Key
 from shoal.sync.server.shard import ServerShard
 from shoal.sync.server.standing import Standing
 from shoal.sync.server.worker import Worker
 from shoal.sync.simulate.disk import Disk
+from shoal.sync.simulate.journal import Journal
+from shoal.sync.simulate.machines import Machines
 from shoal.sync.simulate.scenario import Fault, Problem, Scenario
 
 # Seconds that a shard's part of a checkpoint takes; and after which a copy that lacks bytes is started again.
@@ -64,23 +63,19 @@ class Seen:
 
 
 class World:
-    """Run it once with `run`, then read `history`, `committed` (the times of commits), `seen`, `shards`, `now`.
+    """Run it once with `run`, then read `journal`, `committed` (the times of commits), `seen`, `shards`, `now`.
 
-    journal: as it is on the disk; history: all that was ever in it, without what was lost with the coordinator.
     over: why it ended before its end. thin: commits whose bytes were in fewer places than was promised.
     """
 
     def __init__(self, scenario: Scenario, problem: Problem, coordinator: type[Coordinator] = Coordinator):
         """coordinator: the class; a test may give one with a mistake in it."""
         self.scenario, self.problem, self.rules = scenario, problem, scenario.rules
-        self.make = coordinator
+        self.machines = Machines(scenario, problem, coordinator)
         self.rng = random.Random(scenario.seed)
-        self.now, self._count, self._chains = 0.0, 0, 0
+        self.now, self._count = 0.0, 0
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
-        self.journal: list[r.AnyRecord] = [r.Opened("")]
-        self.history = list(self.journal)
-        self.durable = 1
-        self.disk = Disk()
+        self.journal, self.disk = Journal(), Disk()
         self.committed: list[float] = []
         self.over = ""
         self.thin: list[str] = []
@@ -94,7 +89,7 @@ class World:
         for shard in range(scenario.shards):
             for copy in range(scenario.copies):
                 others = tuple(range(1, scenario.copies)) if copy == 0 else ()
-                self.hosts[Address("shard", shard, copy)] = _Host(self._shard(shard, copy, others))
+                self.hosts[Address("shard", shard, copy)] = _Host(self.machines.shard(shard, copy, others))
         for number in range(len(scenario.speeds)):
             self._start_worker(number, _Host(None))
         for fault in scenario.faults:
@@ -141,12 +136,7 @@ class World:
     # Hosts and what they do.
 
     def _coordinator(self) -> Coordinator:
-        counts = [self.scenario.copies] * self.scenario.shards
-        samples, growing = self._arrived()
-        return self.make(
-            self.rules, self.problem.rate, counts, journal=self.journal, samples=samples, growing=growing, now=self.now,
-            due=self._due,
-        )  # fmt: skip
+        return self.machines.coordinator(self.journal.records, self.now, self._due)
 
     def _due(self, at: Standing) -> bytes | None:
         if self.disk.saving is not None or not self.scenario.saves or self.rng.random() >= self.scenario.saves:
@@ -154,36 +144,9 @@ class World:
         self.disk.saving = at.version
         return b""
 
-    def _arrived(self) -> tuple[int, bool]:
-        """How many samples there are by now, and whether more will come."""
-        samples, arrivals = self.scenario.samples, self.scenario.arrivals
-        if not arrivals:
-            return samples, False
-        here = max((count for time, count in arrivals if time <= self.now), default=0)
-        return here, here < samples
-
-    def _shard(self, number: int, copy: int, others: tuple[int, ...]) -> ServerShard:
-        return ServerShard(
-            number, self.problem.held(number), copy=copy, others=others, level=self.rules.level,
-            logged=self.scenario.copies == 1, retry=self.rules.retry, backups=self.rules.compensation == "dc",
-            shadow=self._shadow(number, copy),
-        )  # fmt: skip
-
-    def _shadow(self, number: int, copy: int) -> Shadow | None:
-        if self.rules.codec == "none":
-            return None
-        self._chains += 1
-        return Shadow(self.rules.codec, Chain(copy, self._chains), seed=self.scenario.seed, shard=number)
-
     def _start_worker(self, number: int, host: _Host) -> None:
         """A new process in the place of the old one."""
-        host.machine = Worker(
-            number, self.scenario.shares[number] if self.scenario.shares else 1, self.scenario.shards,
-            retry=self.rules.retry, heartbeat=self.rules.lease / 4,
-            follower=Follower(self.rules.codec) if self.rules.codec != "none" else None,
-        )  # fmt: skip
-        if self.rules.codec != "none":
-            host.encoder = Encoder(self.rules, seed=self.scenario.seed, worker=number)
+        host.machine, host.encoder = self.machines.worker(number), self.machines.encoder(number)
         self._join(number, host)
 
     def _join(self, number: int, host: _Host) -> None:
@@ -208,7 +171,7 @@ class World:
             if isinstance(effect, Send):
                 self._send(address, effect)
             elif isinstance(effect, Summary):
-                self.disk.marks[effect.version] = effect.records, len(self.journal)
+                self.journal.mark(effect.version, effect.records)
             elif isinstance(effect, Keep):
                 self._keep(address, host, effect.version)
             elif isinstance(effect.what, m.Stage):
@@ -222,13 +185,10 @@ class World:
             self._at(host.alarm, self._on_alarm, host.life)
 
     def _write(self, effect: Write) -> None:
-        self.journal.append(effect.what)
-        self.history.append(effect.what)
+        self.journal.append(effect.what, effect.durable)
         if isinstance(effect.what, r.Committed):
             self.committed.append(self.now)
             self._places(effect.what)
-        if effect.durable:
-            self.durable = len(self.journal)
 
     def _keep(self, address: Address, host: _Host, version: int) -> None:
         """A shard's part of a checkpoint; it is on the disk a little later, if the shard is still there."""
@@ -400,7 +360,7 @@ class World:
         # Whoever the coordinator is connected with has told it so: it would say it again to a new one.
         known: Coordinator = self.hosts[COORDINATOR].machine
         copy = address.number, address.copy
-        hello = [] if copy in known.at.copies.applied and copy not in known.unheard else shard.hello()
+        hello = [] if copy in known.at.copies.applied and copy not in known.presence.unheard else shard.hello()
         self._do(address, host, [*hello, *shard.tick(self.now)])
 
     def _on_kept_part(self, address: Address, life: int, version: int, part: tuple[bytes, Sequence[Any]]) -> None:
@@ -416,9 +376,7 @@ class World:
         if not host.up or self.disk.saving != version:
             return
         self.disk.saving = None
-        records, position = self.disk.marks.pop(version)
-        self.journal = [*records, *self.journal[position:]]
-        self.durable = len(self.journal)
+        self.journal.restart(version)
         self._do(COORDINATOR, host, host.machine.kept(version))
 
     def _on_alarm(self, life: int) -> None:
@@ -432,7 +390,7 @@ class World:
         if host.asleep > self.now:
             self._at(host.asleep, self._on_arrival)
         elif host.up:
-            self._do(COORDINATOR, host, host.machine.grow(*self._arrived(), self.now))
+            self._do(COORDINATOR, host, host.machine.grow(*self.scenario.arrived(self.now), self.now))
 
     def _on_fault(self, fault: Fault) -> None:
         if fault.role == "coordinator":
@@ -490,7 +448,7 @@ class World:
             self._start_worker(address.number, self._revived(address))
         elif self.scenario.copies == 1:
             host = self._revived(address)
-            host.machine = self._shard(address.number, address.copy, ())
+            host.machine = self.machines.shard(address.number, address.copy)
             self.disk.recover(host.machine)
             self._do(address, host, host.machine.hello())
         else:
@@ -502,19 +460,13 @@ class World:
         return host
 
     def _start_coordinator(self) -> None:
-        """From what was on the disk, and of the rest as many bytes as happened to be."""
         host = self._revived(COORDINATOR)
-        kept, torn = encode(self.journal[: self.durable]), encode(self.journal[self.durable :])
-        data = MAGIC + kept + torn[: self.rng.randint(0, len(torn))]
-        before, (self.journal, _) = len(self.journal), decode(data)
-        self.durable = len(self.journal)
-        self.history = self.history[: len(self.history) - (before - self.durable)]
-        self.disk.marks.clear()
+        self.journal.crash(self.rng)
         host.machine = self._coordinator()
 
     def _start_copy(self, address: Address) -> None:
         """A new process, which takes all from the copy that workers talk to."""
-        made = self._shard(address.number, self._next_copy, ())
+        made = self.machines.shard(address.number, self._next_copy)
         self._next_copy += 1
         self.hosts[made.address] = _Host(made, filled=False)
         self._on_tick(made.address)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from shoal.checkpoint.folders import sync
+from shoal.durable import sync
 from shoal.sync.server import journal
 from shoal.sync.server.records import AnyRecord, Record
 

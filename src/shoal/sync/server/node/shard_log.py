@@ -20,7 +20,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from shoal.checkpoint.folders import sync
+from shoal.durable import sync
 from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server.node import frames

@@ -8,26 +8,24 @@ from __future__ import annotations
 
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import msgspec
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from shoal.errors import RankError
 from shoal.mesh import Mesh
 from shoal.parallel.replica import Replica, Tally
 from shoal.sync.server import messages as m
 from shoal.sync.server.encoding import Encoder
-from shoal.sync.server.messages import Address, Key, Piece, Range, Rows
+from shoal.sync.server.messages import Address, Key, Piece, Range
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.cuts import Cut, cuts, fill
+from shoal.sync.server.node.lead import AGAIN, DONE, END, PULL, PUSH, REST, Command, Told, agreed, hear
 from shoal.sync.server.node.needs import EMBEDDING, Needs, Words
-from shoal.sync.server.node.station import Lost, Said, Station
+from shoal.sync.server.node.other import Other
+from shoal.sync.server.node.station import Station
 from shoal.sync.server.placement import Block
 from shoal.sync.server.rows import sparse_pieces
 from shoal.sync.server.worker import Pushed, Worker
@@ -37,11 +35,6 @@ from shoal.sync.step import sum_within, totals_of
 _MOST_RUNS = 4096
 # Seconds after which the lead tells the others that there is no news, since nobody waits for ever in a collective.
 _NEWS = 20.0
-# Seconds after which a rank asks a shard again, at first and at most, and those after which it gives up.
-_RETRY, _LONGEST, _PATIENCE = 1.0, 8.0, 120.0
-# What the lead says: the worker has ended, weights are to be pulled, what is owed is to be pushed, a push goes out,
-# parts of it again, it is over.
-_END, _PULL, _REST, _PUSH, _AGAIN, _DONE = range(6)
 
 
 @dataclass(frozen=True)
@@ -82,13 +75,13 @@ class Server:
         self._needs = Needs(machine.wanted, words, held[0].local.element_size()) if words is not None else None
         machine.rows = self._needs.of if self._needs is not None else None
         self._client: Client | None = None
-        self._station: Station | None = None
+        self._other: Other | None = None
         self._grant: m.Grant | None = None
         if mesh.rank == 0:
             self._client = Client(machine, lambda nonce: station(Address("worker", machine.number, nonce)), leaving)
         else:
-            self._station = station(Address("worker", machine.number, secrets.randbits(62)))
-        self._wanted = machine.wanted
+            mailbox = station(Address("worker", machine.number, secrets.randbits(62)))
+            self._other = Other(mailbox, mesh, machine.wanted, self._follower, self._needs)
         self._since = time.perf_counter()
         self._traffic = (0, 0)
         # Of gradients that nobody waited for any more when they were to be pushed.
@@ -100,8 +93,8 @@ class Server:
     def __exit__(self, *_: object) -> None:
         if self._client is not None:
             self._client.close()
-        if self._station is not None:
-            self._station.close()
+        if self._other is not None:
+            self._other.station.close()
 
     # Pulling.
 
@@ -111,15 +104,15 @@ class Server:
         Raises JobError where the coordinator refuses this worker, RankError where a rank or the coordinator is gone.
         """
         while True:
-            command, primaries = self._hear(self._lead_begin)
-            if command.kind == _END:
+            command, primaries = hear(self.mesh, self.shards, self._lead_begin)
+            if command.kind == END:
                 return None
-            if command.kind == _REST:
+            if command.kind == REST:
                 self._push_rest(command.key)
-            if command.kind != _PULL:
+            if command.kind != PULL:
                 continue
             found = self._pull(command, primaries)
-            if self._agreed(found):
+            if agreed(self.mesh, found):
                 assert found is not None
                 for shard, (pulled, tensors) in found.items():
                     fill(self._pulls[shard], pulled.pieces, tensors, pulled.rows)
@@ -135,77 +128,29 @@ class Server:
                 assert self._grant is not None
                 self._client.not_pulled(self._grant)
 
-    def _lead_begin(self) -> tuple[_Command, tuple[int, ...]]:
+    def _lead_begin(self) -> Told:
         assert self._client is not None
         state = self._client.wait("pulling", "computing", "finished", timeout=None if self._alone else _NEWS)
         self._client.missing()
         if state == "finished":
-            return _Command(_END), ()
+            return Command(END), ()
         granted = self._client.granted()
         if granted is None:
-            return _Command(_DONE), ()
+            return Command(DONE), ()
         if granted.grant.rest:
-            return _Command(_REST, granted.grant.key), granted.primaries
+            return Command(REST, granted.grant.key), granted.primaries
         self._grant = grant = granted.grant
-        return _Command(_PULL, grant.key, grant.version, grant.samples, int(granted.whole)), granted.primaries
+        return Command(PULL, grant.key, grant.version, grant.samples, int(granted.whole)), granted.primaries
 
-    def _pull(self, command: _Command, primaries: tuple[int, ...]) -> dict[int, tuple[m.Pulled, Sequence[Any]]] | None:
+    def _pull(self, command: Command, primaries: tuple[int, ...]) -> dict[int, tuple[m.Pulled, Sequence[Any]]] | None:
         """This rank's pieces from each shard; None where they are gone, or the clock is void."""
-        if self._client is not None:
-            while self._client.wait("computing", "asking", "joining", "finished", timeout=_NEWS) == "pulling":
-                self._client.missing()
-            assert self._grant is not None
-            return self._client.pulled(self._grant)
-        assert self._station is not None
-        rows = self._rows(command)
-        found: dict[int, tuple[m.Pulled, Sequence[Any]]] = {}
-        deadline, said, wait = time.monotonic() + _PATIENCE, float("-inf"), _RETRY / 2
-        while len(found) < self.shards:
-            now = time.monotonic()
-            if now > deadline:
-                raise RankError(f"no weights of version {command.version} within {_PATIENCE:.0f} s")
-            if now - said > wait:
-                said, wait = now, min(2 * wait, _LONGEST)
-                for shard in set(range(self.shards)) - found.keys():
-                    pull = self._asks(command, shard, rows.get(shard, ()))
-                    self._station.send(Address("shard", shard, primaries[shard]), pull)
-            event = self._station.next(_RETRY)
-            if isinstance(event, Lost):
-                # Its copy may be another one by now, of which the lead hears.
-                return None
-            if isinstance(event, Said) and getattr(event.message, "key", None) == command.key:
-                if isinstance(event.message, m.Gone):
-                    return None
-                if not isinstance(event.message, m.Pulled) or event.message.version < command.version:
-                    continue
-                # Else it answers what was asked before.
-                if event.message.rows == rows.get(event.message.shard, ()):
-                    self._take(event.message, event.tensors, found)
-        return found
-
-    def _rows(self, command: _Command) -> dict[int, tuple[Rows, ...]]:
-        """Of which pieces rows are enough, on a rank that does not lead."""
-        if command.whole or self._needs is None or not self._needs.has_rows:
-            return {}
-        return self._needs.of(command.samples) or {}
-
-    def _asks(self, command: _Command, shard: int, rows: tuple[Rows, ...]) -> m.Pull:
-        wanted = self._wanted[shard]
-        if self._follower is None:
-            return m.Pull(command.key, command.version, wanted, rows=rows)
-        chain, held = self._follower.holds(shard, wanted)
-        return m.Pull(command.key, command.version, wanted, chain=chain, held=held)
-
-    def _take(
-        self, message: m.Pulled, tensors: Sequence[Any], found: dict[int, tuple[m.Pulled, Sequence[Any]]]
-    ) -> None:
-        """Weights from one shard; what a repeated question brought again goes nowhere."""
-        if message.shard in found:
-            return
-        if self._follower is None:
-            found[message.shard] = message, tensors
-        elif (taken := self._follower.take(message, tensors, self._wanted[message.shard])) is not None:
-            found[message.shard] = msgspec.structs.replace(message, pieces=taken[0], base=-1, links=()), taken[1]
+        if self._other is not None:
+            return self._other.pull(command, primaries)
+        assert self._client is not None
+        while self._client.wait("computing", "asking", "joining", "finished", timeout=_NEWS) == "pulling":
+            self._client.missing()
+        assert self._grant is not None
+        return self._client.pulled(self._grant)
 
     # Pushing.
 
@@ -253,20 +198,20 @@ class Server:
         False where it was void before it went out.
         """
 
-        def push() -> tuple[_Command, tuple[int, ...]]:
+        def push() -> Told:
             assert self._client is not None
             told = self._client.granted()
             pushed = self._client.push(key, gradients, weight, loss_sum, samples, self.mesh.world, spent, owes)
-            return _Command(_PUSH if pushed else _DONE, key), told.primaries if told else ()
+            return Command(PUSH if pushed else DONE, key), told.primaries if told else ()
 
-        command, primaries = self._hear(push)
-        if command.kind == _DONE:
+        command, primaries = hear(self.mesh, self.shards, push)
+        if command.kind == DONE:
             self._settle(False)
             return False
         self._stage(gradients, key, [(shard, primaries[shard]) for shard in range(self.shards)])
-        while command.kind != _DONE:
-            command, copies = self._hear(lambda: self._follow(key))
-            if command.kind == _AGAIN:
+        while command.kind != DONE:
+            command, copies = hear(self.mesh, self.shards, lambda: self._follow(key))
+            if command.kind == AGAIN:
                 self._stage(gradients, key, [(i, copy) for i, copy in enumerate(copies) if copy >= 0])
         self._settle(command.version > 0)
         return True
@@ -275,7 +220,7 @@ class Server:
         if self._encoder is not None:
             self._encoder.settle(accepted)
 
-    def _follow(self, key: Key) -> tuple[_Command, tuple[int, ...]]:
+    def _follow(self, key: Key) -> Told:
         """What becomes of the push, as the lead hears it; when that is over, `version` is 1 if it was accepted."""
         assert self._client is not None
         state = self._client.wait("asking", "joining", "pulling", "computing", "finished", timeout=_NEWS)
@@ -284,17 +229,13 @@ class Server:
             copies[shard] = copy
         answer = self._client.answer(key)
         if state == "pushing" and answer is None:
-            return _Command(_AGAIN, key), tuple(copies)
-        return _Command(_DONE, key, int(answer is not None and answer.accepted)), ()
+            return Command(AGAIN, key), tuple(copies)
+        return Command(DONE, key, int(answer is not None and answer.accepted)), ()
 
     def _stage(self, gradients: dict[int, Pushed], key: Key, to: Sequence[tuple[int, int]]) -> None:
         """This rank's part of a push; the lead's machine sends its own."""
-        if self._station is None:
-            return
-        for shard, copy in to:
-            pushed = gradients[shard]
-            stage = m.Stage(key, self.mesh.rank, self.mesh.world, pushed.pieces, encoded=pushed.encoded)
-            self._station.send(Address("shard", shard, copy), stage, pushed.tensors)
+        if self._other is not None:
+            self._other.stage(gradients, key, to)
 
     def _gradient(self, found: Sequence[Cut]) -> Pushed:
         parts: list[tuple[Piece, Tensor]] = []
@@ -319,9 +260,10 @@ class Server:
     @property
     def _mailbox(self) -> Station:
         """This rank's."""
-        station = self._client.station if self._client is not None else self._station
-        assert station is not None
-        return station
+        if self._client is not None:
+            return self._client.station
+        assert self._other is not None
+        return self._other.station
 
     def _moved(self) -> tuple[int, int]:
         """Bytes sent and received by all ranks since it was last asked."""
@@ -336,54 +278,3 @@ class Server:
         """Tells the coordinator something, from the lead."""
         if self._client is not None:
             self._client.note(message)
-
-    # Between the lead and the others.
-
-    def _hear(self, say: Callable[[], tuple[_Command, tuple[int, ...]]]) -> tuple[_Command, tuple[int, ...]]:
-        """What the lead says, on all ranks. say: called on the lead."""
-        if self._alone:
-            return say()
-        if self.mesh.rank == 0:
-            command, copies = say()
-            told = torch.tensor([*command.words(), *copies, *[-1] * (self.shards - len(copies))], dtype=torch.int64)
-        else:
-            told = torch.zeros(_WORDS + self.shards, dtype=torch.int64)
-        told = told.to(self.mesh.device)
-        self.mesh.wait(dist.broadcast(told, 0, group=self.mesh.everyone, async_op=True))
-        words: list[int] = told.tolist()
-        return _Command.of(words[:_WORDS]), tuple(words[_WORDS:])
-
-    def _agreed(self, found: dict[int, tuple[m.Pulled, Sequence[Any]]] | None) -> bool:
-        """Whether all ranks have what they asked for, and of the same shadows: what several hold must be the same."""
-        if self._alone:
-            return found is not None
-        told = [pulled.chain.drawn for _, (pulled, _) in sorted((found or {}).items())]
-        # By the largest of both signs, which is one number where all say the same.
-        number = zlib.crc32(repr(told).encode())
-        largest: Tensor = torch.tensor([found is None, number, -number], dtype=torch.int64, device=self.mesh.device)
-        work = dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.mesh.everyone, async_op=True)
-        self.mesh.wait(work)
-        missing, high, low = largest.tolist()
-        return not missing and high == -low
-
-
-_NO_KEY = Key(0, 0, 0)
-
-
-@dataclass(frozen=True)
-class _Command:
-    kind: int
-    key: Key = _NO_KEY
-    version: int = 0
-    samples: Range = m.NOTHING
-    whole: int = 1
-
-    def words(self) -> list[int]:
-        return [self.kind, *self.key, self.version, *self.samples, self.whole]
-
-    @classmethod
-    def of(cls, words: list[int]) -> _Command:
-        return cls(words[0], Key(*words[1:4]), words[4], Range(*words[5:7]), words[7])
-
-
-_WORDS = 8
