@@ -61,12 +61,12 @@ def test_a_paced_run_goes_on_bitwise_where_it_was(paced, train, tiny, tmp_path):
 
 def test_who_is_slow_is_told_and_what_a_codec_saves_between_replicas_of_several_ranks(train, tiny, tmp_path):
     run = tmp_path / "run"
-    job = tiny(run, "replicas=2,fsdp=2", train={"steps": 5}, sync={"codec": "int8"})
+    job = tiny(run, "replicas=2,fsdp=2", train={"steps": 4, "validate_tokens": 256}, sync={"codec": "int8"})
     train(job, entry=SLOW, victim=2, seconds=0.05)
     rows = metrics.read(run)
-    assert ["waited_s" in row for row in rows] == [False, True, True, True, True]
+    assert ["waited_s" in row for row in rows] == [False, True, True, True]
     waited = [sum(row["waited_s"][replica] for row in rows[1:]) for replica in ("0", "1")]
-    # Five micro-steps of three sequences; what a busy machine adds to both is small beside that.
+    # Three sequences a step; what a busy machine adds to both is small beside that.
     assert waited[1] < waited[0]
     facts = dict(exchange(job, rows))
     assert facts["waiting"].startswith("replica 0 waited for others most, ")
