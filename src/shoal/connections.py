@@ -11,6 +11,7 @@ import ipaddress
 import os
 import select
 import socket
+from collections.abc import Collection
 
 SILENCE = 20
 """Seconds without an answer from another host after which the kernel ends its connections."""
@@ -50,6 +51,14 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._sockets)
+
+    def opened(self) -> set[int]:
+        """Within the block: what has been opened in it, by the numbers that the system gives."""
+        return _inodes(_descriptors() - self._before)
+
+    def among(self, opened: Collection[int]) -> list[int]:
+        """After the block: the descriptors of those connections that were opened then."""
+        return [sock.fileno() for sock in self._sockets if _inodes({sock.fileno()}) & set(opened)]
 
     def address(self) -> str:
         """This host's, as its peers on others know it; empty where there are none."""
@@ -93,6 +102,14 @@ def _ask_after(sock: socket.socket) -> None:
 
 def _descriptors() -> set[int]:
     return {int(name) for name in os.listdir("/dev/fd")}
+
+
+def _inodes(descriptors: set[int]) -> set[int]:
+    inodes = set()
+    for fd in descriptors:
+        with contextlib.suppress(OSError):  # closed since
+            inodes.add(os.fstat(fd).st_ino)
+    return inodes
 
 
 def _connection(fd: int) -> socket.socket | None:

@@ -83,8 +83,16 @@ class Mesh:
             self.grid = torch.arange(layout.world).view([getattr(layout, axis) for axis in AXES])
             place = (self.grid == self.rank).nonzero()[0].tolist()
             self.replica, self.stage, self.fsdp, self.context, self.tensor = place
-            self._groups = {axes: self._make(axes) for axes in map(self._wide, _TALKING) if axes}
+            self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+            across = set[int]()
+            for axes in filter(None, map(self._wide, _TALKING)):
+                before = self._connections.opened()
+                self._groups[axes] = self._make(axes)
+                if axes == ("replicas",):
+                    across = self._connections.opened() - before
             self._groups |= self._make_experts() if layout.expert > 1 else {}
+        # Descriptors of connections to other replicas; empty where there are no others, and with NCCL.
+        self.across_descriptors = self._connections.among(across)
         operations.begin(self._names())
         self._hosts = self._make_hosts(prefix)
         self._open = True

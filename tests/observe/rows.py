@@ -27,6 +27,11 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
     return figures | changes
 
 
+def waiting_row(step: int, *waited: float, **changes: Any) -> dict[str, Any]:
+    """A step of 0.5 s in which replicas told how long each waited."""
+    return row(step, waited_s={str(replica): seconds for replica, seconds in enumerate(waited)}, **changes)
+
+
 def server_row(step: int, late: dict[int, int], **changes: Any) -> dict[str, Any]:
     """A step of a parameter server: 0.5 s and 1000 tokens in gradients of so many at each staleness."""
     figures = {

@@ -21,7 +21,8 @@ from shoal.observe.charts import charts
 from shoal.observe.charts_server import server_charts
 from shoal.observe.exchange import exchange
 from shoal.observe.metrics import Metrics
-from tests.observe.rows import row, server_row
+from shoal.observe.waiting import waiting_charts
+from tests.observe.rows import row, server_row, waiting_row
 
 JOB = Job(layout=Layout(replicas=2), model=ModelOptions(vocab_size=300))
 SERVER = replace(JOB, sync=SyncOptions(name="server"), server=ServerOptions(mode="asp", shards=2))
@@ -34,7 +35,7 @@ ASP = [
 
 
 def drawn(rows) -> dict[str, Any]:
-    return {chart["title"]: chart["data"] for chart in [*charts(rows), *server_charts(rows)]}
+    return {chart["title"]: chart["data"] for chart in [*charts(rows), *waiting_charts(rows), *server_charts(rows)]}
 
 
 def told(job: Job | None, rows) -> dict[str, str]:
@@ -88,6 +89,21 @@ def test_a_run_that_went_on_with_a_server_has_both_parts():
     assert {"forward", "forward and backward"} <= {part["name"] for part in found["Step breakdown"]}
 
 
+def test_who_waits_without_a_server():
+    """Of four steps of 0.5 s; local steps and gossip tell in some, and before the first exchange nobody does."""
+    rows = [row(1), waiting_row(2, 0.1, 0.0, 0.3), row(3), waiting_row(4, 0.2, 0.02, 0.0)]
+    found = drawn(rows)
+    (waits,) = found["Waiting for other replicas"]
+    assert (waits["x"], waits["y"]) == ([0, 1, 2], pytest.approx([15, 1, 15]))
+    assert told(JOB, [*rows, waiting_row(5, 0.1, 0, 0)])["waiting"] == (
+        "replica 0 waited for others most, 16.0 % of the run; replica 1 least, 0.8 %"
+    )
+    assert "Waiting" not in found
+    assert "waiting" not in told(JOB, [row(1)])
+    assert "Waiting for other replicas" not in drawn([row(1)]) | drawn(ASP)
+    assert "waiting" not in told(SERVER, ASP)
+
+
 def test_the_sentences_of_a_server():
     assert told(SERVER, ASP) == {
         "network": "1.91 MiB sent and 2.86 MiB received a step, by all workers; both together 4.88 KiB a token",
@@ -106,27 +122,33 @@ def test_what_a_codec_saves():
     rows = [row | {"staleness": {"0": 2}, "rejected": 1} for row in rows]
     assert told(coded, rows)["compression"] == "pushed 4, pulled 2 times fewer bytes than in float32"
     bf16 = replace(JOB, sync=SyncOptions(codec="bf16"))
-    rows = [row(s, sent_bytes=WHOLE // 2) for s in (1, 2)]
+    rows = [row(s, sent_bytes=WHOLE // 2, plain_bytes=WHOLE) for s in (1, 2)]
     assert told(bf16, rows)["compression"] == "2 times fewer bytes than an all-reduce in float32 every step"
     # A whole exchange every fourth step.
     local = replace(JOB, sync=SyncOptions(name="local", every=4))
-    rows = [row(s, sent_bytes=WHOLE * (s % 4 == 0)) for s in range(1, 9)]
+    rows = [row(s, sent_bytes=WHOLE * (s % 4 == 0), plain_bytes=WHOLE) for s in range(1, 9)]
     assert told(local, rows)["compression"] == "4 times fewer bytes than an all-reduce in float32 every step"
     assert (
         told(local, [row(1), row(2, sent_bytes=0)])["network"]
         == "977 KiB sent and 2.86 MiB received a step, by one rank"
     )
+    # With several ranks a replica, what they send each other is told apart. Of older runs nothing is said.
+    shared = replace(bf16, layout=Layout(replicas=2, fsdp=2))
+    rows = [row(s, sent_bytes=9 * WHOLE, sent_across_bytes=2**18, plain_bytes=2.0**19) for s in (1, 2)]
+    facts = told(shared, rows)
+    assert facts["compression"] == "2 times fewer bytes than an all-reduce in float32 every step"
+    assert facts["network"].endswith("received a step, by one rank; to other replicas 256 KiB sent")
+    assert "compression" not in told(shared, [row(1)])
 
 
 @pytest.mark.parametrize(
     ("job", "rows"),
     [
         (JOB, [row(1)]),
-        (replace(JOB, layout=Layout(replicas=2, fsdp=2), sync=SyncOptions(codec="bf16")), [row(1)]),
         (replace(JOB, sync=SyncOptions(codec="bf16")), [row(1, sent_bytes=0), {"step": 2}]),
         (None, [row(1)]),
     ],
-    ids=["no codec", "fsdp", "nothing sent", "no job"],
+    ids=["no codec", "nothing sent", "no job"],
 )
 def test_no_figure_where_it_would_mean_nothing(job, rows):
     assert "compression" not in told(job, rows)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from shoal.observe.mfu import Mfu
 from shoal.observe.progress import Lasting, Progress
-from tests.observe.rows import row, server_row
+from tests.observe.rows import row, server_row, waiting_row
 
 # 3e6 operations a token on two devices of 5 GFLOP/s.
 MFU = Mfu(flops_per_token=3e6, devices=2, peak=5e9)
@@ -69,6 +69,21 @@ def test_figures_after_several_steps_by_hand():
     assert "  1,000 tok/s  500 tok/s per device  MFU 30.0 %" in line
     assert "val loss 3.250" in line
     assert line.endswith("ETA 2:00")
+
+
+def test_a_replica_that_keeps_others_waiting_is_named():
+    """From three exchanges on, the last twenty; of the time since the first of them, steps without one too."""
+    slow = [waiting_row(s, 0.2, 0.0, 0.05) for s in range(1, 4)]
+    assert "waiting for" not in plain(100, slow[:2])[-1]
+    assert "  waiting for replica 1: 40.0 %  lr" in plain(100, slow)[-1]
+    seldom = [waiting_row(s, 0.2, 0.0, 0.05) if s % 2 == 0 else row(s) for s in range(1, 7)]
+    assert "waiting for replica 1: 20.0 %" in plain(6, seldom)[-1]
+    # Each for the other in turn, and for one that was slow before.
+    turns = [waiting_row(s, 0.2 * (s % 2), 0.2 * (1 - s % 2)) for s in range(4, 24)]
+    assert "waiting for" not in plain(23, turns)[-1]
+    assert "waiting for" not in plain(26, [*slow, *turns])[-1]
+    # Workers of a server are not bound to come together.
+    assert "waiting for" not in plain(4, [server_row(s, {0: 2}, waited_s={"0": 0.4, "1": 0}) for s in range(1, 5)])[-1]
 
 
 def test_speed_is_that_of_the_last_twenty_steps():

@@ -106,6 +106,23 @@ def chart(title: str, unit: str, data: list[dict[str, Any]], zero: bool = True) 
     }
 
 
+def by_number(title: str, unit: str, axis: str, values: dict[int, float], colour: str) -> dict[str, Any]:
+    """One bar for each number. axis: what is numbered."""
+    bars = {
+        "type": "bar",
+        "name": axis,
+        "x": list(values),
+        "y": [float(f"{value:.6g}") for value in values.values()],
+        "marker": {"color": colour},
+    }
+    ticks = {"tickformat": ",d", "gridcolor": "#eef0f3", "zeroline": False, "automargin": True}
+    ticks |= {"dtick": 1} if len(values) <= 20 else {"nticks": 12}
+    return {
+        "title": title, "unit": unit, "data": [bars] if values else [], "x": None, "y": None,
+        "layout": {"xaxis": {"title": {"text": axis, "standoff": 8}, **ticks}},
+    }  # fmt: skip
+
+
 def _values(rows: Rows, key: str, scale: float = 1.0) -> list[float | None]:
     """None where there is no finite value: plotly leaves a gap, which is what NaN should look like."""
     return [row[key] * scale if finite(row.get(key)) else None for row in rows]

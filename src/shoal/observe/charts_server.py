@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from shoal.observe.charts import GREEN, GREY, ORANGE, PURPLE, Rows, chart, line, noisy
+from shoal.observe.charts import GREEN, GREY, ORANGE, PURPLE, Rows, by_number, chart, line, noisy
+from shoal.observe.waiting import percents
 
 
 def server_charts(rows: Rows) -> list[dict[str, Any]]:
@@ -13,8 +14,8 @@ def server_charts(rows: Rows) -> list[dict[str, Any]]:
     rows = [row for row in rows if "commits" in row]
     found = [
         chart("Staleness", "updates between a gradient's weights and its own update", _lateness(rows)),
-        _by_number("Staleness of the whole run", "gradients", "staleness", _histogram(rows), PURPLE),
-        _by_number("Waiting", "% of the run, of each worker: push, pull and others", "worker", _waiting(rows), ORANGE),
+        by_number("Staleness of the whole run", "gradients", "staleness", _histogram(rows), PURPLE),
+        by_number("Waiting", "% of the run, of each worker: push, pull and others", "worker", percents(rows), ORANGE),
         chart("Rejected gradients", "% of a step's, computed in vain", _rejected(rows)),
         chart("Wasted work", "s a step that workers computed in vain", _wasted(rows)),
         chart("Updates", "a step", _updates(rows)),
@@ -36,15 +37,6 @@ def mean_staleness(row: dict[str, Any]) -> float | None:
     return sum(each * count for each, count in late.items()) / late.total() if late else None
 
 
-def waited(rows: Rows) -> dict[int, float]:
-    """Seconds of each worker in which it had no work."""
-    found: Counter[int] = Counter()
-    for row in rows:
-        for worker, seconds in (row.get("waited_s") or {}).items():
-            found[int(worker)] += seconds
-    return dict(sorted(found.items()))
-
-
 def _lateness(rows: Rows) -> list[dict[str, Any]]:
     known = [
         {"step": row["step"], "highest": max(late), "mean": mean_staleness(row)}
@@ -60,11 +52,6 @@ def _histogram(rows: Rows) -> dict[int, float]:
     """Nothing where none was late."""
     late = staleness(rows)
     return {each: float(late[each]) for each in range(max(late) + 1)} if any(late) else {}
-
-
-def _waiting(rows: Rows) -> dict[int, float]:
-    whole = sum(row.get("seconds") or 0.0 for row in rows)
-    return {worker: 100 * seconds / whole for worker, seconds in waited(rows).items()} if whole else {}
 
 
 def _rejected(rows: Rows) -> list[dict[str, Any]]:
@@ -91,20 +78,3 @@ def _wasted(rows: Rows) -> list[dict[str, Any]]:
 def _updates(rows: Rows) -> list[dict[str, Any]]:
     """Nothing where every step is one update, as in bsp."""
     return noisy(rows, "commits", "each step", GREEN) if any(row["commits"] != 1 for row in rows) else []
-
-
-def _by_number(title: str, unit: str, axis: str, values: dict[int, float], colour: str) -> dict[str, Any]:
-    """One bar for each number. axis: what is numbered."""
-    bars = {
-        "type": "bar",
-        "name": axis,
-        "x": list(values),
-        "y": [float(f"{value:.6g}") for value in values.values()],
-        "marker": {"color": colour},
-    }
-    ticks = {"tickformat": ",d", "gridcolor": "#eef0f3", "zeroline": False, "automargin": True}
-    ticks |= {"dtick": 1} if len(values) <= 20 else {"nticks": 12}
-    return {
-        "title": title, "unit": unit, "data": [bars] if values else [], "x": None, "y": None,
-        "layout": {"xaxis": {"title": {"text": axis, "standoff": 8}, **ticks}},
-    }  # fmt: skip

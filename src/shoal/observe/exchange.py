@@ -9,13 +9,14 @@ from shoal.models.spec import count
 from shoal.observe.charts import Rows, of_server
 from shoal.observe.charts_server import staleness
 from shoal.observe.units import counted, percent, short, size
+from shoal.observe.waiting import shares
 
 Facts = list[tuple[str, str]]
 
 
 def exchange(job: Job | None, rows: Rows) -> Facts:
     """(label, sentence) of each; nothing where nothing was sent."""
-    return [*_network(rows), *(_saved(job, rows) if job else []), *_gradients(rows)]
+    return [*_network(rows), *(_saved(job, rows) if job else []), *_waiting(rows), *_gradients(rows)]
 
 
 def _network(rows: Rows) -> Facts:
@@ -24,7 +25,9 @@ def _network(rows: Rows) -> Facts:
         return []
     text = f"{size(sent / len(rows))} sent and {size(received / len(rows))} received a step"
     if not of_server(rows):
-        return [("network", f"{text}, by one rank")]
+        across = sum(row.get("sent_across_bytes") or 0 for row in rows)
+        to_others = f"; to other replicas {size(across / len(rows))} sent" if across else ""
+        return [("network", f"{text}, by one rank{to_others}")]
     tokens = sum(row.get("tokens") or 0 for row in rows)
     a_token = f"; both together {size((sent + received) / tokens)} a token" if tokens else ""
     return [("network", f"{text}, by all workers{a_token}")]
@@ -34,26 +37,37 @@ def _saved(job: Job, rows: Rows) -> Facts:
     """How many times fewer bytes than plainly, where a codec or local steps save any.
 
     Plainly: in float32, 4 bytes a number. With a server a push has every parameter once, rejected or not, and so has a
-    pull, the median of steps. Else a rank sends 2 (R − 1) / R of them in an all-reduce of R replicas every step, all
-    steps together; nothing is said where it sends more than gradients (`fsdp`, `tensor` and the like).
+    pull, the median of steps. Else an all-reduce of R replicas every step would send 2 (R − 1) / R of a rank's part of
+    the gradient; all steps together. What ranks of one replica send each other (`fsdp`, `tensor` and the like) does not
+    count: it goes over other connections.
     """
-    layout = job.layout
     known = [row for row in rows if row.get("sent_bytes") and row.get("received_bytes")]
-    if layout is None or not known or (job.sync.name in ("allreduce", "server") and job.sync.codec == "none"):
+    if not known or (job.sync.name in ("allreduce", "server") and job.sync.codec == "none"):
         return []
-    whole = 4.0 * count(job.model)
     if of_server(known):
+        whole = 4.0 * count(job.model)
         plain = [whole * (staleness([row]).total() + (row.get("rejected") or 0)) for row in known]
         sent, received = (
             median(at / row[key] for at, row in zip(plain, known, strict=True))
             for key in ("sent_bytes", "received_bytes")
         )
         return [("compression", f"pushed {sent:.3g}, pulled {received:.3g} times fewer bytes than in float32")]
-    if layout.world != layout.replicas:
+    plain_bytes = sum(row.get("plain_bytes") or 0.0 for row in rows)
+    sent_bytes = sum(row.get("sent_across_bytes", row.get("sent_bytes")) or 0 for row in rows)
+    if not plain_bytes or not sent_bytes:
         return []
-    ring = len(rows) * whole * 2 * (layout.replicas - 1) / layout.replicas
-    times = ring / sum(row["sent_bytes"] for row in known)
+    times = plain_bytes / sent_bytes
     return [("compression", f"{times:.3g} times fewer bytes than an all-reduce in float32 every step")]
+
+
+def _waiting(rows: Rows) -> Facts:
+    """Of replicas without a server: who waited for the others most, and for whom they waited."""
+    of_each = shares([row for row in rows if "commits" not in row])
+    if not of_each:
+        return []
+    most, least = (choose(of_each, key=of_each.__getitem__) for choose in (max, min))
+    text = f"replica {most} waited for others most, {percent(of_each[most])} of the run"
+    return [("waiting", f"{text}; replica {least} least, {percent(of_each[least])}")]
 
 
 def _gradients(rows: Rows) -> Facts:

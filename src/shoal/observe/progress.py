@@ -17,6 +17,7 @@ from shoal.observe.charts_server import mean_staleness
 from shoal.observe.mfu import Mfu
 from shoal.observe.smooth import Smooth
 from shoal.observe.units import duration, number, percent
+from shoal.observe.waiting import Recently
 
 # Steps whose speed is averaged; one step alone jumps too much to be read.
 _WINDOW = 20
@@ -49,6 +50,7 @@ class Progress:
         self.loss = Smooth()
         self.validation: float | None = None
         self._recent: deque[tuple[float, float]] = deque(maxlen=_WINDOW)
+        self._waiting = Recently()
         self._begun = clock()
         self._after_first: float | None = None
         self._shown, self._shown_step = self._begun, first
@@ -71,6 +73,8 @@ class Progress:
         self.loss.add(row["loss"])
         self.validation = row.get("val_loss", self.validation)
         self._recent.append((row["tokens"], row["seconds"]))
+        if "commits" not in row:  # workers of a server need not come together
+            self._waiting.add(row)
         if self._after_first is None:
             self._after_first = self.clock()
         if self._due():
@@ -143,6 +147,8 @@ class Progress:
             yield "busiest expert", f"{number(self.row['busiest_load'], '.2f')}×"
         if late := mean_staleness(self.row):
             yield "staleness", number(late, ".1f")
+        if slow := self._waiting.slowest():
+            yield f"waiting for replica {slow[0]}:", percent(slow[1])
         yield "lr", number(self.row.get("lr"), ".2e")
         if not self.steps:
             yield "for", duration(self.clock() - self._begun)

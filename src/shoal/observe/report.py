@@ -20,6 +20,7 @@ from shoal.observe.hold import held
 from shoal.observe.log import Log, tail
 from shoal.observe.result import Result
 from shoal.observe.units import counted, duration, number, percent, short
+from shoal.observe.waiting import waiting_charts
 
 FILE = "report.html"
 # Of the log, on the page of a run that failed: an error has up to two, before them what led to it.
@@ -59,7 +60,7 @@ def render(folder: Path, running: bool) -> str:
     rows, job, where = metrics.read(folder), _job(folder), environment.read(folder)
     done = result.current(folder, _last(rows))
     state = _state(done, job, running)
-    drawn = charts(rows) + server_charts(rows)
+    drawn = charts(rows) + waiting_charts(rows) + server_charts(rows)
     if chart := trace_chart(perfetto.read(folder / perfetto.FILE)):
         drawn.append(chart)
     facts = [page.table("Run", _run_rows(folder, job, rows, done)), page.code("Go on", _go_on(folder, done))]

@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -21,19 +22,20 @@ class Traffic(NamedTuple):
     received: int
 
 
-def traffic() -> Traffic | None:
-    """None where the system does not tell (anything but Linux). What a GPU's network moves by itself is not in it."""
+def traffic(descriptors: Iterable[int] | None = None) -> Traffic | None:
+    """Of these sockets, or of all. None where the system does not tell (anything but Linux). What a GPU's network moves
+    by itself is not in it."""
     if not os.path.isdir("/proc/self/fd") or not hasattr(socket, "TCP_INFO"):
         return None
     counts, seen = [], set()
-    for name in os.listdir("/proc/self/fd"):
+    for descriptor in map(int, os.listdir("/proc/self/fd")) if descriptors is None else descriptors:
         # Another thread may close it meanwhile; then it counts no more.
         with suppress(OSError):
-            status = os.fstat(int(name))
+            status = os.fstat(descriptor)
             # Several descriptors may be of one socket.
             if stat.S_ISSOCK(status.st_mode) and status.st_ino not in seen:
                 seen.add(status.st_ino)
-                counts.append(_counts(int(name)))
+                counts.append(_counts(descriptor))
     return Traffic(sum(sent for sent, _ in counts), sum(received for _, received in counts))
 
 

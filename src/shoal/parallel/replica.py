@@ -162,6 +162,14 @@ class Replica(Generic[B]):
         whole = [bucket.place for bucket in self._buckets.buckets] if self._buckets else []
         return [*(place for sharded in self._sharded for place in sharded.flats if place.size), *whole]
 
+    def summed(self) -> int:
+        """Numbers of the gradient that this rank adds up with other replicas in a step."""
+        return sum(
+            shard.local.numel()
+            for place in self.flats()
+            for _, shard in self.lying_in(place, torch.empty(place.size, device="meta"))
+        )
+
     def lying_in(self, place: Flat, stretch_N: Tensor, first: int = 0) -> Iterator[tuple[Piece, Shard]]:
         """What lies in the stretch from `first` on of a flat tensor, by canonical name: each piece of this rank and a
         view of the numbers that belong to (a part of) it."""

@@ -27,6 +27,7 @@ from shoal.sync.encoded import EncodedSum
 from shoal.sync.feedback import Owed
 from shoal.sync.lowrank import LowRank, LowRankSum
 from shoal.sync.step import Applied, Version, apply, totals_of
+from shoal.sync.waits import Waits
 
 
 class AllReduce:
@@ -46,6 +47,7 @@ class AllReduce:
         self._codec, self._feedback = codec, feedback
         self._draws = draws or Draws()
         self._works: list[dist.Work] = []
+        self._waits = Waits(mesh)
         self._encoded: EncodedSum | LowRankSum | None = None
         self._owed = Owed()
 
@@ -76,15 +78,18 @@ class AllReduce:
     def end(self, tally: Tally) -> Applied:
         """Waits for the sums, then normalises, clips and updates. Raises what collectives raise when a rank is lost."""
         start = time.perf_counter()
-        totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
+        # Who waited in this step is known after its last collective, and told with the next one's.
+        totals = torch.cat([totals_of(tally.loss_sum, tally.weight, tally.stop), self._waits.own()])
         counted = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)
         for work in self._works:
-            self.mesh.wait(work)
+            self._waits.wait(work)
         if self._encoded is not None:
-            self._encoded.finish(self.mesh.across_replicas, self.mesh.wait)
+            self._encoded.finish(self.mesh.across_replicas, self._waits.wait)
         self._forget()
-        self.mesh.wait(counted)
-        loss_sum, weight, stop = totals.tolist()
+        assert counted is not None
+        self._waits.wait(counted)
+        loss_sum, weight, stop, *waits = totals.tolist()
+        self._waits.hear(waits)
         shards = self.replica.collect()
         self._owed.add_to(shards)
         waited = time.perf_counter() - start
@@ -93,7 +98,7 @@ class AllReduce:
         self._settle(applied=done.finite)
         return Applied(
             done.finite, Version(self.update.done), loss_sum, weight, weight, done.norm, done.lr, stop=stop > 0,
-            waited=waited + done.waited, whence="" if done.finite else self._whence(tally),
+            waited=waited + done.waited, waits=self._waits.news(), whence="" if done.finite else self._whence(tally),
         )  # fmt: skip
 
     def _settle(self, applied: bool) -> None:
@@ -144,6 +149,7 @@ class AllReduce:
         kept = written([known.get(member, 1) for member in view.members])
         layout = replace(layout, replicas=len(view.members), replica_share=kept)
         self.mesh = build(layout, self.mesh.seat, view, self.mesh.timeout)
+        self._waits = Waits(self.mesh)
         self.replica.move(self.mesh)
         done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
         done[self.mesh.rank] = self.update.done

@@ -21,6 +21,7 @@ from shoal.sync.feedback import Stretch
 from shoal.sync.fragment import Fragment
 from shoal.sync.rounds import fragment_of
 from shoal.sync.step import Outer
+from shoal.sync.waits import Waits
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Exchange:
     def __init__(self, mesh: Mesh, options: SyncOptions, codec: Codec | None, learned: list[Shard], fixed: list[Shard]):
         """learned, fixed: as for `Fragment`. codec: how pseudo-gradients are written, None = as they are."""
         self.mesh, self.options = mesh, options
+        self.waits = Waits(mesh)
 
         def of(index: int, shards: list[Shard]) -> list[Shard]:
             return [shard for shard in shards if fragment_of(shard.name, options.fragments) == index]
@@ -89,14 +91,14 @@ class Exchange:
         """Waits until what all replicas have sent has reached whoever adds it up, and sends the sums back."""
         sent = self.travelling[index]
         if not sent.here and self._places[index]:
-            self._sums[index].turn(self.mesh.across_replicas, self.mesh.wait)
+            self._sums[index].turn(self.mesh.across_replicas, self.waits.wait)
 
     def finish(self, index: int) -> None:
         """Waits until the mean of all replicas is here."""
         sent = self.travelling[index]
         if not sent.here:
             if self._places[index]:
-                self._sums[index].finish(self.mesh.across_replicas, self.mesh.wait)
+                self._sums[index].finish(self.mesh.across_replicas, self.waits.wait)
             sent.moved_N.div_(self.mesh.layout.replicas)
             sent.here = True
 
@@ -132,7 +134,7 @@ class Exchange:
                 summing = EncodedSum(Plain())
                 for piece_N in moved_N.split([place.size for place in self._places[index]]):
                     summing.start(piece_N, self.mesh.across_replicas)
-                summing.finish(self.mesh.across_replicas, self.mesh.wait)
+                summing.finish(self.mesh.across_replicas, self.waits.wait)
             moved_N.div_(self.mesh.layout.replicas)
         outer, asked, finite = self._agree(due, stop)
         for index in due:
@@ -163,10 +165,13 @@ class Exchange:
         squares /= self.mesh.layout.replicas
         broken = not all(bool(one.moved_N.isfinite().all()) for one in sent)
         flags = torch.tensor([stop, broken], dtype=torch.float64, device=self.mesh.device)
-        totals = torch.cat([self.round, flags, squares])
-        self.mesh.wait(dist.all_reduce(totals, group=self.mesh.everyone, async_op=True))
+        totals = torch.cat([self.round, flags, squares, self.waits.own()])
+        work = dist.all_reduce(totals, group=self.mesh.everyone, async_op=True)
+        assert work is not None
+        self.waits.wait(work)
         self.round.zero_()
-        loss_sum, tokens, asked, not_finite, drift, common = totals.tolist()
+        loss_sum, tokens, asked, not_finite, drift, common, *waits = totals.tolist()
+        self.waits.hear(waits)
         outer = Outer(loss_sum / tokens if tokens else float("nan"), tokens, drift**0.5, common**0.5)
         return outer, asked > 0, not not_finite
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal import operations
+from shoal import device, operations
 from shoal.checkpoint.manifest import Manifest
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
@@ -32,6 +32,7 @@ from shoal.sync.codec.plain import Plain
 from shoal.sync.encoded import EncodedSum
 from shoal.sync.fragment import Fragment, named
 from shoal.sync.step import Applied, Outer, Version, own_step, sum_within
+from shoal.sync.waits import Heard
 
 
 class Gossip:
@@ -45,6 +46,7 @@ class Gossip:
         # Loss and weight of this replica's batches since its last meeting; the step after which the run shall stop.
         self._round = torch.zeros(2, dtype=torch.float64, device=mesh.device)
         self._stop_after = math.inf
+        self._heard = Heard(mesh)
 
     def attach(self, replica: Replica[Any], update: Update) -> None:
         self.replica, self.update = replica, update
@@ -82,7 +84,7 @@ class Gossip:
         return Applied(
             own.done.finite and finite, Version(self.update.done), own.loss_sum, own.weight,
             own.weight * self.mesh.layout.replicas, own.done.norm, own.done.lr, stop=step >= self._stop_after,
-            waited=waited, whence=whence, outer=outer,
+            waited=waited, waits=self._heard.news(), whence=whence, outer=outer,
         )  # fmt: skip
 
     def _meet(self, meeting: int, stop: bool) -> tuple[Outer, bool]:
@@ -115,9 +117,12 @@ class Gossip:
         return Outer(loss, tokens, drift.item() ** 0.5, common.item() ** 0.5), bool(ours_fine)
 
     def _swap(self, partner: int, totals: Tensor, moved_N: Tensor) -> tuple[Tensor, Tensor]:
-        """What that replica's rank in this one's place has: its figures; what it has moved, and its slow weights."""
+        """What that replica's rank in this one's place has: its figures; what it has moved, and its slow weights.
+
+        Both send their figures first: until the other's are here, this replica waits for it.
+        """
         stop = torch.tensor([self._stop_after], dtype=torch.float64, device=self.mesh.device)
-        figures = torch.cat([totals, stop])
+        figures = torch.cat([totals, stop, self._heard.known_R.to(self.mesh.device)])
         mine = [figures, torch.stack([moved_N, self.slow.common_N])]
         theirs = [torch.empty_like(tensor) for tensor in mine]
         group = self.mesh.across_replicas
@@ -127,9 +132,16 @@ class Gossip:
             for tensor in tensors
             if tensor.numel()
         ]
-        for work in dist.batch_isend_irecv(noted(both)):
-            work.wait()  # not `mesh.wait`: gloo closes the connection of a send or receive whose wait is cut short
+        start = time.perf_counter()
+        works = dist.batch_isend_irecv(noted(both))
+        # Not `mesh.wait`: gloo closes the connection of a send or receive whose wait is cut short.
+        if device.waits_on_host(self.mesh.device):
+            works.pop(len(both) // 2).wait()
+            self._heard.add(time.perf_counter() - start)
+        for work in works:
+            work.wait()
         self._stop_after = min(self._stop_after, theirs[0][4].item())
+        self._heard.hear(theirs[0][5:])
         return theirs[0][:4], theirs[1]
 
     def _move(self, moved_N: Tensor, theirs_2N: Tensor | None, fine: bool, theirs_fine: bool) -> Tensor:
@@ -163,9 +175,10 @@ class Gossip:
         mean_N = self.slow.common_N - moved_N
         self._mean(mean_N)
         finite = torch.tensor(float(mean_N.isfinite().all()), dtype=torch.float64, device=self.mesh.device)
-        totals = torch.cat([self._round, squares[None], (1 - finite)[None]])
+        totals = torch.cat([self._round, squares[None], (1 - finite)[None], self._heard.own()])
         self.mesh.wait(dist.all_reduce(totals, group=self.mesh.everyone, async_op=True))
-        loss_sum, tokens, drift, broken = totals.tolist()
+        self._heard.hear(totals[4:])
+        loss_sum, tokens, drift, broken = totals[:4].tolist()
         if not broken:
             self.slow.common_N.copy_(mean_N)
         self.slow.mix(0.0)

@@ -102,7 +102,7 @@ class Local:
         return Applied(
             own.done.finite and finite, Version(self.update.done), own.loss_sum, own.weight,
             self._of_all(own.weight), own.done.norm, own.done.lr, stop=stop, waited=waited,
-            whence=whence, outer=outer,
+            waits=self.exchange.waits.news(), whence=whence, outer=outer,
         )  # fmt: skip
 
     def _of_all(self, tokens: float) -> float:

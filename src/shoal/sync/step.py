@@ -47,7 +47,8 @@ class Applied:
     applied: False where loss or gradient was not finite. loss_sum, weight: over the global batch, or a replica's part.
     tokens: of the global batch; of a replica's part, times the replicas. grad_norm: of the normalised gradient, before
     clipping. staleness: updates between pull and commit. stop: some rank asked to end the run after this step.
-    waited: seconds this rank waited for others and the network, not covered by computing.
+    waited: seconds this rank waited for others and the network, not covered by computing. waits: seconds that each
+    replica waited for others, where they have told each other of it in this step: with all-reduce, of the one before.
     whence: where it was not finite, e.g. `weights of rank 2`; empty where only the gradient was.
     """
 
@@ -61,6 +62,7 @@ class Applied:
     staleness: int = 0
     stop: bool = False
     waited: float = 0.0
+    waits: tuple[float, ...] = ()
     whence: str = ""
     outer: Outer | None = None
 

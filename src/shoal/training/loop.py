@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -103,6 +104,24 @@ class Loop:
         """Of the whole run."""
         return self.parts.job.train.steps
 
+    def _network(self) -> dict[str, int]:
+        """Bytes that this rank has sent and received so far; those to other replicas by themselves where it has
+        connections of their own for that. Empty where they are not known."""
+        across, counts = self.parts.mesh.across_descriptors, traffic()
+        if counts is None:
+            return {}
+        of_them = traffic(across)
+        assert of_them is not None
+        return {"sent_bytes": counts.sent, "received_bytes": counts.received} | (
+            {"sent_across_bytes": of_them.sent} if across else {}
+        )
+
+    @functools.cached_property
+    def _plain(self) -> float:
+        """Bytes that this rank would send in an all-reduce of gradients in float32 among as many replicas."""
+        replicas = self.parts.mesh.layout.replicas
+        return 4 * self.parts.replica.summed() * 2 * (replicas - 1) / replicas
+
     def _go_on_as(self, job: Job) -> None:
         """The same run with another number of steps, and the schedule of that many."""
         self.parts.job = job
@@ -135,7 +154,7 @@ class Loop:
     def _step(self, span: Spanning) -> tuple[dict[str, Any], Applied]:
         """One step: data, gradients, update; and what it cost."""
         parts, mesh, sync = self.parts, self.parts.mesh, self.parts.job.sync
-        start, before = time.perf_counter(), traffic()
+        start, sent = time.perf_counter(), self._network()
         with span("data", "data"):
             taking = shares.taking(sync, mesh.layout.replicas, self.step)
             batches = step_batches(self.training, mesh, self.position, taking)
@@ -153,7 +172,7 @@ class Loop:
         self.position += shares.samples(mesh.layout, sync, parts.job.train.global_batch, self.step)
         self.step += 1
         seconds = end - start
-        row = {
+        row: dict[str, Any] = {
             "step": self.step,
             "loss": applied.loss_sum / applied.weight if applied.weight else float("nan"),
             "grad_norm": applied.grad_norm,
@@ -168,13 +187,16 @@ class Loop:
             "communication_s": applied.waited,
             "optimizer_s": end - computed - applied.waited,
         }
-        if before and (now := traffic()):
-            row |= {"sent_bytes": now.sent - before.sent, "received_bytes": now.received - before.received}
+        row |= {name: now - sent[name] for name, now in self._network().items()}
+        if mesh.layout.replicas > 1:
+            row["plain_bytes"] = self._plain
         # Of a step that was not applied, nobody summed them up.
         if parts.replica.used is not None:
             row |= asdict(parts.replica.used)
         if applied.outer is not None:
             row |= {f"outer_{name}": value for name, value in asdict(applied.outer).items()}
+        if applied.waits:
+            row["waited_s"] = {str(replica): seconds for replica, seconds in enumerate(applied.waits)}
         return row, applied
 
     def _check(self, applied: Applied, row: dict[str, Any]) -> None:
