@@ -84,3 +84,24 @@ def test_links_are_tried_once_and_before_anything_is_kept(tiny, tmp_path, monkey
     with pytest.raises(Stopped):
         server.run(going_on, {**arguments, "job": write(going_on)}, None, said.append, print)
     assert told == [("begin:main", "int8"), at_work]
+
+
+def test_of_a_shard_with_copies_one_takes_part(tiny, tmp_path, monkeypatch):
+    """Workers talk to one at a time, and copies are on the first machine."""
+    given = tiny(
+        tmp_path / "run", "replicas=2", sync={"name": "server", "codec": "auto"},
+        server={"copies": 2, "elsewhere": ("worker 1",)}, train={"steps": 3, "validate_every": 5},
+        checkpoint={"every": 5},
+    )  # fmt: skip
+    job, arguments = ready(given, None, time.time())
+    told = []
+
+    def roles_run(ranks, parts, **options):
+        told.extend((part.name, part.args.get("part")) for part in parts)
+        raise Stopped
+
+    monkeypatch.setattr(server.roles, "run", roles_run)
+    with pytest.raises(Stopped):
+        server.run(job, arguments, None, print, print)
+    assert told == [("coordinator", None), ("server 0 copy 0", "server 0"), ("worker 0", "worker 0")]
+    assert not (tmp_path / "run/server/trial.json").exists()
