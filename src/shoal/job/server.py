@@ -154,8 +154,6 @@ def _check_elsewhere(job: Job) -> None:
     servers = [name for name in named if name.startswith("server ")]
     what = f"server.elsewhere={servers} with server.copies={options.copies}: a copy that comes again would begin anew"
     require(not servers or options.copies == 1, what, "server.copies=1 (a log on disk), or keep servers together")
-    what = f"sync.codec=auto with server.elsewhere={list(named)}: links to them cannot be tried before they are there"
-    require(not named or job.sync.codec != "auto", what, "name a codec, e.g. int8, or none")
     twice = [name for name in named if named.count(name) > 1]
     require(not twice, f"server.elsewhere names '{''.join(twice[:1])}' twice", "name each part once")
     if job.layout is None:

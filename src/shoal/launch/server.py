@@ -6,6 +6,7 @@ run's folder, too.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import socket
 import ssl
@@ -32,15 +33,16 @@ from shoal.observe.log import speaker
 
 _ROOM = "shoal.training.server"
 # What its processes run.
-ENTRIES = [f"{_ROOM}.{name}" for name in ("settle", "begin", "coordinate", "hold", "work", "evaluate")]
-# Of the run's folder, with journal and logs: `shoal.sync.server.node.book`. And in it, what whoever joins needs.
-_FOLDER, _START = "server", "start.json"
+ENTRIES = [f"{_ROOM}.{name}" for name in ("settle", "trial", "begin", "coordinate", "hold", "work", "evaluate")]
+# Of the run's folder, with journal and logs: `shoal.sync.server.node.book`. And in it, what whoever joins needs: while
+# links are tried, and when training begins.
+_FOLDER, _TRIAL, _START = "server", "trial.json", "start.json"
 # Seconds between two looks for a run that has not begun.
 _AGAIN = 0.2
 
 
 class _Start(msgspec.Struct, frozen=True):
-    """job: TOML, with every `auto` resolved. nonce: of this start of the run."""
+    """job: TOML; of `auto`, only a codec for which links are being tried. nonce: of this start of the run."""
 
     job: str
     prepared: str
@@ -54,23 +56,27 @@ def run(
     folder, started = arguments["folder"], arguments["started"]
     here = {name: arguments[name] for name in ("folder", "job", "prepared")}
     threads, minutes = job.run.threads, not (job.train.steps or job.endless)
+    nonce = f"{round(started * 1e6):x}"
     # Of an earlier start.
-    (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
+    for name in (_TRIAL, _START):
+        (Path(folder) / _FOLDER / name).unlink(missing_ok=True)
     if _undecided(job):
         told = {**here, "job": _of_this_machine(here["job"]), "started": started}
         found = local.run(f"{_ROOM}.settle:main", told, _world(job), threads, stopping, ranks)["job"]
         here["job"] = _of_all_machines(found, job)
         job = parse(here["job"])
+    for name in job.server.elsewhere:
+        say(f"to be started elsewhere: shoal join {folder} '{name}'")
+    if job.sync.codec == "auto":
+        job = _tried(job, folder, _Start(here["job"], here["prepared"], nonce), ranks, say, stopping)
+        here["job"] = write(job)
     local.run(f"{_ROOM}.begin:main", {"folder": folder, "job": here["job"]}, 1, ranks=ranks)
-    start = _Start(here["job"], here["prepared"], f"{round(started * 1e6):x}")
+    start = _Start(here["job"], here["prepared"], nonce)
     files.replace(Path(folder) / _FOLDER / _START, msgspec.json.encode(start))
     if job.server.local_steps > 1 and job.server.mode not in ROUNDS and job.server.compensation == "none":
         say("warning: each push alone moves the weights with full momentum; --compensation delayed-nesterov shares it")
     lead = {**here, "started": started, "minutes": minutes, "command": arguments["command"]}
     parts = [part for part in _roles(job, folder, start, job.server.host) if part.name not in job.server.elsewhere]
-    if job.server.elsewhere:
-        for name in job.server.elsewhere:
-            say(f"to be started elsewhere: shoal join {folder} '{name}'")
     first = Role("coordinator", f"{_ROOM}.coordinate:main", lead)
     try:
         figures = roles.run(ranks, [first, *parts], say=say, on_signal=stopping)
@@ -85,15 +91,66 @@ def run(
     return figures
 
 
+def _tried(
+    job: Job, folder: str, start: _Start, ranks: Ranks, say: Callable[[str], None], stopping: Callable[[str], None]
+) -> Job:
+    """With the codec that pays on the links between all machines; waits for the parts that others start (`join`)."""
+    path = Path(folder) / _FOLDER / _TRIAL
+    path.parent.mkdir(exist_ok=True)
+    files.replace(path, msgspec.json.encode(start))
+    lead = Role("coordinator", f"{_ROOM}.trial:lead", {"folder": folder, "job": start.job})
+    parts = [part for part in _roles(job, folder, start, job.server.host) if part.name not in job.server.elsewhere]
+    try:
+        trying = [_trying(part, job.server.host) for part in parts if part.args.get("copy", 0) == 0]
+        codec = roles.run(ranks, [lead, *trying], say=say, on_signal=stopping)
+    finally:
+        path.unlink(missing_ok=True)
+    return replace(job, sync=replace(job.sync, codec=codec))
+
+
+def _trying(part: Role, host: str) -> Role:
+    """A part of the job while links are tried: one process, however many ranks it will be."""
+    name = f"server {part.args['number']}" if "copy" in part.args else part.name
+    told = {"folder": part.args["folder"], "job": part.args["job"], "part": name, "host": host}
+    until = str(Path(part.args["folder"]) / _FOLDER / _TRIAL)
+    return Role(part.name, f"{_ROOM}.trial:take_part", {**told, "until": until}, threads=part.threads)
+
+
 def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> None:
     """Takes one part in a run that another machine leads, until the run is over; a worker, or until a first signal.
 
     name: `worker 2`, `server 0`. host: of this machine, on which a shard listens; empty = server.host. patience:
     seconds to wait for the run to begin. Raises JobError where there is no such run or part.
     """
-    start = _wait(folder, patience)
+    say, tried = speaker(), ""
+    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
+
+    def stopping(signal: str) -> None:
+        say(f"{signal}: {name} leaves the run after the gradient that it is at; again: at once")
+
+    with contextlib.ExitStack() as ending:
+        ranks: Ranks | None = None
+        while True:
+            start = _wait(folder, patience, tried)
+            trial = parse(start.job).sync.codec == "auto"
+            part = _joining(folder, name, host, start, trial)
+            with alone(folder / _FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
+                if ranks is None:
+                    ranks = Ranks(ENTRIES)
+                    ending.callback(ranks.close)
+                say(f"{name} of {folder}" + ": the links between machines are tried" * trial)
+                leaves = name.startswith("worker ") and not trial
+                roles.run(ranks, [part], say=say, on_signal=stopping if leaves else None)
+            if not trial:
+                return
+            tried = start.nonce
+
+
+def _joining(folder: Path, name: str, host: str, start: _Start, trial: bool) -> Role:
+    """This part of the run, or of the trial before it. JobError where it is none that another machine may take."""
     job = parse(start.job)
-    parts = {part.name: part for part in _roles(job, str(folder.absolute()), start, host or job.server.host)}
+    host = host or job.server.host
+    parts = {part.name: part for part in _roles(job, str(folder.absolute()), start, host)}
     if name not in job.server.elsewhere:
         what = f"this run has no part '{name}' for another machine"
         fix = "the run's first machine starts it, unless --server.elsewhere names it when the run is begun or resumed"
@@ -101,39 +158,40 @@ def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> Non
             fix = nearest(name, list(job.server.elsewhere))
         raise JobError(what, where=str(folder), fix=fix)
     if name.startswith("server "):
-        _may_listen(host or job.server.host, "--host")
-    say, part, stopping = speaker(), parts[name], None
-    if name.startswith("worker "):
-        part = replace(part, args={**part.args, "leaves": True})
-
-        def stopping(signal: str) -> None:
-            say(f"{signal}: {name} leaves the run after the gradient that it is at; again: at once")
-
-    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
-    with alone(folder / _FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
-        ranks = Ranks(ENTRIES)
-        try:
-            say(f"{name} of {folder}")
-            roles.run(ranks, [part], say=say, on_signal=stopping)
-        finally:
-            ranks.close()
+        _may_listen(host, "--host")
+    if trial:
+        return _trying(parts[name], host)
+    return replace(parts[name], args=parts[name].args | ({"leaves": True} if name.startswith("worker ") else {}))
 
 
-def _wait(folder: Path, patience: float) -> _Start:
-    """What the run's first machine has written, once it has."""
-    deadline, path = time.monotonic() + patience, folder / _FOLDER / _START
-    if not path.is_file():
+def _wait(folder: Path, patience: float, tried: str) -> _Start:
+    """What the run's first machine has written, once it has. tried: the start whose links have been tried already."""
+    deadline = time.monotonic() + patience
+    if (start := _begun(folder, tried)) is None:
         speaker()(f"waits up to {patience:g} s for the run's first machine to begin it")
-    while not path.is_file():
+    while start is None:
         if time.monotonic() > deadline:
             what = f"no run with a parameter server goes on here, nor has one begun within {patience:g} s"
             fix = f"start `shoal train --sync server --run-dir {folder}` first, or `shoal train --resume {folder}`"
             raise JobError(what, where=str(folder), fix=fix)
         time.sleep(_AGAIN)
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=_Start)
-    except msgspec.DecodeError:
-        raise JobError("the run's start.json is damaged", where=str(path), fix="start the run again") from None
+        start = _begun(folder, tried)
+    return start
+
+
+def _begun(folder: Path, tried: str) -> _Start | None:
+    """Of a run, or of the trial before it."""
+    for name in (_START, _TRIAL):
+        path = folder / _FOLDER / name
+        try:
+            start = msgspec.json.decode(path.read_bytes(), type=_Start)
+        except FileNotFoundError:
+            continue
+        except msgspec.DecodeError:
+            raise JobError(f"the run's {name} is damaged", where=str(path), fix="start the run again") from None
+        if name == _START or start.nonce != tried:
+            return start
+    return None
 
 
 def _roles(job: Job, folder: str, start: _Start, host: str) -> list[Role]:
@@ -227,7 +285,9 @@ def _of_all_machines(text: str, job: Job) -> str:
 
 def _undecided(job: Job) -> bool:
     assert job.layout is not None
-    autos = (job.train.precision, job.train.compile, job.sync.codec, job.layout.replica_share)
+    autos = [job.train.precision, job.train.compile, job.layout.replica_share]
+    if not job.server.elsewhere:
+        autos.append(job.sync.codec)
     measured = not (job.train.steps or job.endless) or "auto" in autos
     return measured or not job.train.validate_every or not job.checkpoint.every
 

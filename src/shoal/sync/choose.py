@@ -41,59 +41,67 @@ def choose(mesh: Mesh, codecs: Sequence[str], numbers: int, say: Callable[[str],
     if mesh.seat.neighbours == mesh.seat.world:
         say("codec none: all replicas are on this machine")
         return "none"
-    trials, left = _Trials(mesh, numbers), len(codecs)
-    found = {"none": trials.seconds(partial(_sum, mesh), left)}
+    ways: dict[str, Callable[[Tensor], None]] = {"none": partial(_sum, mesh)}
+    ways |= {name: partial(_encoded, mesh, EncodedSum(codec_of(name))) for name in codecs}
+    began = time.perf_counter()
+
+    def trial(name: str, size: int) -> float:
+        flat_N = torch.ones(size, device=mesh.device)
+        start = time.perf_counter()
+        ways[name](flat_N)
+        device.synchronize(mesh.device)
+        return mesh.largest(time.perf_counter() - start)
+
+    trials = Trials(numbers, trial, lambda: mesh.largest(time.perf_counter() - began))
+    return fastest(codecs, trials, "an exchange between replicas", say)
+
+
+def fastest(codecs: Sequence[str], trials: Trials, what: str, say: Callable[[str], None]) -> str:
+    """The first of these that saves enough of an exchange, or `none`. what: is exchanged, for the user."""
+    left = len(codecs)
+    found = {"none": trials.seconds("none", left)}
     for name in codecs:
         left -= 1
-        found[name] = trials.seconds(partial(_encoded, mesh, EncodedSum(codec_of(name))), left)
+        found[name] = trials.seconds(name, left)
         if found[name] <= (1 - _LEAST) * found["none"]:
             break
     best = min(found, key=lambda name: found[name])
     if found[best] > (1 - _LEAST) * found["none"]:
         best = "none"
     told = ", ".join(f"{name} {_short(value)}" for name, value in found.items())
-    say(f"codec {best}: an exchange between replicas would take {told}")
+    say(f"codec {best}: {what} would take {told}")
     return best
 
 
-class _Trials:
+class Trials:
     """Exchanges of more and more numbers, each way in its turn, against one deadline for all of them."""
 
-    def __init__(self, mesh: Mesh, numbers: int):
-        self.mesh, self.numbers = mesh, numbers
-        self._began = time.perf_counter()
+    def __init__(self, numbers: int, trial: Callable[[str, int], float], clock: Callable[[], float]):
+        """trial: exchanges so many numbers in this codec; the seconds that it takes the slowest who takes part.
 
-    def seconds(self, operation: Callable[[Tensor], None], others: int) -> float:
+        clock: seconds since the beginning, the same for all who decide.
+        """
+        self.numbers, self._trial, self._clock = numbers, trial, clock
+
+    def seconds(self, name: str, others: int) -> float:
         """That an exchange of all numbers takes, by that of fewer. others: ways that are yet to be tried after it.
 
         It takes its part of the time that is left, but tries the smallest size in any case.
         """
-        spent = self._meet()
+        spent = self._clock()
         until = spent + (_PLANNED - spent) / (1 + others)
         size = min(_FIRST, self.numbers)
-        seconds = self._trial(operation, size)
-        if self._meet() + seconds < until:
+        seconds = self._trial(name, size)
+        if self._clock() + seconds < until:
             # The first opened connections.
-            seconds = self._trial(operation, size)
+            seconds = self._trial(name, size)
         while seconds < _LONG_ENOUGH and size < self.numbers:
-            growth = min(_MOST, (until - self._meet()) / max(seconds, 1e-9))
+            growth = min(_MOST, (until - self._clock()) / max(seconds, 1e-9))
             if growth < _LEAST_GROWTH:
                 break
             size = min(self.numbers, int(growth * size))
-            seconds = self._trial(operation, size)
+            seconds = self._trial(name, size)
         return seconds * self.numbers / size
-
-    def _meet(self) -> float:
-        """All begin together what comes next. Returns the seconds since the beginning, the same on all ranks."""
-        return self.mesh.largest(time.perf_counter() - self._began)
-
-    def _trial(self, operation: Callable[[Tensor], None], size: int) -> float:
-        """Seconds that it takes the slowest rank."""
-        flat_N = torch.ones(size, device=self.mesh.device)
-        start = time.perf_counter()
-        operation(flat_N)
-        device.synchronize(self.mesh.device)
-        return self.mesh.largest(time.perf_counter() - start)
 
 
 def _sum(mesh: Mesh, flat_N: Tensor) -> None:

@@ -49,11 +49,11 @@ def settle(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], None
         job = _uneven(job, mesh, batches, say)
     if job.sync.codec == "auto":
         numbers = count(job.model) // mesh.layout.ranks_per_replica
-        job = _with_codec(job, choose(mesh, _codecs(job), numbers, say))
+        job = _with_codec(job, choose(mesh, codecs_of(job), numbers, say))
     return job
 
 
-def _codecs(job: Job) -> list[str]:
+def codecs_of(job: Job) -> list[str]:
     """Those that `auto` may become: without feedback, none of less than 16 bits."""
     known = CODECS if job.sync.feedback else CODECS[-1:]
     return [name for name in known if excluded(_with_codec(job, name)) is None]

@@ -57,6 +57,9 @@ def run(
         extra = {"network": network} if network else {}
         disturbed = []
         for part in parts:
+            if ".trial:" in part.entry:
+                disturbed.append(part)
+                continue
             more = extra | ({"dies": dies[part.name]} if dies and part.name in dies else {})
             if not rows and part.name.startswith("worker"):
                 more = more | {"rows": False}

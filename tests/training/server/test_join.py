@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from shoal.cli.main import main
-from shoal.job import Job, write
+from shoal.job import Job, read, write
 from shoal.launch import server
+from shoal.sync.choose import CODECS
 from shoal.sync.server.messages import NOTHING
 from tests.training.server import runs
 from tests.training.server.test_equality import QUIET, through_a_server
+from tests.training.server.test_going_on import change
 from tests.training.test_bad_input import NoRanks
 
 PLAIN = {"steps": 12, "validate_every": 1000}
@@ -29,24 +35,73 @@ def ready_to_join(run: Path, job: Job) -> None:
     (run / "server/start.json").write_bytes(msgspec.json.encode(server._Start(write(job), "", "0")))
 
 
-def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
-    folder, elsewhere = tmp_path / "run", ("worker 1", "server 1")
-    job = through_a_server(tiny, folder, 2, {**QUIET, "train": PLAIN}, mode="asp", elsewhere=elsewhere)
-    others = [
-        subprocess.Popen([sys.executable, "-m", "shoal.cli.main", "join", str(folder), part]) for part in elsewhere
-    ]
-    said: list[str] = []
+@contextlib.contextmanager
+def joining(folder: Path, parts: Sequence[str]) -> Iterator[None]:
+    """Meanwhile these parts are at work, and then they end well."""
+    command = [sys.executable, "-m", "shoal.cli.main", "join", str(folder)]
+    others = [subprocess.Popen([*command, part]) for part in parts]
     try:
-        figures = runs.run(ranks, job, said=said)
-        assert [other.wait(60) for other in others] == [0, 0]
+        yield
+        assert [other.wait(60) for other in others] == [0] * len(others)
     finally:
         for other in others:
             other.kill()
             other.wait()
+
+
+def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
+    """Which codec they use is tried with them, before there is a run."""
+    folder, elsewhere = tmp_path / "run", ("worker 1", "server 1")
+    job = tiny(
+        folder, "replicas=2", sync={"name": "server", "codec": "auto"},
+        server={"shards": 2, "mode": "asp", "elsewhere": elsewhere}, **{**QUIET, "train": PLAIN},
+    )  # fmt: skip
+    said: list[str] = []
+    with joining(folder, elsewhere):
+        figures = runs.run(ranks, job, said=said)
     assert figures["step"] == 12
-    assert f"to be started elsewhere: shoal join {folder} 'worker 1'" in said
+    assert said.count(f"to be started elsewhere: shoal join {folder} 'worker 1'") == 1
     commits = runs.audit(folder, 12 * 12)
     assert {key.worker for commit in commits for key in commit.keys} == {0, 1}, "both have worked"
+    codec = read(folder / "job.toml").sync.codec
+    assert tries(folder) == [codec]
+    assert codec in ("none", *CODECS)
+
+
+def tries(folder: Path) -> list[str]:
+    """What was chosen, each time that links were tried."""
+    return re.findall(r"codec (\S+): a push and a pull of all workers at a time", (folder / "log.txt").read_text())
+
+
+@pytest.mark.nightly
+def test_links_are_tried_again_where_a_part_is_killed_and_not_when_the_run_goes_on(ranks, tiny, tmp_path, monkeypatch):
+    """The lead is killed while it waits for the others, and so is a worker."""
+    folder, elsewhere, said = tmp_path / "run", ("worker 1",), []
+    train = {"steps": 6, "validate_every": 1000}
+    job = tiny(
+        folder, "replicas=2", sync={"name": "server", "codec": "auto"},
+        server={"shards": 1, "elsewhere": elsewhere}, **{**QUIET, "train": train},
+    )  # fmt: skip
+
+    def kill() -> None:
+        for name in ("shoal-coordinat", "shoal-worker0"):
+            while not (found := runs.pids(name)):
+                time.sleep(0.01)
+            os.kill(found[0], signal.SIGKILL)
+
+    killing = threading.Thread(target=kill, daemon=True)
+    killing.start()
+    with joining(folder, elsewhere):
+        runs.run(ranks, job, said=said)
+    killing.join()
+    chosen = tries(folder)
+    assert len(chosen) == 1
+    assert sum("started again" in line for line in said) == 2
+    change(folder, "replicas=2", train={"steps": 9})
+    with joining(folder, elsewhere):
+        assert runs.run(ranks, job, resume=True, said=said)["step"] == 9
+    assert tries(folder) == chosen
+    assert read(folder / "job.toml").sync.codec == chosen[0]
 
 
 @pytest.mark.nightly

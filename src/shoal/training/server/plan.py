@@ -92,9 +92,12 @@ def tokenizer_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def credentials(job: Job, run: Path) -> Credentials:
+    """With the run's own token where the job names none. JobError where token or TLS files cannot be read."""
+    found = Credentials.of(job.server)
+    return found if found.token else replace(found, token=own_token(run))
+
+
 def station(job: Job, run: Path, me: Address, calls: tuple[str, ...]) -> Station:
     """A mailbox for this role. JobError where token or TLS files cannot be read."""
-    credentials = Credentials.of(job.server)
-    if not credentials.token:
-        credentials = replace(credentials, token=own_token(run))
-    return Station(me, Book(run), credentials, stored(job.train.precision), calls)
+    return Station(me, Book(run), credentials(job, run), stored(job.train.precision), calls)

@@ -23,13 +23,13 @@ _ENDLESS, _DAY = 100, 24.0 * 60
 def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float) -> dict[str, Any]:
     """Measured on all workers' ranks at a time, as they will compute. Returns the job as TOML.
 
-    The number of steps is that of replicas which all-reduce, a first guess: the coordinator follows the workers' pace.
-    A job without an end keeps 0.
+    Only the codec of a job with parts on other machines stays `auto`, until these are there (`trial`). The number of
+    steps is that of replicas which all-reduce, a first guess: the coordinator follows the workers' pace. A job without
+    an end keeps 0.
     """
     given = parse(job)
     say = speaker(Path(folder)) if seat.member == 0 else lambda text: None
-    if given.sync.codec == "auto":
-        # Where some are on others it is refused.
+    if given.sync.codec == "auto" and not given.server.elsewhere:
         say("codec none: workers and servers are all on this machine")
         given = replace(given, sync=replace(given.sync, codec="none"))
     assert given.layout is not None
@@ -51,12 +51,12 @@ def _alike(job: Job) -> Job:
         # A share of its length would be none: so often, and whatever saves time pays.
         train = replace(train, validate_every=train.validate_every or _ENDLESS, minutes=_DAY)
         every = every or _ENDLESS
-    sync, saved = replace(job.sync, name="allreduce"), replace(job.checkpoint, every=every)
+    codec = "none" if job.sync.codec == "auto" else job.sync.codec
+    sync, saved = replace(job.sync, name="allreduce", codec=codec), replace(job.checkpoint, every=every)
     return replace(job, sync=sync, train=train, data=replace(job.data, grow=False), checkpoint=saved)
 
 
 def _as(found: Job, given: Job) -> Job:
     """What was measured, of the job that was given."""
-    codec = replace(given.sync, codec=found.sync.codec)
     train = replace(found.train, global_batch=given.train.global_batch, minutes=given.train.minutes)
-    return replace(found, sync=codec, train=train, data=given.data, server=given.server)
+    return replace(found, sync=given.sync, train=train, data=given.data, server=given.server)
