@@ -68,6 +68,7 @@ def test_layouts_of_a_job_compute_the_same_and_impossible_ones_are_refused(job):
     assert [(r.layout, "heads" in r.reason) for r in report.refused] == [("tensor=3", True)]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "only",
     [

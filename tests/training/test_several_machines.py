@@ -68,6 +68,7 @@ def listening(hosts: Hosts, host: int) -> set[str]:
     return {address for address, _ in sockets.listeners(subprocess.check_output(tables, text=True))}
 
 
+@pytest.mark.nightly
 def test_same_losses_as_local_ranks_and_ctrl_c_on_one_of_them_saves(arguments, train, tiny, tmp_path):
     """4 machines; meanwhile they listen on the interface that was named, and nowhere else."""
     run, local = tmp_path / "run", tmp_path / "local"
