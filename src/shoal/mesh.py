@@ -85,7 +85,7 @@ class Mesh:
             self.replica, self.stage, self.fsdp, self.context, self.tensor = place
             self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
             across = set[int]()
-            for axes in filter(None, map(self._wide, _TALKING)):
+            for axes in dict.fromkeys(filter(None, map(self._wide, _TALKING))):
                 before = self._connections.opened()
                 self._groups[axes] = self._make(axes)
                 if axes == ("replicas",):

@@ -31,3 +31,11 @@ def test_with_parts_on_other_machines_it_stays_open_until_they_are_there(ranks, 
     assert (job.sync, job.server) == (given.sync, given.server)
     assert job.train.validate_every > 0
     assert not (run / "log.txt").exists(), "nothing was decided that is worth a word"
+
+
+def test_one_worker_s_codec_is_not_said_to_do_nothing(ranks, tiny, tmp_path):
+    """With replicas that all-reduce it would; here it encodes what goes to the server."""
+    run = tmp_path / "run"
+    given = tiny(run, "replicas=1", sync={"name": "server", "codec": "int8"})
+    assert settled(ranks, given).sync.codec == "int8"
+    assert not (run / "log.txt").exists()

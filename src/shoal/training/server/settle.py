@@ -51,7 +51,9 @@ def _alike(job: Job) -> Job:
         # A share of its length would be none: so often, and whatever saves time pays.
         train = replace(train, validate_every=train.validate_every or _ENDLESS, minutes=_DAY)
         every = every or _ENDLESS
-    codec = "none" if job.sync.codec == "auto" else job.sync.codec
+    assert job.layout is not None
+    # All-reduce of one replica sends nothing; its worker does.
+    codec = "none" if job.sync.codec == "auto" or job.layout.replicas == 1 else job.sync.codec
     sync, saved = replace(job.sync, name="allreduce", codec=codec), replace(job.checkpoint, every=every)
     return replace(job, sync=sync, train=train, data=replace(job.data, grow=False), checkpoint=saved)
 
