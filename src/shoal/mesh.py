@@ -231,9 +231,7 @@ class Mesh:
                 raise PeerGone(lost) from error
             raise
 
-    def swap(
-        self, group: dist.ProcessGroup, peer: int, mine: list[torch.Tensor], theirs: list[torch.Tensor]
-    ) -> float:
+    def swap(self, group: dist.ProcessGroup, peer: int, mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
         """Sends tensors to a rank of the group, which calls it too, and waits for its own, of the same shapes.
 
         Returns the seconds until the first of these was here; 0 on a GPU, whose queue waits and not the process.

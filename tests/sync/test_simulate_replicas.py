@@ -22,11 +22,18 @@ CASES = [
     ("replicas=3,micro_batch=2", LOCAL, "even"),
     ("replicas=3,micro_batch=2", {**STREAMING, "codec": "int8"}, "even"),
     ("replicas=2,replica_share=2+1,micro_batch=2", {**LOCAL, "pace": "1+2", "together": 2}, "even"),
-    ("replicas=2,micro_batch=3", {**STREAMING, "codec": "topk:0.1", "feedback": False}, "deepseek"),
-    ("replicas=3,micro_batch=4", GOSSIP, "even"),
+    pytest.param(
+        "replicas=2,micro_batch=3",
+        {**STREAMING, "codec": "topk:0.1", "feedback": False},
+        "deepseek",
+        marks=pytest.mark.nightly,
+    ),
+    pytest.param("replicas=3,micro_batch=4", GOSSIP, "even", marks=pytest.mark.nightly),
     ("replicas=4,micro_batch=3", GOSSIP, "even"),
     ("replicas=3,micro_batch=2", {"name": "allreduce", "codec": "int8"}, "even"),
-    ("replicas=2,micro_batch=2", {"name": "allreduce", "codec": "powersgd:2"}, "qwen"),
+    pytest.param(
+        "replicas=2,micro_batch=2", {"name": "allreduce", "codec": "powersgd:2"}, "qwen", marks=pytest.mark.nightly
+    ),
 ]
 
 

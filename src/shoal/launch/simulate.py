@@ -66,9 +66,9 @@ def simulate(job: Job, machines: Callable[[int], Machines], say: Callable[[str],
     before = torch.get_num_threads()
     torch.set_num_threads(threads_per_rank(job.run.threads, 1))
     try:
-        outcome = simulated(job, corpus, where)
+        outcome = simulated(job, corpus, where, say)
         allreduce = outcome if job.sync.name == "allreduce" and job.sync.codec == "none" else None
-        allreduce = allreduce or simulated(plain, corpus, where)
+        allreduce = allreduce or simulated(plain, corpus, where, say)
     finally:
         torch.set_num_threads(before)
     return Simulation(outcome, allreduce, allreduce.seconds / outcome.seconds)

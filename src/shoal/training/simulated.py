@@ -4,6 +4,7 @@ computed, not measured."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from shoal.data.loader import Loader
@@ -60,10 +61,10 @@ class _Told:
     val_loss: float | None
 
 
-def simulate(job: Job, corpus: Prepared, machines: Machines) -> Outcome:
+def simulate(job: Job, corpus: Prepared, machines: Machines, say: Callable[[str], None]) -> Outcome:
     """Trains the job, which has no `auto` left and replicas of one rank each, for its steps; on the CPU.
 
-    Raises what training raises, as DivergedError.
+    say: gets a sentence now and then. Raises what training raises, as DivergedError.
     """
     assert job.layout is not None
     replicas = job.layout.replicas
@@ -77,17 +78,20 @@ def simulate(job: Job, corpus: Prepared, machines: Machines) -> Outcome:
     def program(rank: int) -> _Told:
         assert job.layout is not None
         parts = assemble(job, SimulatedMesh(job.layout, rank, network))
-        counted = _steps(parts, training, turns, machines.seconds[rank])
+        counted = []
+        for step, tally in enumerate(_steps(parts, training, turns, machines.seconds[rank]), 1):
+            counted.append(tally)
+            if rank == 0 and step % max(1, job.train.steps // 10) == 0:
+                say(f"{named(job)}: step {step:,} of {job.train.steps:,}, {turns.now[0]:.1f} s")
         seconds, waited, sent = turns.now[rank], turns.waited[rank], links.sent[rank]
         return _Told(counted, seconds, waited, sent, _validated(parts, validation))
 
     return _outcome(job, turns.run(program))
 
 
-def _steps(parts: Parts, training: Loader, turns: Turns[_Told], seconds: float) -> list[tuple[float, float]]:
-    """All steps of one replica, as the training loop takes them: of each, loss and tokens."""
+def _steps(parts: Parts, training: Loader, turns: Turns[_Told], seconds: float) -> Iterator[tuple[float, float]]:
+    """All steps of one replica, as the training loop takes them: of each, when it is done, loss and tokens."""
     job, mesh, position = parts.job, parts.mesh, 0
-    counted = list[tuple[float, float]]()
     for step in range(job.train.steps):
         batches = step_batches(training, mesh, position, shares.taking(job.sync, mesh.layout.replicas, step))
         position += shares.samples(mesh.layout, job.sync, job.train.global_batch, step)
@@ -96,7 +100,7 @@ def _steps(parts: Parts, training: Loader, turns: Turns[_Told], seconds: float) 
         # Before, so that gradients leave when the last backward pass has ended: nothing overlaps with it.
         turns.compute(mesh.rank, seconds * sum(len(batch.sample_B) for batch in batches))
         tally = parts.replica.gradients(batches, parts.objective)
-        counted.append((tally.loss_sum.item(), tally.weight.item()))
+        counted = tally.loss_sum.item(), tally.weight.item()
         applied = parts.sync.end(tally)
         if not applied.applied and job.train.on_nonfinite == "stop":
             whence = f"; {applied.whence}" if applied.whence else ""
@@ -104,7 +108,7 @@ def _steps(parts: Parts, training: Loader, turns: Turns[_Told], seconds: float) 
                 f"loss or gradient is not finite (gradient norm {applied.grad_norm}{whence})",
                 where=f"replica {mesh.replica}, step {step + 1}", fix="lower optim.lr, or train.on_nonfinite=skip",
             )  # fmt: skip
-    return counted
+        yield counted
 
 
 def _validated(parts: Parts, validation: Loader | None) -> float | None:
@@ -118,15 +122,18 @@ def _validated(parts: Parts, validation: Loader | None) -> float | None:
 
 
 def _outcome(job: Job, told: list[_Told]) -> Outcome:
-    steps = [list(of_step) for of_step in zip(*(one.counted for one in told), strict=True)]
-    losses = [sum(loss for loss, _ in of_step) / sum(tokens for _, tokens in of_step) for of_step in steps]
-    tokens = round(sum(tokens for of_step in steps for _, tokens in of_step))
+    losses, tokens = [], 0.0
+    for of_step in zip(*(one.counted for one in told), strict=True):
+        loss, counted = (sum(numbers) for numbers in zip(*of_step, strict=True))
+        # There may be sequences in which no token counts.
+        losses.append(loss / counted if counted else math.nan)
+        tokens += counted
     seconds = max(one.seconds for one in told)
     return Outcome(
         sync=named(job),
         seconds=seconds,
-        steps=len(steps),
-        tokens=tokens,
+        steps=len(losses),
+        tokens=round(tokens),
         tokens_per_second=tokens / seconds,
         wait=[one.waited / seconds for one in told],
         sent_bytes=[one.sent for one in told],

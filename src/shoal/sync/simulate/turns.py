@@ -41,6 +41,9 @@ class Turns(Generic[T]):
                 thread.join()
         except BaseException as error:
             self._fail(error)
+            # The one whose turn it is ends where it would have given that away: not in the middle of torch.
+            for thread in threads:
+                thread.join()
             raise
         if self._failed is not None:
             raise self._failed
