@@ -231,6 +231,27 @@ class Mesh:
                 raise PeerGone(lost) from error
             raise
 
+    def swap(self, group: dist.ProcessGroup, peer: int, mine: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+        """Sends tensors to a rank of the group, which calls it too, and waits for its own, of the same shapes.
+
+        Returns the seconds until the first of these was here; 0 on a GPU, whose queue waits and not the process.
+        """
+        both = [
+            dist.P2POp(call, tensor, group=group, group_peer=peer)
+            for call, tensors in ((dist.isend, mine), (dist.irecv, theirs))
+            for tensor in tensors
+            if tensor.numel()
+        ]
+        start, waited = time.perf_counter(), 0.0
+        works = dist.batch_isend_irecv(operations.noted(both))
+        # Not `wait`: gloo closes the connection of a send or receive whose wait is cut short.
+        if device.waits_on_host(self.device):
+            works.pop(len(both) // 2).wait()
+            waited = time.perf_counter() - start
+        for work in works:
+            work.wait()
+        return waited
+
     def _lost(self) -> str:
         """`10.77.0.3 (rank 2)`: who has ended connections to this rank; empty if nobody has, or all is one host."""
         ended = sorted(self._connections.ended()) if self._hosts else []

@@ -10,13 +10,15 @@ import pytest
 
 from shoal.cli.flags import docstrings
 from shoal.cli.main import main
-from shoal.cli.simulate import SimulateOptions
+from shoal.cli.simulate import SimulateJob, SimulateOptions
+from shoal.job import Job
 
 SMALL = ["simulate", "--updates", "10", "--micro-batch", "1", "--share", "1", "--lr", "0.01"]
 
 
 def test_every_option_is_explained():
     assert set(docstrings(SimulateOptions)) == {field.name for field in fields(SimulateOptions)}
+    assert set(docstrings(SimulateJob)) >= {field.name for field in fields(SimulateJob)} - {f.name for f in fields(Job)}
 
 
 def test_the_table_and_the_answer(capsys: pytest.CaptureFixture):
@@ -61,7 +63,7 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
 @pytest.mark.parametrize(
     ("args", "what"),
     [
-        (["--sync", "gossip"], "--sync='gossip'"),
+        (["--sync", "gosip"], "--sync='gosip'"),
         (["--mode", "spp"], "mode='spp'"),
         (["--staleness", "-1"], "staleness=-1 is less than 0"),
         (["--max-staleness", "-2"], "max_staleness=-2 is less than -1"),
@@ -87,6 +89,36 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
 )
 def test_mistakes(args: list[str], what: str, capsys: pytest.CaptureFixture):
     assert main([*SMALL, *args]) == 2
+    err = capsys.readouterr().err
+    assert what in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("args", "what"),
+    [
+        (
+            ["--kill", "worker:1@5"],
+            "--kill is of --sync server: with all-reduce, local steps or gossip, a lost replica",
+        ),
+        (["--drop", "0.1"], "--drop is of --sync server"),
+        (["--lr=0.1"], "--lr is of --sync server, and here the replicas of a job are simulated\n  → --optim.lr"),
+        (["--workers", "4"], "→ --layout replicas=4"),
+        ([], "the job names no layout of 2 replicas"),
+        (["--layout", "replicas=2,fsdp=2"], "layout replicas=2,fsdp=2,zero=3: a simulated replica is one rank"),
+        (["--layout", "replicas=2"], "train.minutes are of a real clock"),
+        (["--layout", "replicas=2", "--steps", "2", "--codec", "auto"], "sync.codec=auto measures a real link"),
+        (["--layout", "replicas=2", "--steps", "2", "--speeds", "1,2,3"], "3 numbers for 2 replicas"),
+        (["--layout", "replicas=2", "--steps", "2", "--rate", "-1"], "--rate=-1.0 is less than 0"),
+        (["--sync.every", "0"], "sync.every=0 is less than 1"),
+        (["recipes/quickstart.toml", "--sync", "server"], "a parameter server is simulated on a problem of its own"),
+        (["no.toml"], "no.toml"),
+        (["--speds", "1"], "unknown option --speds"),
+    ],
+)
+def test_mistakes_with_a_job(args: list[str], what: str, capsys: pytest.CaptureFixture):
+    sync = [] if "server" in args else ["--sync", "local"]
+    assert main(["simulate", *args, *sync]) == 2
     err = capsys.readouterr().err
     assert what in err
     assert "Traceback" not in err

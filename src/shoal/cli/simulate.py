@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
 
 from shoal.cli import flags
 from shoal.cli.answer import Answer
+from shoal.cli.train import SHORT
 from shoal.errors import JobError
+from shoal.job import Job, blame, read
 from shoal.job.check import at_least, one_of, positive, require
 from shoal.job.idle import OF_MODE, refuse_idle
 from shoal.job.server import ServerOptions, check_codec
@@ -17,6 +23,22 @@ if TYPE_CHECKING:
     from shoal.sync.simulate.scenario import Fault
 
 _KILL = re.compile(r"(worker|shard):(\d+)@(\d+(?:\.\d+)?)|(coordinator)@(\d+(?:\.\d+)?)")
+
+# Syncs that are simulated with a job.
+_OF_JOBS = ("allreduce", "local", "gossip")
+# Of the options of the server's simulator, those that a job's has too; and how a job says what others do.
+_SHARED = {"sync", "codec", "speeds", "delay", "format"}
+_INSTEAD = {
+    "workers": "--layout replicas=4",
+    "share": "--layout replicas=2,replica_share=2+1",
+    "micro-batch": "--layout replicas=4,micro_batch=4",
+    "updates": "--steps 200",
+    "optimizer": "--optim.name sgd",
+    "lr": "--optim.lr 1e-3",
+    "momentum": "--optim.momentum 0.9",
+    "clip": "--optim.clip 1",
+    "seed": "--train.seed 1",
+}
 
 
 @dataclass(frozen=True)
@@ -29,10 +51,13 @@ class SimulateOptions:
 
     The problem is least squares with 32 weights in float64; time is simulated, so the same command prints the same.
     What it tells: speed, waiting, staleness, rejected work. The loss is of this problem, not of a language model.
+
+    With a recipe, or with --sync allreduce, local or gossip, the replicas of a job are simulated instead, with the real
+    model and data: options of their own, see `shoal simulate --sync local --help`.
     """
 
     sync: str = "server"
-    """`server`: the parameter server."""
+    """`server`: the parameter server. `allreduce`, `local`, `gossip`: of a job."""
     mode: str = "ssp"
     """`bsp`: all workers' gradients, one update. `asp`: an update a push. `ssp`: the same, but no worker more than
     --staleness pushes ahead of the slowest. `quorum`: the first --quorum gradients, one update."""
@@ -97,7 +122,7 @@ class SimulateOptions:
     """`json` prints one JSON object as the last line on standard output: `outcome`, `bsp` and `speedup`."""
 
     def validate(self) -> None:
-        one_of("--sync", self.sync, ("server",))
+        one_of("--sync", self.sync, ("server", *_OF_JOBS))
         one_of("--optimizer", self.optimizer, ("sgd", "adamw"))
         for name, least in (("workers", 1), ("servers", 1), ("copies", 1), ("updates", 1),
                             ("micro_batch", 1), ("delay", 0), ("jitter", 0)):  # fmt: skip
@@ -108,8 +133,34 @@ class SimulateOptions:
             require(0 <= share < 1, f"--{name}={share} is not a share below 1", "e.g. 0.1")
 
 
+@dataclass(frozen=True)
+class SimulateJob(Job):
+    """Trains the replicas of a job in one process, on simulated machines, and compares them with all-reduce every step.
+
+    $ shoal simulate recipes/quickstart.toml --sync local --sync.every 20 --layout replicas=4 --steps 200 --rate 100
+    $ shoal simulate recipes/quickstart.toml --sync gossip --layout replicas=4 --steps 200 --speeds 0.1,0.1,0.1,0.4
+
+    Model, data, optimizer and sync are those of `shoal train`, and so are losses and weights; all of it is computed
+    here, one replica after the other, on the CPU. Seconds are simulated, from --speeds, --rate and --delay, so the same
+    command prints the same. docs/simulate.md says what they leave out.
+    """
+
+    recipe: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[JOB.toml]")] = ""
+    """TOML file of options, or the job.toml of a run."""
+    speeds: str = "1"
+    """Seconds that each replica computes on a sequence, with commas; one number = the same for all."""
+    rate: float = 0.0
+    """Mbit/s of each replica's line into the network, each way; 0 = without limit."""
+    delay: float = 0.01
+    """Seconds that a message is on its way besides."""
+    format: str = "text"
+    """`json` prints one JSON object as the last line on standard output: `outcome`, `allreduce` and `speedup`."""
+
+
 def run(args: list[str]) -> Answer:
     """Prints a table."""
+    if _of_a_job(args):
+        return _run_job(args)
     options = flags.parse(SimulateOptions, args, "shoal simulate")
     options.validate()
     speeds, faults = _numbers("--speeds", options.speeds, options.workers), _faults(options)
@@ -139,6 +190,56 @@ def run(args: list[str]) -> Answer:
     return Answer(simulation)
 
 
+def _of_a_job(args: list[str]) -> bool:
+    """Whether a recipe is given, or a sync that is simulated with one."""
+    pairs = [word.split("=", 1) if "=" in word else [word, after] for word, after in pairwise([*args, ""])]
+    named = any(name in ("--sync", "--sync.name") and value in _OF_JOBS for name, value in pairs)
+    return named or any(word.endswith(".toml") for word in args) or bool(args and not args[0].startswith("-"))
+
+
+def _run_job(args: list[str]) -> Answer:
+    _refuse_of_server(args)
+    options = flags.parse(SimulateJob, args, "shoal simulate", short=SHORT)
+    if options.recipe:
+        base = read(options.recipe)
+        options = flags.parse(SimulateJob, args, "shoal simulate", short=SHORT, default=SimulateJob(**vars(base)))
+    else:
+        flags.refuse_recipe_as_text(options.data.source, "shoal simulate")
+    job = Job(**{f.name: getattr(options, f.name) for f in fields(Job)})
+    try:
+        job = job.validate()
+    except JobError as error:
+        raise blame(error, options.recipe, base) if options.recipe else error from None
+    at_least("--rate", options.rate, 0)
+    at_least("--delay", options.delay, 0)
+
+    from shoal.launch.simulate import simulate
+    from shoal.training.simulated import Machines
+
+    def machines(replicas: int) -> Machines:
+        speeds = _numbers("--speeds", options.speeds, replicas, "replicas")
+        return Machines(speeds, 1e6 * options.rate or math.inf, options.delay)
+
+    simulation = simulate(job, machines, print)
+    print(simulation)
+    return Answer(simulation)
+
+
+def _refuse_of_server(args: list[str]) -> None:
+    """JobError for an option that only the server's simulator has: what to say instead."""
+    words = {word.partition("=")[0].replace("_", "-") for word in args}
+    require(
+        "--kill" not in words,
+        "--kill is of --sync server: with all-reduce, local steps or gossip, a lost replica ends the run",
+        "leave it out; `shoal train --resume` goes on from the last checkpoint, on other numbers of replicas too",
+    )
+    for field in fields(SimulateOptions):
+        name = field.name.replace("_", "-")
+        instead = _INSTEAD.get(name, "leave it out")
+        what = f"--{name} is of --sync server, and here the replicas of a job are simulated"
+        require(name in _SHARED or f"--{name}" not in words, what, instead)
+
+
 def _server(options: SimulateOptions) -> ServerOptions:
     """Of the simulated server what `shoal train` has in its table [server] too, checked."""
     given = ServerOptions(
@@ -158,15 +259,15 @@ def _server(options: SimulateOptions) -> ServerOptions:
     return replace(given, quorum=given.closing(options.workers, ""))
 
 
-def _numbers(flag: str, text: str, workers: int) -> tuple[float, ...]:
-    """One for each worker. Whole ones for --share."""
+def _numbers(flag: str, text: str, workers: int, who: str = "workers") -> tuple[float, ...]:
+    """One for each worker or replica. Whole ones for --share."""
     kind = int if flag == "--share" else float
     try:
         found = tuple(kind(word) for word in text.split(","))
     except ValueError:
         raise JobError(f"{flag}={text} is not numbers with commas", fix=f"e.g. {flag} 1,1,1,4") from None
     found = found * workers if len(found) == 1 else found
-    require(len(found) == workers, f"{flag} has {len(found)} numbers for {workers} workers", "one each, or one for all")
+    require(len(found) == workers, f"{flag} has {len(found)} numbers for {workers} {who}", "one each, or one for all")
     for number in found:
         positive(flag, number)
     return found

@@ -56,7 +56,7 @@ class EncodedSum:
 
         place: of each tensor its own, the same every time; needed for feedback.
         """
-        ranks = dist.get_world_size(group)
+        ranks = group.size()
         values_WC = flat_N.new_zeros(ranks, self._chunk(flat_N.numel(), ranks))
         values_WC.view(-1)[: flat_N.numel()] = flat_N
         if self.feedback is None:
@@ -82,7 +82,7 @@ class EncodedSum:
                 own_1B = self.codec.encode(total_C[None])
             else:
                 assert sent.place is not None
-                first = dist.get_rank(group) * len(total_C)
+                first = group.rank() * len(total_C)
                 own_1B = self.feedback.sums.encode(self.codec, total_C[None], sent.place, first)
             # The memory of the first hop is large enough for the second.
             work = ALL_GATHER(sent.payload_WB, own_1B, group=group, async_op=True)
@@ -131,8 +131,8 @@ class EncodedSum:
 
     def owned_part(self, numbers: int, group: dist.ProcessGroup) -> tuple[int, int]:
         """First number and last one + 1 of a tensor of so many whose sum this rank encodes."""
-        chunk = self._chunk(numbers, dist.get_world_size(group))
-        first = min(dist.get_rank(group) * chunk, numbers)
+        chunk = self._chunk(numbers, group.size())
+        first = min(group.rank() * chunk, numbers)
         return first, min(first + chunk, numbers)
 
     def _chunk(self, numbers: int, ranks: int) -> int:

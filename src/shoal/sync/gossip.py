@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from shoal import device, operations
+from shoal import operations
 from shoal.checkpoint.manifest import Manifest
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
-from shoal.operations import noted
 from shoal.optim.update import Update
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
@@ -125,21 +124,7 @@ class Gossip:
         figures = torch.cat([totals, stop, self._heard.known_R.to(self.mesh.device)])
         mine = [figures, torch.stack([moved_N, self.slow.common_N])]
         theirs = [torch.empty_like(tensor) for tensor in mine]
-        group = self.mesh.across_replicas
-        both = [
-            dist.P2POp(call, tensor, group=group, group_peer=partner)
-            for call, tensors in ((dist.isend, mine), (dist.irecv, theirs))
-            for tensor in tensors
-            if tensor.numel()
-        ]
-        start = time.perf_counter()
-        works = dist.batch_isend_irecv(noted(both))
-        # Not `mesh.wait`: gloo closes the connection of a send or receive whose wait is cut short.
-        if device.waits_on_host(self.mesh.device):
-            works.pop(len(both) // 2).wait()
-            self._heard.add(time.perf_counter() - start)
-        for work in works:
-            work.wait()
+        self._heard.add(self.mesh.swap(self.mesh.across_replicas, partner, mine, theirs))
         self._stop_after = min(self._stop_after, theirs[0][4].item())
         self._heard.hear(theirs[0][5:])
         return theirs[0][:4], theirs[1]

@@ -118,16 +118,22 @@ def _uneven(job: Job, mesh: Mesh, batches: list[Batch], say: Callable[[str], Non
     assert job.layout is not None
     if job.layout.replicas == 1:
         return replace(job, sync=replace(job.sync, pace=""))
-    seconds_R = measure.of_replicas(job, mesh, _measured(job, batches))
+    return uneven(job, measure.of_replicas(job, mesh, _measured(job, batches)), "measured", say)
+
+
+def uneven(job: Job, seconds_R: list[float], how: str, say: Callable[[str], None]) -> Job:
+    """The job with `replica_share` and `sync.pace` decided, where they are `auto`, by the seconds that each replica
+    takes for a sequence. how: they are known, for who reads it."""
+    assert job.layout is not None
     told = f"({', '.join(f'{1e3 * s:.3g}' for s in seconds_R[:16])}{', …' * (len(seconds_R) > 16)} ms a sequence)"
     layout, batch = job.layout, job.train.global_batch
     if layout.replica_share == shares.AUTO:
         layout = _shared(layout, batch, seconds_R)
-        say(f"replica_share by measured speed: {layout.replica_share or 'equal'} {told}")
+        say(f"replica_share by {how} speed: {layout.replica_share or 'equal'} {told}")
     pace = job.sync.pace
     if pace == shares.AUTO:
         pace = _pace([s * n for s, n in zip(seconds_R, shares.sequences(layout, batch), strict=True)], job.sync.every)
-        say(f"sync.pace by measured speed: {pace or 'equal'} {told}")
+        say(f"sync.pace by {how} speed: {pace or 'equal'} {told}")
     return replace(job, layout=layout, sync=replace(job.sync, pace=pace))
 
 
