@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -190,7 +190,7 @@ def used(seat: meshes.Seat, layout: str, model: str, steps: int, alone: bool = F
             parts.sync.begin(step)
             parts.sync.end(parts.replica.gradients(cases.rank_batches(parts.mesh, step, 0), parts.objective))
             assert parts.replica.used is not None
-            found.append(asdict(parts.replica.used))
+            found.append(parts.replica.used.figures())
         return found
     finally:
         mesh.close()

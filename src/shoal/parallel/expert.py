@@ -155,16 +155,36 @@ class Rows:
 
 @dataclass(frozen=True)
 class Use:
-    """How the experts of the whole model were used by a global batch; the same in every layout, on every rank.
+    """How the experts of the whole model were used by a batch; the same in every layout, on every rank.
 
-    balance_loss: mean over tokens and layers, without its weight; 1 where all experts are used alike. dropped_share: of
-    all choices of valid tokens, those that found no room. busiest_load: the choices of a layer's most chosen expert
-    over those of its mean expert, dropped ones too; of the layer where that is largest.
+    totals_NX: float64, (layers with experts, experts + 2), sums over the batch: of each expert the valid tokens that
+    chose it, dropped ones too; of valid tokens × balance loss, over sequences; choices that found no room. Those of
+    several batches add up. choices: of each token.
     """
 
-    balance_loss: float
-    dropped_share: float
-    busiest_load: float
+    totals_NX: Tensor
+    choices: int
+
+    def figures(self) -> dict[str, float]:
+        """For a row of metrics.
+
+        balance_loss: mean over tokens and layers, without its weight; 1 where all experts are used alike.
+        dropped_share: of all choices of valid tokens, those that found no room. busiest_load: the choices of a layer's
+        most chosen expert over those of its mean expert, dropped ones too; of the layer where that is largest.
+        """
+        counts_NE, balance_N, dropped_N = self.totals_NX[:, :-2], self.totals_NX[:, -2], self.totals_NX[:, -1]
+        chosen = counts_NE.sum()
+        load_N = counts_NE.amax(1) / counts_NE.mean(1)
+        found = balance_N.sum() * self.choices / chosen, dropped_N.sum() / chosen, load_N.amax()
+        names = "balance_loss", "dropped_share", "busiest_load"
+        return dict(zip(names, torch.stack(found).tolist(), strict=True))
+
+
+def added(one: Use | None, other: Use | None) -> Use | None:
+    """Of both batches together; None = nobody knows of one."""
+    if one is None or other is None:
+        return one or other
+    return Use(one.totals_NX + other.totals_NX, one.choices)
 
 
 class Balance:
@@ -208,12 +228,4 @@ class Balance:
             mesh.wait(dist.all_reduce(totals_NX, group=counting, async_op=True))
         for number, layer in self._layers.items():
             layer.rebalance_(totals_NX[self._routed.index(number), :experts])
-        return _use(totals_NX[:, :experts], totals_NX[:, -2], totals_NX[:, -1], self._options.num_experts_per_tok)
-
-
-def _use(counts_NE: Tensor, balance_N: Tensor, dropped_N: Tensor, choices: int) -> Use:
-    """choices: of each token."""
-    chosen = counts_NE.sum()
-    load_N = counts_NE.amax(1) / counts_NE.mean(1)
-    figures = balance_N.sum() * choices / chosen, dropped_N.sum() / chosen, load_N.amax()
-    return Use(*torch.stack(figures).tolist())
+        return Use(totals_NX, self._options.num_experts_per_tok)

@@ -192,7 +192,7 @@ class Loop:
             row["plain_bytes"] = self._plain
         # Of a step that was not applied, nobody summed them up.
         if parts.replica.used is not None:
-            row |= asdict(parts.replica.used)
+            row |= parts.replica.used.figures()
         if applied.outer is not None:
             row |= {f"outer_{name}": value for name, value in asdict(applied.outer).items()}
         if applied.waits:

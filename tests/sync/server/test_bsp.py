@@ -60,13 +60,17 @@ class Model:
     options: OptimOptions
     shards: int
     parameters: type[Parameters] = Parameters
+    fixed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         self.placement = place(SHAPES, self.shards)
         self.rate = token_schedule(self.options, self.rules.workers * SHARE, STEPS)
 
     def held(self, shard: int) -> Parameters:
-        return self.parameters(blocks(initial(), self.placement[shard]), self.rules, self.options, STEPS)
+        held = blocks(initial(), self.placement[shard])
+        fixed = [shard for shard in held if shard.name in self.fixed]
+        learned = [shard for shard in held if shard.name not in self.fixed]
+        return self.parameters(learned, self.rules, self.options, STEPS, fixed)
 
     def copy(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         return [tensor.clone() for tensor in tensors]
@@ -75,15 +79,18 @@ class Model:
         pushed = {}
         for shard, tensors in pulled.items():
             names = [block.name for block in self.placement[shard]]
-            pieces = tuple(Piece(name, (0,) * len(SHAPES[name]), SHAPES[name]) for name in names)
-            found = tuple(gradient(name, value, samples) for name, value in zip(names, tensors, strict=True))
-            pushed[shard] = Pushed(pieces, found)
+            found = {
+                Piece(name, (0,) * len(SHAPES[name]), SHAPES[name]): gradient(name, value, samples)
+                for name, value in zip(names, tensors, strict=True) if name not in self.fixed
+            }  # fmt: skip
+            pushed[shard] = Pushed(tuple(found), tuple(found.values()))
         return pushed, weight(samples), 0.0
 
 
-def one_process(rules: Rules, options: OptimOptions) -> dict[str, Tensor]:
+def one_process(rules: Rules, options: OptimOptions, fixed: Sequence[str] = ()) -> dict[str, Tensor]:
     values = initial()
-    held = [Shard(name, SHAPES[name], (0,) * len(SHAPES[name]), values[name]) for name in sorted(SHAPES)]
+    learned = sorted(SHAPES.keys() - {*fixed})
+    held = [Shard(name, SHAPES[name], (0,) * len(SHAPES[name]), values[name]) for name in learned]
     update = Update(held, options, STEPS)
     rate = token_schedule(options, rules.workers * SHARE, STEPS)
     for step in range(STEPS):
@@ -132,6 +139,14 @@ def test_bsp_is_bitwise_one_process(name, clip, workers):
     clips = [record.clip for record in world.journal.records if hasattr(record, "clip")]
     assert len(clips) == STEPS
     assert all((value < 1) == bool(clip) for value in clips)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_what_is_not_learned_is_in_no_norm_and_in_no_update(name):
+    rules, fixed = Rules("bsp", workers=3, clip=0.7), ("model.layers.10.weight", "norm")
+    found, _ = served(rules, Model(rules, OPTIMIZERS[name], shards=2, fixed=fixed))
+    assert equal(found, one_process(rules, OPTIMIZERS[name], fixed))
+    assert all(torch.equal(found[each], initial()[each]) for each in fixed)
 
 
 @pytest.mark.parametrize("seed", range(4))

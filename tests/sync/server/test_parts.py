@@ -53,24 +53,28 @@ def test_more_shards_than_parameters_are_refused_with_a_sentence():
     assert len(place(SHAPES, 7, split_rows=True)) == 7
 
 
-def test_of_a_job_every_learned_row_has_its_shard():
-    """Rows of the embedding, most of this model, are on both shards where the optimizer goes number by number."""
+def test_of_a_job_every_row_has_its_shard():
+    """Rows of the embedding, most of this model, are on both shards where the optimizer goes number by number. What is
+    not learned needs no shard of its own, and has none."""
     experts = {
         "num_experts": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8, "kv_lora_rank": 8,
         "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4,
     }  # fmt: skip
     model = ModelOptions("deepseek_v3", vocab_size=5000, hidden_size=32, num_hidden_layers=2, **experts)
     job = Job(model=model, server=ServerOptions(shards=2))
-    shapes = {name: spec.shape for name, spec in parameters(model).items() if spec.learned}
-    assert len(shapes) < len(parameters(model)), "a router's bias is not learned"
+    specs = parameters(model)
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    learned = {name for name, spec in specs.items() if spec.learned}
+    assert len(learned) < len(specs), "a router's bias is not learned"
     for optimizer, on_shards in (("adamw", 2), ("sgd", 2), ("muon", 1)):
         placed = of_job(replace(job, optim=OptimOptions(name=optimizer)))
         rows = sorted((b.name, row) for blocks in placed for b in blocks for row in range(b.start, b.stop))
         assert rows == sorted((name, row) for name, shape in shapes.items() for row in range(shape[0]))
         assert sum(any(b.name == "model.embed_tokens.weight" for b in blocks) for blocks in placed) == on_shards
-    assert len(of_job(replace(job, server=ServerOptions(shards=len(shapes))))) == len(shapes)
-    with pytest.raises(JobError, match=f"{len(shapes) + 1} server shards for {len(shapes)} parameters"):
-        of_job(replace(job, server=ServerOptions(shards=len(shapes) + 1)))
+    most = of_job(replace(job, server=ServerOptions(shards=len(learned))))
+    assert all(any(b.name in learned for b in blocks) for blocks in most)
+    with pytest.raises(JobError, match=f"{len(learned) + 1} server shards for {len(learned)} parameters"):
+        of_job(replace(job, server=ServerOptions(shards=len(learned) + 1)))
 
 
 def test_samples_are_used_once_whatever_is_given_back():

@@ -237,8 +237,8 @@ def replayed(
     """
     job, commits = read(folder / "job.toml"), history(folder)[0]
     found = {}
-    for number, blocks in enumerate(plan.placement(job)):
-        held = Parameters(hold._empty(job, blocks), plan.rules(job), plan.optim(job), 1)
+    for number in range(job.server.shards):
+        held = hold.empty(job, number)
         hold.first_weights(held.shards, job)
         shard = ServerShard(number, held)
         log = ShardLog(folder / "server" / f"shard-{number}", stored(job.train.precision))

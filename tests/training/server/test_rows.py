@@ -42,6 +42,31 @@ def test_a_row_is_of_the_commits_since_the_row_before():
     assert rows.row() is None
 
 
+def test_how_experts_were_used_is_of_all_commits_and_of_no_rejected_gradient():
+    """Two layers of two experts, each token in one: 3 tokens of worker 0, 5 of worker 1, and 9 in vain."""
+    rows = Rows(4, 0, 2, choices=1)
+
+    def say(worker: int, *layers: tuple[float, ...]) -> None:
+        said = push(worker, worker + 1)
+        rows.pushed(m.Push(said.key, 0, 3.0, 6.0, said.samples, m.Spent(experts=layers)))
+
+    say(0, (3.0, 0.0, 3.6, 1.0), (2.0, 1.0, 3.0, 0.0))
+    rows.take(commit(1, 0, 0))
+    say(1, (9.0, 0.0, 90.0, 9.0), (9.0, 0.0, 90.0, 9.0))
+    rows.take(r.Rejected(Key(1, 0, 2), 1, 1, "late"))
+    say(1, (1.0, 4.0, 5.5, 0.0), (4.0, 1.0, 5.9, 2.0))
+    rows.take(commit(2, 1, 2))
+    row = rows.row()
+    assert row is not None
+    found = row["balance_loss"], row["dropped_share"], row["busiest_load"]
+    assert found == pytest.approx((18.0 / 16, 3 / 16, 6 / 4))
+    rows.take(commit(3, 0, 4))
+    rows.take(commit(4, 1, 6))
+    after = rows.row()
+    assert after is not None
+    assert "balance_loss" not in after, "of these nobody has told"
+
+
 def test_rows_of_a_journal_are_those_that_a_coordinator_would_have_told_and_the_next_one_goes_on():
     told = [commit(1, 0, 0), commit(2, 1, 2), commit(3, 0, 4)]
     lived, born = Rows(4, 0, 2), Rows(4, 0, 2)

@@ -80,7 +80,8 @@ class Spent(NamedTuple):
 
     computed: seconds of forward and backward. memory_gib: of its fullest rank so far. sent, received: bytes. wasted:
     seconds computed since then on what was void before it could be pushed. drift: how far the worker's own steps took
-    it from what it had pulled, the root of the sum of squares; 0 where it takes none.
+    it from what it had pulled, the root of the sum of squares; 0 where it takes none. experts: how these samples used
+    them, the rows of `parallel.expert.Use.totals_NX`.
     """
 
     waited: float = 0.0
@@ -90,6 +91,7 @@ class Spent(NamedTuple):
     received: int = 0
     wasted: float = 0.0
     drift: float = 0.0
+    experts: tuple[tuple[float, ...], ...] = ()
 
 
 UNKNOWN = Spent()

@@ -27,17 +27,26 @@ Gradient = list[Tensor]
 class Parameters:
     """Blocks of parameters in fp32 (or fp64, in tests), with the optimizer that runs here and nowhere else.
 
-    A Gradient has one tensor a block, in the order of `shards`, which is that of names and rows.
+    A Gradient has one tensor a block, in the order of `shards`, which is that of names and rows; of what is fixed it
+    stays zero.
     """
 
-    def __init__(self, shards: Sequence[Shard], rules: Rules, options: OptimOptions, steps: int):
-        """shards: as `blocks` makes them. steps: of the whole run, for the optimizer's own schedule, unused here."""
-        self.shards = sorted(shards, key=lambda s: (s.name, s.offsets))
+    def __init__(
+        self, shards: Sequence[Shard], rules: Rules, options: OptimOptions, steps: int, fixed: Sequence[Shard] = ()
+    ):
+        """shards: as `blocks` makes them. steps: of the whole run, for the optimizer's own schedule, unused here.
+
+        fixed: what no gradient reaches: held, given away and saved as it is.
+        """
+        self.shards = sorted([*shards, *fixed], key=lambda s: (s.name, s.offsets))
+        self._fixed = {shard.name for shard in fixed}
         if empty := [shard.name for shard in self.shards if not shard.local.numel()]:
             raise JobError(f"parameter {empty[0]} has no elements", fix="leave it out of the model")
         self.rules = rules
         self.codec = codec_of(rules.codec) if rules.codec != "none" else None
-        self.optimizer: Update | DelayedNesterov = optimizer(rules, self.shards, options, steps)
+        self.optimizer: Update | DelayedNesterov = optimizer(
+            rules, [shard for shard in self.shards if shard.name not in self._fixed], options, steps
+        )
         self.lr = 0.0
         self._place: dict[str, list[int]] = {}
         for i, shard in enumerate(self.shards):
@@ -98,7 +107,8 @@ class Parameters:
         """The weights that workers compute on, in tensors that nobody changes any more."""
         if self.rules.compensation == "look-ahead":
             assert isinstance(self.optimizer, Update)
-            return look_ahead(self.optimizer, self.rules.workers - 1, self.lr)
+            ahead = iter(look_ahead(self.optimizer, self.rules.workers - 1, self.lr))
+            return [shard.local.clone() if shard.name in self._fixed else next(ahead) for shard in self.shards]
         return self.master()
 
     def master(self) -> Gradient:

@@ -59,14 +59,19 @@ def place(
 
 
 def of_job(job: Job) -> list[list[Block]]:
-    """For each server shard of the job, the blocks that it holds of what is learned.
+    """For each server shard of the job, the blocks that it holds.
 
-    The job's vocabulary is known. Raises JobError for more shards than parameters, also where these have rows enough.
+    The job's vocabulary is known. What is not learned lies on the first shard. Raises JobError for more shards than
+    parameters, also where these have rows enough.
     """
-    shapes = {name: spec.shape for name, spec in parameters(job.model).items() if spec.learned}
+    specs = parameters(job.model)
+    shapes = {name: spec.shape for name, spec in specs.items() if spec.learned}
     if job.server.shards > len(shapes):
         raise too_many(job.server.shards, len(shapes))
-    return place(shapes, job.server.shards, split_rows=job.optim.name in ELEMENTWISE)
+    first, *others = place(shapes, job.server.shards, split_rows=job.optim.name in ELEMENTWISE)
+    # Few numbers, without an optimizer's state; and every shard has something to learn.
+    fixed = [Block(name, 0, spec.shape[0]) for name, spec in specs.items() if not spec.learned]
+    return [sorted([*first, *fixed]), *others]
 
 
 def _cut(name: str, shape: tuple[int, ...], count: int) -> list[Block]:

@@ -18,6 +18,7 @@ from shoal.mesh import Mesh
 from shoal.optim.norm import sum_of_squares
 from shoal.optim.schedule import learning_rate
 from shoal.optim.update import Update
+from shoal.parallel.expert import Use, added
 from shoal.parallel.replica import Replica
 from shoal.sync.server.messages import Range
 from shoal.sync.step import own_step, sum_within
@@ -31,8 +32,9 @@ class Apart:
     def __init__(self, job: Job, mesh: Mesh, replica: Replica[Batch], objective: Objective):
         self.job, self.mesh, self.replica, self.objective = job, mesh, replica, objective
         self.update = Update(replica.shards(), job.optim, job.train.steps)
-        # How far the last steps took the replica.
+        # How far the last steps took the replica, and how they used experts.
         self.drift = 0.0
+        self.used: Use | None = None
 
     def learn(self, steps: Iterable[tuple[Range, list[Batch]]]) -> tuple[float, float]:
         """One step on each of these batches, from the weights that are there.
@@ -43,13 +45,14 @@ class Apart:
         shards, batch = self.replica.shards(), self.job.train.global_batch
         before = [shard.local.clone() for shard in shards]
         loss_sum = weight = 0.0
-        finite = True
+        finite, self.used = True, None
         for samples, batches in steps:
             self.objective.step = samples.start // batch
             rate = learning_rate(self.job.optim, samples.start / batch, self.job.train.steps)
             tally = self.replica.gradients(batches, self.objective)
             own = own_step(self.mesh, self.replica, self.update, self.job.optim.clip, tally, rate)
             loss_sum, weight, finite = loss_sum + own.loss_sum, weight + own.weight, finite and own.done.finite
+            self.used = added(self.used, self.replica.used)
         with torch.no_grad():
             for shard, old in zip(shards, before, strict=True):
                 # What is not finite, the coordinator refuses, as it does such a gradient.

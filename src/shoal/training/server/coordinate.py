@@ -130,7 +130,7 @@ class _Lead:
         )  # fmt: skip
         opened = self.machine.at.opened
         used = Samples(None, opened.watermark, opened.exceptions).used
-        self.rows = Rows(job.train.global_batch, used, job.layout.replicas)
+        self.rows = Rows(job.train.global_batch, used, job.layout.replicas, job.model.num_experts_per_tok)
         # Steps that the journal has, and that a coordinator before this one may not have lived to tell.
         self.before: list[dict[str, Any]] = []
         for record in journal.records:

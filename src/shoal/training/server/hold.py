@@ -48,7 +48,7 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
     """
     run, given = Path(folder), parse(job)
     rules, options = plan.rules(given), given.server
-    held = Parameters(_empty(given, plan.placement(given)[number]), rules, plan.optim(given), max(1, given.train.steps))
+    held = empty(given, number)
     alone = options.copies == 1
     cloned = life > 0 and not alone
     version = 0 if cloned else _fill(run, given, held)
@@ -90,16 +90,22 @@ def _shadow(job: Job, number: int, copy: int) -> Shadow | None:
     return Shadow(job.sync.codec, Chain(copy, secrets.randbits(62)), seed=job.train.seed, shard=number)
 
 
-def _empty(job: Job, blocks: list[Block]) -> list[Shard]:
-    shapes, dtype = {name: spec.shape for name, spec in parameters(job.model).items()}, stored(job.train.precision)
-    found = []
-    for block in blocks:
-        shape = shapes[block.name]
-        rest = shape[1:]
-        offsets = (block.start, *[0] * len(rest)) if shape else ()
-        size = (block.stop - block.start, *rest) if shape else ()
-        found.append(Shard(block.name, shape, offsets, torch.empty(size, dtype=dtype)))
-    return found
+def empty(job: Job, number: int) -> Parameters:
+    """What shard `number` holds, before it has values."""
+    specs, dtype = parameters(job.model), stored(job.train.precision)
+    learned: list[Shard] = []
+    fixed: list[Shard] = []
+    for block in plan.placement(job)[number]:
+        spec = specs[block.name]
+        (learned if spec.learned else fixed).append(_blank(block, spec.shape, dtype))
+    return Parameters(learned, plan.rules(job), plan.optim(job), max(1, job.train.steps), fixed)
+
+
+def _blank(block: Block, shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
+    rest = shape[1:]
+    offsets = (block.start, *[0] * len(rest)) if shape else ()
+    size = (block.stop - block.start, *rest) if shape else ()
+    return Shard(block.name, shape, offsets, torch.empty(size, dtype=dtype))
 
 
 def _fill(run: Path, job: Job, held: Parameters) -> int:

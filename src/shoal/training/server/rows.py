@@ -7,6 +7,9 @@ from collections import Counter
 from statistics import fmean
 from typing import Any
 
+import torch
+
+from shoal.parallel.expert import Use, added
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
 
@@ -18,12 +21,12 @@ class Rows:
     gradients that were computed in vain; lost: that workers had begun when they were given up. wasted_s: seconds that
     workers computed on either, so far as they have told. All other seconds and bytes are of those gradients, too.
     outer_drift, outer_common: of workers that take steps of their own, how far these went and how far an update's
-    mean did, root mean squares.
+    mean did, root mean squares. How experts were used (`Use.figures`): by the commits of which workers have told.
     """
 
-    def __init__(self, global_batch: int, used: int, workers: int):
-        """used: samples, by the time that this begins."""
-        self.global_batch, self.workers = global_batch, workers
+    def __init__(self, global_batch: int, used: int, workers: int, choices: int = 0):
+        """used: samples, by the time that this begins. choices: experts of each token."""
+        self.global_batch, self.workers, self.choices = global_batch, workers, choices
         self.step = used // global_batch
         self._used, self._version = used, 0
         # The latest of each worker, which has one at a time.
@@ -46,6 +49,7 @@ class Rows:
         # Of steps of workers' own: squares of how far each push says that they went, and of what became of them.
         self._drifts: list[float] = []
         self._common: list[float] = []
+        self._experts: Use | None = None
         self._last: r.Committed | None = None
 
     def pause(self) -> None:
@@ -128,6 +132,9 @@ class Rows:
             if (said := self._of(key)) is not None:
                 self._spent.setdefault(key.worker, []).append(said.spent)
                 self._drifts += [said.spent.drift**2] if said.spent.drift else []
+                if said.spent.experts:
+                    totals_NX = torch.tensor(said.spent.experts, dtype=torch.float64)
+                    self._experts = added(self._experts, Use(totals_NX, self.choices))
         # What was being summed when its worker was given up is in the next commit, or never in one.
         for key, push in self._given_up.items():
             if key not in record.keys:
@@ -174,5 +181,7 @@ class Rows:
         if self._drifts:
             row["outer_drift"] = fmean(self._drifts) ** 0.5
             row["outer_common"] = fmean(self._common) ** 0.5
+        if self._experts is not None:
+            row |= self._experts.figures()
         self._forget()
         return row

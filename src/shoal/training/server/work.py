@@ -86,8 +86,9 @@ def main(
                 pieces = _steps(work.samples, plan.step_share(whole, number) * plan.unit(whole))
                 loss_sum, weight = apart.learn((each, _batches(training, ranks, each)) for each in pieces)
             device.synchronize(ranks.device)
-            drift = apart.drift if apart is not None else 0.0
-            sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30, drift)
+            drift, used = (apart.drift, apart.used) if apart is not None else (0.0, replica.used)
+            experts = tuple(map(tuple, used.totals_NX.tolist())) if used is not None else ()
+            sync.end(work, loss_sum, weight, device.memory_peak(ranks.device) / 2**30, drift, experts)
             answered += 1
         return {"answered": answered}
 

@@ -53,7 +53,7 @@ def spent(monkeypatch: pytest.MonkeyPatch, fates: str) -> list[m.Spent]:
     monkeypatch.setattr(work, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     alone = types.SimpleNamespace(ranks_per_replica=1)
     mesh = types.SimpleNamespace(world=1, rank=0, device=torch.device("cpu"), layout=alone)
-    replica = types.SimpleNamespace(shards=lambda: [])
+    replica = types.SimpleNamespace(shards=lambda: [], held=lambda: [])
     machine = types.SimpleNamespace(number=0, follower=None)
     server = Server(cast(Any, mesh), cast(Any, replica), [], station=cast(Any, None), machine=cast(Any, machine))
     for clock in range(len(fates)):

@@ -66,9 +66,9 @@ class Server:
         """
         assert words is None or encoder is None, "a shadow moves as a whole"
         self.mesh, self.replica, self.shards = mesh, replica, len(placement)
-        held = replica.shards()
+        held = replica.held()
         self._pulls = cuts(held, placement)
-        self._pushes = cuts([shard for shard in held if shard.counted], placement)
+        self._pushes = cuts([shard for shard in replica.shards() if shard.counted], placement)
         self._alone = mesh.world == 1
         self._encoder, self._follower = encoder, machine.follower
         machine.wanted = {n: tuple(dict.fromkeys(cut.piece for cut in found)) for n, found in self._pulls.items()}
@@ -164,14 +164,16 @@ class Server:
         return loss_sum, weight
 
     def end(
-        self, work: Work, loss_sum: float, weight: float, memory_gib: float = 0.0, drift: float = 0.0
-    ) -> m.Answer | None:
+        self, work: Work, loss_sum: float, weight: float, memory_gib: float = 0.0, drift: float = 0.0,
+        experts: tuple[tuple[float, ...], ...] = (),
+    ) -> m.Answer | None:  # fmt: skip
         """Pushes what is in the shards' gradients: sums over `weight` tokens. Waits for the answer.
 
-        memory_gib, drift: as in `Spent`. None where nobody waits for it any more, and on all ranks but the first.
+        memory_gib, drift, experts: as in `Spent`. None where nobody waits for it any more, and on all ranks but the
+        first.
         """
         key, samples = work.key, work.samples
-        spent = self._spent(memory_gib)._replace(drift=drift)
+        spent = self._spent(memory_gib)._replace(drift=drift, experts=experts)
         gradients = {shard: self._gradient(found) for shard, found in self._pushes.items()}
         owes = False
         if self._encoder is not None:
