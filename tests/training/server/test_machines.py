@@ -119,7 +119,9 @@ def test_workers_share_the_devices_and_the_cores_of_their_own_machine(
         part = join._part(folder, name, MachineOptions(), start)
         assert (part.name, part.args["number"], part.ranks) == (name, int(name[-1]), parse(start.job).layout.fsdp)
         assert _seat(part) == there
-        assert _seat(join._part(folder, name, MachineOptions(threads=3), start)) == (*there[:2], 3)
+        own = join._part(folder, name, MachineOptions(threads=3, micro_batch=2), start)
+        assert _seat(own) == (*there[:2], 3)
+        assert (part.args["micro_batch"], own.args["micro_batch"]) == (0, 2)
 
 
 def _seat(part: Role) -> tuple[int, int, int]:
