@@ -9,6 +9,7 @@ import pytest
 from shoal.errors import JobError
 from shoal.job import Job
 from shoal.job.idle import OF_MODE, OF_SYNC, without_idle
+from shoal.job.run import RunOptions
 from shoal.job.server import MODES, ServerOptions
 from shoal.job.sync import SyncOptions
 
@@ -51,6 +52,14 @@ def test_an_option_of_another_mode_is_refused_and_its_own_is_not(mode: str, opti
     found = refused(Job(sync=SyncOptions(name="server"), server=server))
     assert bool(found) == (mode not in OF_MODE[option])
     assert not found or f"server.{option}" in found
+
+
+@pytest.mark.parametrize("name", SYNCS)
+def test_a_step_is_traced_where_all_take_it_and_forgotten_where_a_run_goes_on_with_a_server(name: str):
+    job = Job(sync=SyncOptions(name=name), run=RunOptions(trace=5))
+    assert refused(job).startswith("run.trace=5 has no effect with sync.name=server") == (name == "server")
+    assert name == "server" or not refused(job)
+    assert without_idle(job).run.trace == (0 if name == "server" else 5)
 
 
 def test_what_is_said_names_both_options_and_the_way_out():

@@ -12,25 +12,26 @@ from shoal.cli import flags
 from shoal.cli.answer import Answer
 from shoal.errors import JobError
 from shoal.job.check import positive
+from shoal.job.machine import MachineOptions
 
 
 @dataclass(frozen=True)
-class JoinOptions:
-    """Takes a part in a run with a parameter server that another machine leads; both have the run's folder.
+class JoinOptions(MachineOptions):
+    """Takes a part in a run with a parameter server that another machine leads. Both see a folder, here /shared, that
+    has the run, its prepared text and the job token; where that of the other is a copy, options here name it.
 
     At a first Ctrl-C or SIGTERM a worker finishes the gradient that it is at, and leaves with all that it has computed.
 
-    $ shoal train --sync server --workers 3 --server.host 10.0.0.1 --server.token job.token
-          --server.elsewhere "worker 1" "worker 2" --run-dir /shared/run       on the first machine
+    $ shoal train --sync server --workers 3 --server.host 10.0.0.1 --server.token /shared/job.token
+          --server.elsewhere "worker 1" "worker 2" --data.cache /shared/cache --run-dir /shared/run
+                                                                               on the first machine
     $ shoal join /shared/run "worker 1"                                        on the second
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
-    """Folder of the run, which all machines see."""
+    """Folder of the run, as this machine sees it."""
     part: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PART")] = ""
     """`worker 1`, `server 0`: one of those that server.elsewhere names."""
-    host: str = ""
-    """Address of this machine on which a server listens; empty = server.host of the job."""
     wait: float = 60.0
     """Seconds to wait for the run to begin."""
     format: str = "text"
@@ -44,7 +45,7 @@ def run(args: list[str]) -> Answer:
         raise JobError("a run and a part of it are to be named", fix="shoal join RUN 'worker 1'")
     positive("--wait", options.wait)
 
-    from shoal.launch.server import join
+    from shoal.launch.join import join
 
-    join(Path(options.run), options.part, options.host, options.wait)
+    join(Path(options.run), options.part, options, options.wait)
     return Answer({"run": options.run, "part": options.part})

@@ -18,7 +18,7 @@ from shoal.data.store import Store
 from shoal.errors import DataError
 
 SPLITS = ("train", "validation")
-_META = "meta.json"
+META = "meta.json"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Prepared:
     @classmethod
     def load(cls, folder: str | Path) -> Prepared:
         """Reads what `prepare` wrote. Raises DataError if it is missing or damaged."""
-        path = Path(folder) / _META
+        path = Path(folder) / META
         try:
             values = msgspec.json.decode(path.read_bytes())
             found = msgspec.convert({**values, "folder": str(folder)}, cls, dec_hook=lambda kind, value: kind(value))
@@ -59,7 +59,7 @@ class Prepared:
         for split in SPLITS:
             store, counts = found.store(split), found.counts(split)
             if len(store.length_D) != counts.documents or len(store.tokens) != counts.tokens:
-                what = f"damaged token store: {split} does not hold the {counts.documents} documents of {_META}"
+                what = f"damaged token store: {split} does not hold the {counts.documents} documents of {META}"
                 fix = f"restore it from a copy, or remove {folder} and prepare again"
                 raise DataError(what, where=str(folder), fix=fix)
         if not is_store(folder):
@@ -75,7 +75,7 @@ class Prepared:
     def save(self) -> None:
         values: dict[str, Any] = msgspec.to_builtins(replace(self, folder=Path()), enc_hook=str)
         del values["folder"], values["segments"]
-        with (self.folder / _META).open("wb") as file:
+        with (self.folder / META).open("wb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(values), indent=2) + b"\n")
             os.fsync(file.fileno())
 

@@ -49,8 +49,8 @@ def refuse_idle(options: Any, known: Mapping[str, tuple[str, ...]], table: str, 
 
 
 def without_idle(job: Job) -> Job:
-    """The job with every option of [sync] and [server] that has no effect in it at its default: what was said for
-    another sync is no mistake where a run goes on with this one."""
+    """The job with every option that has no effect with its sync at its default: of [sync] and [server], and run.trace.
+    What was said for another sync is no mistake where a run goes on with this one."""
     sync, server = job.sync, job.server
     if sync.name != "server":
         server = type(server)()
@@ -58,7 +58,8 @@ def without_idle(job: Job) -> Job:
     if sync.name == "server" and server.local_steps == 1:
         idle += ["outer_lr", "outer_momentum"]
     unused = [name for name, users in OF_MODE.items() if server.mode not in users]
-    return replace(job, sync=_usual(sync, idle), server=_usual(server, unused))
+    run = _usual(job.run, ["trace"] if sync.name == "server" else [])
+    return replace(job, sync=_usual(sync, idle), server=_usual(server, unused), run=run)
 
 
 def _usual(options: Any, names: list[str]) -> Any:

@@ -20,7 +20,8 @@ class RunOptions:
     other cores."""
 
     trace: int = 0
-    """Step of which trace.json is written: what every rank did when, for ui.perfetto.dev and the report. 0 = none."""
+    """Step of which trace.json is written: what every rank did when, for ui.perfetto.dev and the report. 0 = none.
+    Not with sync.name=server."""
 
     def validate(self) -> None:
         at_least("run.trace", self.trace, 0)

@@ -71,12 +71,12 @@ class ServerOptions:
     """Address of the interface on which coordinator and shards listen; beyond loopback a `token` is needed."""
     elsewhere: tuple[str, ...] = ()
     """Parts that other machines start, by `shoal join RUN 'worker 1'`: any of `worker 0`, `worker 1`, …, `server 0`, …;
-    all machines see the run's folder."""
+    all machines see the run's folder and data.cache."""
     token: str = ""
     """File with the job token, any text of at least 16 bytes that only this job's machines know: who does not know it
     cannot connect. Empty = one is made for the run and kept in its folder."""
     certificate: str = ""
-    """PEM file with this machine's certificate. With `key` and `authority`: connections are encrypted (TLS 1.3)."""
+    """PEM file with each machine's own certificate. With `key` and `authority`: connections are encrypted (TLS 1.3)."""
     key: str = ""
     """PEM file with the private key of `certificate`, without a passphrase."""
     authority: str = ""
@@ -175,6 +175,8 @@ def check_server(job: Job) -> None:
             require(value == field.default, what, f"--sync server, or leave out server.{field.name}")
         return
     refuse_idle(options, OF_MODE, "server.", "mode")
+    what = f"run.trace={job.run.trace} has no effect with sync.name=server: its workers have no steps in common"
+    require(job.run.trace == 0, what, "leave it out (--trace 0); metrics and report say how long each worker waited")
     _check_elsewhere(job)
     if options.local_steps == 1:
         check_optimizer(options.compensation, job.optim.name)

@@ -1,16 +1,14 @@
 """A job with a parameter server: coordinator, shards and workers, each started again if it is lost.
 
-`run` starts them on this machine; those that `server.elsewhere` names are started by `join`, on machines that have the
-run's folder, too.
+`run` starts them on this machine; those that `server.elsewhere` names are started by `shoal join` (`join.py`), on
+machines that have the run's folder, too.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import socket
 import ssl
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +18,6 @@ import msgspec
 
 from shoal.errors import JobError
 from shoal.job import Job, parse, write
-from shoal.job.check import nearest
 from shoal.job.server import ROUNDS, pushed_batch, too_many
 from shoal.launch import local, roles
 from shoal.launch.cores import threads_per_rank
@@ -28,20 +25,16 @@ from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
 from shoal.models.spec import parameters
 from shoal.observe import files
-from shoal.observe.hold import alone
-from shoal.observe.log import speaker
 
 _ROOM = "shoal.training.server"
 # What its processes run.
 ENTRIES = [f"{_ROOM}.{name}" for name in ("settle", "trial", "begin", "coordinate", "hold", "work", "evaluate")]
 # Of the run's folder, with journal and logs: `shoal.sync.server.node.book`. And in it, what whoever joins needs: while
 # links are tried, and when training begins.
-_FOLDER, _TRIAL, _START = "server", "trial.json", "start.json"
-# Seconds between two looks for a run that has not begun.
-_AGAIN = 0.2
+FOLDER, TRIAL, START = "server", "trial.json", "start.json"
 
 
-class _Start(msgspec.Struct, frozen=True):
+class Start(msgspec.Struct, frozen=True):
     """job: TOML; of `auto`, only a codec for which links are being tried. nonce: of this start of the run."""
 
     job: str
@@ -58,162 +51,91 @@ def run(
     threads, minutes = job.run.threads, not (job.train.steps or job.endless)
     nonce = f"{round(started * 1e6):x}"
     # Of an earlier start.
-    for name in (_TRIAL, _START):
-        (Path(folder) / _FOLDER / name).unlink(missing_ok=True)
+    for name in (TRIAL, START):
+        (Path(folder) / FOLDER / name).unlink(missing_ok=True)
     if _undecided(job):
         told = {**here, "job": _of_this_machine(here["job"]), "started": started}
-        found = local.run(f"{_ROOM}.settle:main", told, _world(job), threads, stopping, ranks)["job"]
+        found = local.run(f"{_ROOM}.settle:main", told, ranks_here(job), threads, stopping, ranks)["job"]
         here["job"] = _of_all_machines(found, job)
         job = parse(here["job"])
     for name in job.server.elsewhere:
-        say(f"to be started elsewhere: shoal join {folder} '{name}'")
+        say(f"to be started elsewhere: shoal join {Path(folder).absolute()} '{name}'")
     if job.sync.codec == "auto":
-        job = _tried(job, folder, _Start(here["job"], here["prepared"], nonce), ranks, say, stopping)
+        job = _tried(job, folder, Start(here["job"], here["prepared"], nonce), ranks, say, stopping)
         here["job"] = write(job)
     local.run(f"{_ROOM}.begin:main", {"folder": folder, "job": here["job"]}, 1, ranks=ranks)
-    start = _Start(here["job"], here["prepared"], nonce)
-    files.replace(Path(folder) / _FOLDER / _START, msgspec.json.encode(start))
+    start = Start(here["job"], here["prepared"], nonce)
+    files.replace(Path(folder) / FOLDER / START, msgspec.json.encode(start))
     if job.server.local_steps > 1 and job.server.mode not in ROUNDS and job.server.compensation == "none":
         say("warning: each push alone moves the weights with full momentum; --compensation delayed-nesterov shares it")
     lead = {**here, "started": started, "minutes": minutes, "command": arguments["command"]}
-    parts = [part for part in _roles(job, folder, start, job.server.host) if part.name not in job.server.elsewhere]
     first = Role("coordinator", f"{_ROOM}.coordinate:main", lead)
     try:
-        figures = roles.run(ranks, [first, *parts], say=say, on_signal=stopping)
+        figures = roles.run(ranks, [first, *_roles(job, folder, start)], say=say, on_signal=stopping)
     finally:
         # Nobody can join a run that has ended.
-        (Path(folder) / _FOLDER / _START).unlink(missing_ok=True)
+        (Path(folder) / FOLDER / START).unlink(missing_ok=True)
     if not figures["stopped_by"]:
         told = {**here, "job": _of_this_machine(figures["job"]), "step": figures["step"]}
-        figures["validation"] = local.run(f"{_ROOM}.evaluate:main", told, _world(job), threads, ranks=ranks)
+        figures["validation"] = local.run(f"{_ROOM}.evaluate:main", told, ranks_here(job), threads, ranks=ranks)
         if (found := figures["validation"]) is not None:
             say(f"validation loss {found['nats']:.4f} nats per token, over {found['tokens']:,} tokens")
     return figures
 
 
 def _tried(
-    job: Job, folder: str, start: _Start, ranks: Ranks, say: Callable[[str], None], stopping: Callable[[str], None]
+    job: Job, folder: str, start: Start, ranks: Ranks, say: Callable[[str], None], stopping: Callable[[str], None]
 ) -> Job:
     """With the codec that pays on the links between all machines; waits for the parts that others start (`join`)."""
-    path = Path(folder) / _FOLDER / _TRIAL
+    path = Path(folder) / FOLDER / TRIAL
     path.parent.mkdir(exist_ok=True)
     files.replace(path, msgspec.json.encode(start))
     lead = Role("coordinator", f"{_ROOM}.trial:lead", {"folder": folder, "job": start.job})
-    parts = [part for part in _roles(job, folder, start, job.server.host) if part.name not in job.server.elsewhere]
+    parts = [trying(part) for part in _roles(job, folder, start) if part.args.get("copy", 0) == 0]
     try:
-        trying = [_trying(part, job.server.host) for part in parts if part.args.get("copy", 0) == 0]
-        codec = roles.run(ranks, [lead, *trying], say=say, on_signal=stopping)
+        codec = roles.run(ranks, [lead, *parts], say=say, on_signal=stopping)
     finally:
         path.unlink(missing_ok=True)
     return replace(job, sync=replace(job.sync, codec=codec))
 
 
-def _trying(part: Role, host: str) -> Role:
+def trying(part: Role) -> Role:
     """A part of the job while links are tried: one process, however many ranks it will be."""
     name = f"server {part.args['number']}" if "copy" in part.args else part.name
-    told = {"folder": part.args["folder"], "job": part.args["job"], "part": name, "host": host}
-    until = str(Path(part.args["folder"]) / _FOLDER / _TRIAL)
+    told = {"folder": part.args["folder"], "job": part.args["job"], "part": name, "host": part.args.get("host", "")}
+    until = str(Path(part.args["folder"]) / FOLDER / TRIAL)
     return Role(part.name, f"{_ROOM}.trial:take_part", {**told, "until": until}, threads=part.threads)
 
 
-def join(folder: Path, name: str, host: str = "", patience: float = 60.0) -> None:
-    """Takes one part in a run that another machine leads, until the run is over; a worker, or until a first signal.
-
-    name: `worker 2`, `server 0`. host: of this machine, on which a shard listens; empty = server.host. patience:
-    seconds to wait for the run to begin. Raises JobError where there is no such run or part.
-    """
-    say, tried = speaker(), ""
-    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
-
-    def stopping(signal: str) -> None:
-        say(f"{signal}: {name} leaves the run after the gradient that it is at; again: at once")
-
-    with contextlib.ExitStack() as ending:
-        ranks: Ranks | None = None
-        while True:
-            start = _wait(folder, patience, tried)
-            trial = parse(start.job).sync.codec == "auto"
-            part = _joining(folder, name, host, start, trial)
-            with alone(folder / _FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
-                if ranks is None:
-                    ranks = Ranks(ENTRIES)
-                    ending.callback(ranks.close)
-                say(f"{name} of {folder}" + ": the links between machines are tried" * trial)
-                leaves = name.startswith("worker ") and not trial
-                roles.run(ranks, [part], say=say, on_signal=stopping if leaves else None)
-            if not trial:
-                return
-            tried = start.nonce
-
-
-def _joining(folder: Path, name: str, host: str, start: _Start, trial: bool) -> Role:
-    """This part of the run, or of the trial before it. JobError where it is none that another machine may take."""
-    job = parse(start.job)
-    host = host or job.server.host
-    parts = {part.name: part for part in _roles(job, str(folder.absolute()), start, host)}
-    if name not in job.server.elsewhere:
-        what = f"this run has no part '{name}' for another machine"
-        fix = "the run's first machine starts it, unless --server.elsewhere names it when the run is begun or resumed"
-        if job.server.elsewhere:
-            fix = nearest(name, list(job.server.elsewhere))
-        raise JobError(what, where=str(folder), fix=fix)
-    if name.startswith("server "):
-        _may_listen(host, "--host")
-    if trial:
-        return _trying(parts[name], host)
-    return replace(parts[name], args=parts[name].args | ({"leaves": True} if name.startswith("worker ") else {}))
-
-
-def _wait(folder: Path, patience: float, tried: str) -> _Start:
-    """What the run's first machine has written, once it has. tried: the start whose links have been tried already."""
-    deadline = time.monotonic() + patience
-    if (start := _begun(folder, tried)) is None:
-        speaker()(f"waits up to {patience:g} s for the run's first machine to begin it")
-    while start is None:
-        if time.monotonic() > deadline:
-            what = f"no run with a parameter server goes on here, nor has one begun within {patience:g} s"
-            fix = f"start `shoal train --sync server --run-dir {folder}` first, or `shoal train --resume {folder}`"
-            raise JobError(what, where=str(folder), fix=fix)
-        time.sleep(_AGAIN)
-        start = _begun(folder, tried)
-    return start
-
-
-def _begun(folder: Path, tried: str) -> _Start | None:
-    """Of a run, or of the trial before it."""
-    for name in (_START, _TRIAL):
-        path = folder / _FOLDER / name
-        try:
-            start = msgspec.json.decode(path.read_bytes(), type=_Start)
-        except FileNotFoundError:
-            continue
-        except msgspec.DecodeError:
-            raise JobError(f"the run's {name} is damaged", where=str(path), fix="start the run again") from None
-        if name == _START or start.nonce != tried:
-            return start
-    return None
-
-
-def _roles(job: Job, folder: str, start: _Start, host: str) -> list[Role]:
-    """All parts of the job but the coordinator."""
+def _roles(job: Job, folder: str, start: Start) -> list[Role]:
+    """All parts of the job that this machine starts, but for the coordinator."""
     assert job.layout is not None
-    world, workers = job.layout.world, job.layout.replicas
-    group, here = world // workers, _world(job)
-    threads = threads_per_rank(job.run.threads, here)
-    text = {"folder": folder, "job": start.job}
+    told = {"folder": folder, "job": start.job}
     shards = [
-        _shard(job, {**text, "nonce": start.nonce, "host": host}, number, copy)
+        shard(job, {**told, "nonce": start.nonce}, number, copy)
         for number in range(job.server.shards)
         for copy in range(job.server.copies)
+        if f"server {number}" not in job.server.elsewhere
     ]
-    at_work = {**text, "prepared": start.prepared}
-    return shards + [
-        Role(
-            f"worker {number}", f"{_ROOM}.work:main", {**at_work, "number": number}, ranks=group,
-            first=number * group % here, neighbours=here, threads=threads,
-        )
-        for number in range(workers)
-    ]  # fmt: skip
+    here = [number for number in range(job.layout.replicas) if f"worker {number}" not in job.server.elsewhere]
+    told["prepared"] = start.prepared
+    return shards + [worker(job, told, number, place, len(here)) for place, number in enumerate(here)]
+
+
+def shard(job: Job, args: dict[str, Any], number: int, copy: int = 0) -> Role:
+    """A copy of a server shard, which listens on this machine's server.host. args: of `training.server.hold`."""
+    name = f"server {number}" + (f" copy {copy}" if job.server.copies > 1 else "")
+    return Role(name, f"{_ROOM}.hold:main", {**args, "number": number, "copy": copy, "host": job.server.host})
+
+
+def worker(job: Job, args: dict[str, Any], number: int, place: int = 0, workers: int = 1) -> Role:
+    """A worker. args: of `training.server.work`. place: of it among the workers that share this machine's devices."""
+    assert job.layout is not None
+    group = job.layout.ranks_per_replica
+    return Role(
+        f"worker {number}", f"{_ROOM}.work:main", {**args, "number": number}, ranks=group, first=place * group,
+        neighbours=workers * group, threads=threads_per_rank(job.run.threads, workers * group),
+    )  # fmt: skip
 
 
 def check(job: Job) -> None:
@@ -221,7 +143,7 @@ def check(job: Job) -> None:
     learned = sum(spec.learned for spec in parameters(job.model).values())
     if job.server.shards > learned:
         raise too_many(job.server.shards, learned)
-    _may_listen(job.server.host, "server.host")
+    may_listen(job.server.host, "server.host")
     if job.server.token or job.server.certificate:
         # Here and not above: it imports torch.
         from shoal.sync.server.wire import Credentials
@@ -231,7 +153,7 @@ def check(job: Job) -> None:
             credentials.context(ssl.Purpose.CLIENT_AUTH)
 
 
-def _may_listen(host: str, option: str) -> None:
+def may_listen(host: str, option: str) -> None:
     """Raises JobError for an address that this machine does not have."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -242,11 +164,6 @@ def _may_listen(host: str, option: str) -> None:
         raise JobError(what, fix=f"{option}: an address that it has (`ip -brief address`)") from None
 
 
-def _shard(job: Job, args: dict[str, Any], number: int, copy: int) -> Role:
-    name = f"server {number}" + (f" copy {copy}" if job.server.copies > 1 else "")
-    return Role(name, f"{_ROOM}.hold:main", {**args, "number": number, "copy": copy})
-
-
 def _local_workers(job: Job) -> int:
     """Workers of this machine; at least one, for measuring and the last validation."""
     assert job.layout is not None
@@ -254,7 +171,7 @@ def _local_workers(job: Job) -> int:
     return max(1, job.layout.replicas - elsewhere)
 
 
-def _world(job: Job) -> int:
+def ranks_here(job: Job) -> int:
     """Ranks of this machine's workers."""
     assert job.layout is not None
     return job.layout.ranks_per_replica * _local_workers(job)
@@ -294,8 +211,8 @@ def _undecided(job: Job) -> bool:
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:
     """Of a run that goes on without a server: journal and logs would not follow from its checkpoints any more."""
-    before = folder / f"{_FOLDER}-before"
-    if (folder / _FOLDER).is_dir():
+    before = folder / f"{FOLDER}-before"
+    if (folder / FOLDER).is_dir():
         shutil.rmtree(before, ignore_errors=True)
-        (folder / _FOLDER).rename(before)
+        (folder / FOLDER).rename(before)
         say(f"it goes on from its checkpoint; what a server has journalled since is set aside in {before}")

@@ -16,6 +16,7 @@ from shoal.checkpoint import hf_folder
 from shoal.data.prepare import Prepared, prepare
 from shoal.errors import JobError, ShoalError
 from shoal.job import Job, Layout, write
+from shoal.job.machine import FILES
 from shoal.job.nearby import of_world
 from shoal.launch import elastic, local, server, torchrun
 from shoal.launch.cores import cores, has_driver, too_many_workers
@@ -31,7 +32,6 @@ from shoal.training.folder import fill
 if TYPE_CHECKING:
     from shoal.mesh import Seat
 
-_SERVER_FILES = ("token", "certificate", "key", "authority")
 _WORKER, _FINISH = "shoal.training.worker", "shoal.launch.finish"
 _MOST_CPU_RANKS = 8
 
@@ -57,7 +57,7 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
         assert job.layout is not None
         folder = Path(arguments["folder"])
         say = speaker(folder)
-        if warning := too_many_workers(job.layout.world):
+        if warning := too_many_workers(server.ranks_here(job)):
             say(f"warning: {warning}")
 
         stopped: list[str] = []
@@ -184,7 +184,7 @@ def absolute_paths(job: Job) -> Job:
     if tokenizer not in ("auto", "bpe", "bytes"):
         tokenizer = _absolute(tokenizer)
     weights, cache = (_absolute(path) if path else "" for path in (job.model.weights, job.data.cache))
-    files: dict[str, Any] = {name: _absolute(path) for name in _SERVER_FILES if (path := getattr(job.server, name))}
+    files: dict[str, Any] = {name: _absolute(path) for name in FILES if (path := getattr(job.server, name))}
     return replace(
         job,
         server=replace(job.server, **files),

@@ -18,7 +18,8 @@ import pytest
 
 from shoal.cli.main import main
 from shoal.job import Job, read, write
-from shoal.launch import server
+from shoal.launch.server import Start
+from shoal.launch.train import ready
 from shoal.sync.choose import CODECS
 from shoal.sync.server.messages import NOTHING
 from tests.training.server import runs
@@ -29,10 +30,13 @@ from tests.training.test_bad_input import NoRanks
 PLAIN = {"steps": 12, "validate_every": 1000}
 
 
-def ready_to_join(run: Path, job: Job) -> None:
-    """As if its first machine had started it."""
-    (run / "server").mkdir(parents=True)
-    (run / "server/start.json").write_bytes(msgspec.json.encode(server._Start(write(job), "", "0")))
+def ready_to_join(job: Job) -> Path:
+    """As if its first machine had started it. Its folder."""
+    job, told = ready(job, None, time.time())
+    run = Path(told["folder"])
+    (run / "server").mkdir()
+    (run / "server/start.json").write_bytes(msgspec.json.encode(Start(write(job), told["prepared"], "0")))
+    return run
 
 
 @contextlib.contextmanager
@@ -145,7 +149,7 @@ def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):
 def test_a_server_needs_an_address_of_its_own_machine(tiny, tmp_path, capsys):
     """By default that of the first machine."""
     job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("server 0",))
-    ready_to_join(tmp_path / "run", job)
+    ready_to_join(job)
     assert main(["join", str(tmp_path / "run"), "server 0", "--host", "192.0.2.1"]) == 2
     error = capsys.readouterr().err
     assert "--host=192.0.2.1: this machine cannot listen there" in error
@@ -155,8 +159,8 @@ def test_a_server_needs_an_address_of_its_own_machine(tiny, tmp_path, capsys):
 def test_a_part_is_taken_once(tiny, tmp_path, capsys, monkeypatch):
     """Two of a kind would fence each other for ever."""
     job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("worker 0", "worker 1"))
-    ready_to_join(tmp_path / "run", job)
-    monkeypatch.setattr("shoal.launch.server.Ranks", NoRanks)
+    ready_to_join(job)
+    monkeypatch.setattr("shoal.launch.join.Ranks", NoRanks)
     told = []
 
     def run(ranks, parts, **options):
@@ -165,7 +169,7 @@ def test_a_part_is_taken_once(tiny, tmp_path, capsys, monkeypatch):
             assert main(["join", str(tmp_path / "run"), "worker 1"]) == 2
             assert main(["join", str(tmp_path / "run"), "worker 0"]) == 0
 
-    monkeypatch.setattr("shoal.launch.server.roles.run", run)
+    monkeypatch.setattr("shoal.launch.join.roles.run", run)
     assert main(["join", str(tmp_path / "run"), "worker 1"]) == 0
     assert "run: another process is worker 1 of this run" in capsys.readouterr().err
     assert main(["join", str(tmp_path / "run"), "worker 1"]) == 0

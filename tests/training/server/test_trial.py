@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from shoal.job import parse, write
-from shoal.launch import server
+from shoal.launch import join, server
 from shoal.launch.train import ready
 from shoal.models.spec import count
 from shoal.training.server import trial
@@ -56,15 +56,15 @@ def test_links_are_tried_once_and_before_anything_is_kept(tiny, tmp_path, monkey
         names = [part.name for part in parts]
         told.append((parts[0].entry.rpartition(".")[2], names))
         if ".trial:" not in parts[0].entry:
-            start = msgspec.json.decode((run / "server/start.json").read_bytes(), type=server._Start)
+            start = msgspec.json.decode((run / "server/start.json").read_bytes(), type=server.Start)
             assert parse(start.job).sync.codec == "int8"
-            assert server._begun(run, start.nonce) == start
+            assert join._begun(run, start.nonce) == start
             raise Stopped
         assert {part.ranks for part in parts} == {1}
-        start = msgspec.json.decode((run / "server/trial.json").read_bytes(), type=server._Start)
+        start = msgspec.json.decode((run / "server/trial.json").read_bytes(), type=server.Start)
         assert parse(start.job).sync.codec == "auto"
-        assert server._begun(run, "") == start
-        assert server._begun(run, start.nonce) is None, "who has tried waits for the run"
+        assert join._begun(run, "") == start
+        assert join._begun(run, start.nonce) is None, "who has tried waits for the run"
         return "int8"
 
     def begin(entry, args, *rest, **options):

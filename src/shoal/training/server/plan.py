@@ -23,10 +23,11 @@ from shoal.training.precision import stored
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
-def of_worker(job: Job) -> Job:
-    """The job as one worker computes it: a single replica."""
+def of_worker(job: Job, micro_batch: int = 0) -> Job:
+    """The job as one worker computes it: a single replica. micro_batch: this one's own, 0 = the layout's."""
     assert job.layout is not None
-    return replace(job, layout=replace(job.layout, replicas=1, replica_share=""))
+    own = micro_batch or job.layout.micro_batch
+    return replace(job, layout=replace(job.layout, replicas=1, replica_share="", micro_batch=own))
 
 
 def unit(job: Job) -> int:

@@ -33,17 +33,19 @@ from shoal.training.worker import held_out
 
 
 def main(
-    seat: Seat, *, folder: str, job: str, prepared: str, number: int, life: int, leaves: bool = False
-) -> dict[str, Any]:
+    seat: Seat, *, folder: str, job: str, prepared: str, number: int, life: int, leaves: bool = False,
+    micro_batch: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """Worker `number`, one rank of it, until there is nothing left to compute. life: how often it was started.
 
-    leaves: a signal asks it to leave the run, with all that it has computed, and not to end at once.
+    leaves: a signal asks it to leave the run, with all that it has computed, and not to end at once. micro_batch:
+    sequences that a rank computes at a time, where they are others than the layout's.
     """
     stop = Stop()
     if leaves:
         stop.listen()
     run, whole = Path(folder), parse(job)
-    given = plan.of_worker(whole)
+    given = plan.of_worker(whole, micro_batch)
     assert given.layout is not None
     with contextlib.ExitStack() as ending:
         ranks = ending.enter_context(mesh.build(given.layout, seat, timeout=given.sync.timeout))

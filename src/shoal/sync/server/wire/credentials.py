@@ -48,7 +48,7 @@ class Credentials:
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
             what = f"server.token={options.token}: cannot read the job token: {reason}"
-            raise JobError(what, fix=f"a file with the text that {_NEW_TOKEN} prints") from None
+            raise JobError(what, fix=f"a file with the text that {_NEW_TOKEN} prints, the same everywhere") from None
         if len(token.encode()) < _LEAST:
             what = f"server.token={options.token}: the job token in it has fewer than {_LEAST} bytes"
             raise JobError(what, fix=f"make one by {_NEW_TOKEN}")

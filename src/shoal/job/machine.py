@@ -1,0 +1,62 @@
+"""What one machine has of its own, where it joins a run with a parameter server that another one leads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from shoal.errors import JobError
+from shoal.job.check import at_least, require
+from shoal.job.job import Job
+
+FILES = ("token", "certificate", "key", "authority")
+"""Options of [server] that are paths of files, which each machine may have elsewhere."""
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Empty and 0: as the job says, on the same paths as on the machine that leads."""
+
+    data: str = ""
+    """Of a worker: folder with the run's prepared text, or that with a growing store; empty = the path on the first
+    machine (data.cache)."""
+    token: str = ""
+    """File with the job token, a copy of the first machine's; empty = the path there (server.token)."""
+    certificate: str = ""
+    """PEM file with this machine's certificate; empty = the path on the first machine (server.certificate)."""
+    key: str = ""
+    """PEM file with its private key; empty = the path on the first machine (server.key)."""
+    authority: str = ""
+    """PEM file with the certificates by which all machines' are signed; empty = the path on the first machine
+    (server.authority)."""
+    host: str = ""
+    """Of a server: address of this machine on which it listens; empty = server.host of the job."""
+    threads: int = 0
+    """Of a worker on CPU: threads of each rank; 0 = run.threads of the job, and where that is 0 this machine's cores /
+    ranks of the worker."""
+    micro_batch: int = 0
+    """Of a worker: sequences that a rank computes at a time, as fits this machine's memory; 0 = micro_batch of the
+    layout. What it computes is the same."""
+
+
+def on_machine(job: Job, part: str, own: MachineOptions) -> Job:
+    """The job as this machine computes its part, `worker 1` or `server 0`. own: its paths are absolute.
+
+    `own.micro_batch` is not in it: what workers are granted goes by the layout's. Raises JobError for what has no
+    effect there.
+    """
+    assert job.layout is not None
+    at_least("--micro-batch", own.micro_batch, 0)
+    layout = job.layout
+    what = f"--micro-batch {own.micro_batch} with pipeline={layout.pipeline}: its schedule is made for the layout's"
+    require(not own.micro_batch or layout.pipeline == 1, what, "leave it out; layout micro_batch=N is of all workers")
+    for name in ("data", "threads", "micro_batch"):
+        what = f"--{name.replace('_', '-')} has no effect with {part}: it is of workers"
+        require(part.startswith("worker ") or not getattr(own, name), what, "leave it out")
+    files = {name: path for name in FILES if (path := getattr(own, name))}
+    for name in files:
+        if not getattr(job.server, name):
+            what = f"--{name} in a run that was begun without server.{name}"
+            raise JobError(what, fix=f"leave it out; or --server.{name} where the run is begun, or resumed")
+    run = replace(job.run, threads=own.threads or job.run.threads)
+    run.validate()
+    return replace(job, run=run, server=replace(job.server, host=own.host or job.server.host, **files))

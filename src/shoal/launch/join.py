@@ -1,0 +1,138 @@
+"""`shoal join`: a part of a job with a parameter server, on another machine than the one that leads it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from shoal.data.prepared import META, Prepared
+from shoal.errors import DataError, JobError
+from shoal.job import Job, parse, write
+from shoal.job.check import nearest
+from shoal.job.machine import FILES, MachineOptions, on_machine
+from shoal.launch import roles
+from shoal.launch.ranks import Ranks
+from shoal.launch.roles import Role
+from shoal.launch.server import ENTRIES, FOLDER, START, TRIAL, Start, may_listen, shard, trying, worker
+from shoal.observe.hold import alone
+from shoal.observe.log import speaker
+from shoal.training.folder import DATA
+
+# Seconds between two looks for a run that has not begun.
+_AGAIN = 0.2
+
+
+def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -> None:
+    """Takes one part in a run that another machine leads, until the run is over; a worker, or until a first signal.
+
+    folder: the run's, as this machine sees it. name: `worker 2`, `server 0`. own: what this machine has elsewhere, or
+    otherwise, than the first. patience: seconds to wait for the run to begin. Raises JobError where there is no such
+    run or part, or where something is missing here.
+    """
+    say, tried = speaker(), ""
+    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
+
+    def stopping(signal: str) -> None:
+        say(f"{signal}: {name} leaves the run after the gradient that it is at; again: at once")
+
+    with contextlib.ExitStack() as ending:
+        ranks: Ranks | None = None
+        while True:
+            start = _wait(folder, patience, tried)
+            trial = parse(start.job).sync.codec == "auto"
+            part = _part(folder, name, own, start)
+            with alone(folder / FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
+                if ranks is None:
+                    ranks = Ranks(ENTRIES)
+                    ending.callback(ranks.close)
+                say(f"{name} of {folder}" + ": the links between machines are tried" * trial)
+                leaves = name.startswith("worker ") and not trial
+                roles.run(ranks, [trying(part) if trial else part], say=say, on_signal=stopping if leaves else None)
+            if not trial:
+                return
+            tried = start.nonce
+
+
+def _part(folder: Path, name: str, own: MachineOptions, start: Start) -> Role:
+    """This part of the run. JobError where it is none that another machine may take, or cannot be had here."""
+    job, where = parse(start.job), str(folder.absolute())
+    if name not in job.server.elsewhere:
+        what = f"this run has no part '{name}' for another machine"
+        fix = "the run's first machine starts it, unless --server.elsewhere names it when the run is begun or resumed"
+        if job.server.elsewhere:
+            fix = nearest(name, list(job.server.elsewhere))
+        raise JobError(what, where=str(folder), fix=fix)
+    paths = {key: os.path.abspath(os.path.expanduser(path)) for key in ("data", *FILES) if (path := getattr(own, key))}
+    job, number = on_machine(job, name, replace(own, **paths)), int(name.split()[1])
+    _check_files(job)
+    told = {"folder": where, "job": write(job)}
+    if name.startswith("server "):
+        may_listen(job.server.host, "--host")
+        return shard(job, {**told, "nonce": start.nonce}, number)
+    told["prepared"] = _prepared(folder, Path(start.prepared), paths.get("data", ""))
+    return worker(job, {**told, "leaves": True, "micro_batch": own.micro_batch}, number)
+
+
+def _check_files(job: Job) -> None:
+    """Raises JobError for a file by which machines trust each other that this one does not have."""
+    for name in FILES:
+        path, fix = getattr(job.server, name), f"name this machine's own by --{name} FILE"
+        if name == "token":
+            fix = (
+                "copy the first machine's file, and name the copy by --token FILE; or resume the run there with "
+                "--server.token in a folder that all machines see"
+            )
+        try:
+            if path:
+                Path(path).open("rb").close()
+        except OSError as error:
+            what = f"this machine cannot read server.{name}={path}: {error.strerror}"
+            raise JobError(what, fix=fix) from None
+
+
+def _prepared(folder: Path, usual: Path, given: str) -> str:
+    """Where this machine has the run's prepared text. usual: where the first one does. given: --data."""
+    places = [Path(given) / usual.name, Path(given)] if given else [usual]
+    place = next((place for place in places if (place / META).is_file()), None)
+    fix = "name a folder with a copy of it by --data; or begin a run with --data.cache in one that all machines see"
+    if place is None:
+        raise DataError("this machine does not have the run's prepared text", where=str(places[0]), fix=fix)
+    known = msgspec.json.decode((folder / DATA).read_bytes(), type=dict[str, str])
+    if Prepared.load(place).fingerprint != known["fingerprint"]:
+        raise DataError("this is another text than the one that the run trains on", where=str(place), fix=fix)
+    return str(place)
+
+
+def _wait(folder: Path, patience: float, tried: str) -> Start:
+    """What the run's first machine has written, once it has. tried: the start whose links have been tried already."""
+    deadline = time.monotonic() + patience
+    if (start := _begun(folder, tried)) is None:
+        speaker()(f"waits up to {patience:g} s for the run's first machine to begin it")
+    while start is None:
+        if time.monotonic() > deadline:
+            what = f"no run with a parameter server goes on here, nor has one begun within {patience:g} s"
+            fix = f"start `shoal train --sync server --run-dir {folder}` first, or `shoal train --resume {folder}`"
+            raise JobError(what, where=str(folder), fix=fix)
+        time.sleep(_AGAIN)
+        start = _begun(folder, tried)
+    return start
+
+
+def _begun(folder: Path, tried: str) -> Start | None:
+    """Of a run, or of the trial before it."""
+    for name in (START, TRIAL):
+        path = folder / FOLDER / name
+        try:
+            start = msgspec.json.decode(path.read_bytes(), type=Start)
+        except FileNotFoundError:
+            continue
+        except msgspec.DecodeError:
+            raise JobError(f"the run's {name} is damaged", where=str(path), fix="start the run again") from None
+        if name == START or start.nonce != tried:
+            return start
+    return None
