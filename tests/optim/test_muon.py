@@ -51,7 +51,7 @@ def take(update: Update, held: list[Shard], steps: range, scale: float = 0.5) ->
     for step in steps:
         for shard in held:
             shard.grad = gradients(step)[shard.name]
-        assert update.apply(scale) == learning_rate(update.options, step, STEPS)
+        assert update.apply(scale, update.rate(step)) == learning_rate(update.options, step, STEPS)
 
 
 def test_twenty_steps_are_those_of_singular_values_and_of_adamw_for_the_rest():
@@ -120,7 +120,7 @@ def test_where_nothing_has_a_gradient_weights_only_decay():
     before = {s.name: s.local.clone() for s in held}
     for shard in held:
         shard.grad = torch.zeros_like(shard.local)
-    lr = Update(held, OPTIONS, STEPS).apply(1.0)
+    lr = Update(held, OPTIONS, STEPS).apply(1.0, learning_rate(OPTIONS, 0, STEPS))
     for shard in held:
         torch.testing.assert_close(shard.local, before[shard.name] * (1 - lr * 0.1), rtol=1e-14, atol=0)
 

@@ -64,7 +64,7 @@ def test_equals_torch_also_over_cut_tensors(name, cut):
     for step in range(STEPS):
         for shard in held:
             shard.grad = gradient(step, shard)
-        assert update.apply(0.5) == learning_rate(options, step, STEPS)
+        assert update.apply(0.5, update.rate(step)) == learning_rate(options, step, STEPS)
     expected = oracle(options)
     for shard in held:
         piece = expected[shard.name][shard.offsets[0] : shard.offsets[0] + shard.local.shape[0]]
@@ -81,7 +81,7 @@ def test_goes_on_bitwise_from_its_saved_state(name):
         for step in numbers:
             for shard in held:
                 shard.grad = gradient(step, shard)
-            update.apply(1.0)
+            update.apply(1.0, update.rate(update.done))
 
     steps(first, one, range(6))
     for mine, theirs in zip(two, one, strict=True):
@@ -95,7 +95,7 @@ def test_goes_on_bitwise_from_its_saved_state(name):
     assert all(torch.equal(a.local, b.local) for a, b in zip(one, two, strict=True))
 
 
-def test_a_rate_that_is_given_takes_the_place_of_the_schedule():
+def test_the_rate_is_the_one_that_is_given():
     options = OptimOptions(name="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
     held, before = shards(), shards()
     for shard in held:

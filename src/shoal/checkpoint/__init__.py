@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 _HOME = {
     "Pending": "shoal.checkpoint.saver",
     "Saver": "shoal.checkpoint.saver",
+    "fit": "shoal.checkpoint.reader",
     "load": "shoal.checkpoint.reader",
     "tensors": "shoal.checkpoint.reader",
     "verify": "shoal.checkpoint.health",
@@ -23,10 +24,10 @@ _HOME = {
 if TYPE_CHECKING:
     from shoal.checkpoint.folders import complete
     from shoal.checkpoint.health import describe, newest, verify
-    from shoal.checkpoint.reader import load, tensors
+    from shoal.checkpoint.reader import fit, load, tensors
     from shoal.checkpoint.saver import Pending, Saver
 
-__all__ = ["Pending", "Saver", "complete", "describe", "load", "newest", "tensors", "verify"]
+__all__ = ["Pending", "Saver", "complete", "describe", "fit", "load", "newest", "tensors", "verify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -37,6 +37,15 @@ def load(folder: Path, wanted: Iterable[Shard], *, verified: bool = False) -> di
     return what.values
 
 
+def fit(folder: Path, wanted: Iterable[Shard]) -> None:
+    """Raises CheckpointError where `load` would for what is missing or of another shape or kind; reads no numbers, so
+    that the shards may be on the meta device."""
+    what = manifest.read(folder)
+    for shard in wanted:
+        if not _untouched(shard.name, what):
+            _fitting(shard, what.tensors.get(shard.name), folder)
+
+
 def _untouched(name: str, what: Manifest) -> bool:
     """Whether it is state that no update has made yet, and that was therefore not saved: of imported weights."""
     before = what.values.get("update") == {"updates": 0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from functools import lru_cache
 
@@ -35,6 +36,9 @@ class Loader:
     The rows of a growing store are those of the text that it was begun with and then of its segments. With
     `data.grow` there are no epochs, position p is row p, and `grow` looks for more: samples, tokens are what there
     is so far. Without, they are what there was when `prepared` was loaded.
+
+    used: stretches of positions, (first, end), that a server has given to workers out of turn: `stretch` and `after`
+    leave them out.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class Loader:
         self._random, self._seed = options.order == "random", seed
         self.global_batch = global_batch
         self.samples, self.tokens = plan.rows, plan.predictions
+        self.used: list[tuple[int, int]] = []
         self._first_S = [0]
         self._opened = lru_cache(_OPEN)(self._open)
         for one in (prepared.segments if split == "train" else None) or ():
@@ -81,11 +86,26 @@ class Loader:
         """Part `part` of `parts` equal parts of the global batch that starts at global sample `position`."""
         assert self.global_batch % parts == 0, f"{self.global_batch} samples in {parts} parts"
         size = self.global_batch // parts
-        return self.stretch(position + part * size, size)
+        return self.stretch(self.after(position, part * size), size)
 
     def stretch(self, position: int, count: int) -> Batch:
-        """So many global samples, from `position` on."""
-        return self.rows(self.order(position + np.arange(count)))
+        """The next `count` global samples, from `position` on."""
+        position_N = np.arange(position, self.after(position, count))
+        for first, end in self.used:
+            position_N = position_N[(position_N < first) | (position_N >= end)]
+        return self.rows(self.order(position_N))
+
+    def skip(self, used: Iterable[tuple[int, int]]) -> None:
+        """From now on leaves out these stretches of positions, no two of which overlap."""
+        self.used = sorted((first, end) for first, end in used)
+
+    def after(self, position: int, count: int) -> int:
+        """Where the sample is that comes next after `count` ones from `position` on."""
+        end = position + count
+        for first, last in self.used:
+            if first <= end and last > position:
+                end += last - max(first, position)
+        return end
 
     def order(self, position_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """The row at each global sample position, 0 ≤ row < samples. DataError where a growing store has none yet."""

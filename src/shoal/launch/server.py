@@ -6,10 +6,10 @@ machines that have the run's folder, too.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,14 @@ from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
 from shoal.models.spec import parameters
 from shoal.observe import files
+from shoal.training.folder import SERVER
 
 _ROOM = "shoal.training.server"
 # What its processes run.
 ENTRIES = [f"{_ROOM}.{name}" for name in ("settle", "trial", "begin", "coordinate", "hold", "work", "evaluate")]
-# Of the run's folder, with journal and logs: `shoal.sync.server.node.book`. And in it, what whoever joins needs: while
-# links are tried, and when training begins.
-FOLDER, TRIAL, START = "server", "trial.json", "start.json"
+# Of the run's folder, with journal and logs; and in it, what whoever joins needs: while links are tried, and when
+# training begins.
+FOLDER, TRIAL, START = SERVER, "trial.json", "start.json"
 
 
 class Start(msgspec.Struct, frozen=True):
@@ -50,20 +51,20 @@ def run(
     here = {name: arguments[name] for name in ("folder", "job", "prepared")}
     threads, minutes = job.run.threads, not (job.train.steps or job.endless)
     nonce = f"{round(started * 1e6):x}"
-    # Of an earlier start.
-    for name in (TRIAL, START):
-        (Path(folder) / FOLDER / name).unlink(missing_ok=True)
-    if _undecided(job):
-        told = {**here, "job": _of_this_machine(here["job"]), "started": started}
-        found = local.run(f"{_ROOM}.settle:main", told, ranks_here(job), threads, stopping, ranks)["job"]
-        here["job"] = _of_all_machines(found, job)
-        job = parse(here["job"])
-    for name in job.server.elsewhere:
-        say(f"to be started elsewhere: shoal join {Path(folder).absolute()} '{name}'")
-    if job.sync.codec == "auto":
-        job = _tried(job, folder, Start(here["job"], here["prepared"], nonce), ranks, say, stopping)
-        here["job"] = write(job)
-    local.run(f"{_ROOM}.begin:main", {"folder": folder, "job": here["job"]}, 1, ranks=ranks)
+    with _nobody_joins(Path(folder) / FOLDER):
+        if _undecided(job):
+            told = {**here, "job": _of_this_machine(here["job"]), "started": started}
+            found = local.run(f"{_ROOM}.settle:main", told, ranks_here(job), threads, stopping, ranks)["job"]
+            here["job"] = _of_all_machines(found, job)
+            job = parse(here["job"])
+        for name in job.server.elsewhere:
+            say(f"to be started elsewhere: shoal join {Path(folder).absolute()} '{name}'")
+        if job.sync.codec == "auto":
+            # While links are tried, addresses are written already.
+            local.run(f"{_ROOM}.begin:check", {"folder": folder, "job": here["job"]}, 1, ranks=ranks)
+            job = _tried(job, folder, Start(here["job"], here["prepared"], nonce), ranks, say, stopping)
+            here["job"] = write(job)
+        local.run(f"{_ROOM}.begin:main", {"folder": folder, "job": here["job"]}, 1, ranks=ranks)
     start = Start(here["job"], here["prepared"], nonce)
     files.replace(Path(folder) / FOLDER / START, msgspec.json.encode(start))
     if job.server.local_steps > 1 and job.server.mode not in ROUNDS and job.server.compensation == "none":
@@ -81,6 +82,21 @@ def run(
         if (found := figures["validation"]) is not None:
             say(f"validation loss {found['nats']:.4f} nats per token, over {found['tokens']:,} tokens")
     return figures
+
+
+@contextlib.contextmanager
+def _nobody_joins(folder: Path) -> Iterator[None]:
+    """An earlier start of the run, which was killed: nobody takes part in it from here on. Where this one fails, all is
+    as it was."""
+    before = {path: path.read_bytes() for name in (TRIAL, START) if (path := folder / name).is_file()}
+    for path in before:
+        path.unlink()
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            files.replace(path, content)
+        raise
 
 
 def _tried(
@@ -207,12 +223,3 @@ def _undecided(job: Job) -> bool:
         autos.append(job.sync.codec)
     measured = not (job.train.steps or job.endless) or "auto" in autos
     return measured or not job.train.validate_every or not job.checkpoint.every
-
-
-def set_aside(folder: Path, say: Callable[[str], None]) -> None:
-    """Of a run that goes on without a server: journal and logs would not follow from its checkpoints any more."""
-    before = folder / f"{FOLDER}-before"
-    if (folder / FOLDER).is_dir():
-        shutil.rmtree(before, ignore_errors=True)
-        (folder / FOLDER).rename(before)
-        say(f"it goes on from its checkpoint; what a server has journalled since is set aside in {before}")

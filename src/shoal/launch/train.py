@@ -70,7 +70,6 @@ def train(job: Job, *, resume: str | Path | None = None) -> Result:
             if job.sync.name == "server":
                 figures = server.run(job, arguments, ranks, say, stopping)
             else:
-                server.set_aside(folder, say)
                 figures = local.run(f"{_WORKER}:main", arguments, job.layout.world, job.run.threads, stopping, ranks)
             if figures["stopped_by"] and stopped:
                 figures["stopped_by"] = stopped[0]  # ranks only know our SIGTERM

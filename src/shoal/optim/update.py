@@ -22,14 +22,15 @@ class Update:
     """AdamW, or SGD with momentum, or Muon with AdamW for what is no matrix inside a block; decoupled weight decay on
     matrices. Its state is shards, too.
 
-    shards, slots: of what is updated element by element.
+    shards, slots: of what is updated element by element. done: updates that the weights have had. since: those of them
+    that this optimizer's state has not seen, since it began with nothing after them.
     """
 
     def __init__(self, shards: list[Shard], options: OptimOptions, steps: int, mesh: Mesh | None = None):
-        """steps: length of the run, for the schedule. mesh: for Muon, of the ranks that have the rest of the shards'
+        """steps: length of the run, for `rate`. mesh: for Muon, of the ranks that have the rest of the shards'
         tensors, all of which call this and `apply`; None where nobody has any: the shards are whole."""
         self.options, self.steps = options, steps
-        self.done = 0
+        self.done = self.since = 0
         self.shards = [s for s in shards if s.local.numel()]
         self._muon: Muon | None = None
         if options.name == "muon":
@@ -48,13 +49,15 @@ class Update:
         """From now on the rates of another schedule."""
         self.options, self.steps = options, steps
 
-    @torch.no_grad()
-    def apply(self, scale: float, lr: float | None = None) -> float:
-        """One update from the shards' gradients times `scale` (which normalises and clips). Returns the rate used.
+    def rate(self, step: float) -> float:
+        """Learning rate of the run's step `step`, 0 is the first: not of an update, of which a step may have had none,
+        or with a server several."""
+        return learning_rate(self.options, step, self.steps)
 
-        lr: None = what the schedule says of this update; a server's coordinator counts tokens instead.
-        """
-        lr = learning_rate(self.options, self.done, self.steps) if lr is None else lr
+    @torch.no_grad()
+    def apply(self, scale: float, lr: float) -> float:
+        """One update from the shards' gradients times `scale` (which normalises and clips), at rate `lr`, which it
+        returns."""
         for chosen, decay in self._groups:
             self._step(chosen, scale, lr, decay)
         if self._muon is not None:
@@ -102,10 +105,26 @@ class Update:
         ]
 
     def values(self) -> dict[str, Any]:
-        return {"updates": self.done}
+        return counts(self.done, self.since)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """After the tensors of `state()` have been filled."""
-        self.done = int(values["updates"])
+        """After the tensors of `state()` have been filled; those that an outer optimizer saved are none of them."""
+        self.done, self.since = counted(values, anew=is_outer(values))
         for count in self._counts:
-            count.fill_(self.done)
+            count.fill_(self.done - self.since)
+
+
+def counts(done: int, since: int, outer: bool = False) -> dict[str, Any]:
+    """What an optimizer saves beside its tensors. outer: it moves weights by how far steps of another one took them."""
+    return {"updates": done} | ({"since": since} if since else {}) | ({"outer": True} if outer else {})
+
+
+def counted(values: dict[str, Any], anew: bool) -> tuple[int, int]:
+    """(done, since) of what `counts` gave. anew: the optimizer's state begins with nothing."""
+    done = int(values["updates"])
+    return done, done if anew else int(values.get("since", 0))
+
+
+def is_outer(values: dict[str, Any]) -> bool:
+    """Whether what `counts` gave is of an outer optimizer."""
+    return bool(values.get("outer", False))

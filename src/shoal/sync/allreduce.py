@@ -48,6 +48,7 @@ class AllReduce:
         self._draws = draws or Draws()
         self._works: list[dist.Work] = []
         self._waits = Waits(mesh)
+        self._step = 0
         self._encoded: EncodedSum | LowRankSum | None = None
         self._owed = Owed()
 
@@ -71,6 +72,7 @@ class AllReduce:
     def begin(self, step: int) -> Version:
         """Nothing to wait for: every rank already holds the newest weights."""
         operations.step(step + 1)
+        self._step = step
         self._draws.at(step)
         self._forget()
         return Version(step)
@@ -94,7 +96,8 @@ class AllReduce:
         self._owed.add_to(shards)
         waited = time.perf_counter() - start
         counting = self.mesh.everyone if self.mesh.world > 1 else None
-        done = apply(self.replica, self.update, shards, self.clip, loss_sum, weight, counting)
+        rate = self.update.rate(self._step)
+        done = apply(self.replica, self.update, shards, self.clip, loss_sum, weight, counting, rate)
         self._settle(applied=done.finite)
         return Applied(
             done.finite, Version(self.update.done), loss_sum, weight, weight, done.norm, done.lr, stop=stop > 0,
@@ -162,7 +165,7 @@ class AllReduce:
             for shard in (*self.replica.held(), *self.update.state(), *self._common()):
                 source = int(done.argmax())
                 self.mesh.wait(dist.broadcast(shard.local, source, group=self.mesh.everyone, async_op=True))
-            self.update.restore({"updates": int(done.max())})
+            self.update.restore({**self.update.values(), "updates": int(done.max())})
         return self.mesh
 
     @contextmanager

@@ -69,7 +69,7 @@ class Gossip:
     def end(self, tally: Tally) -> Applied:
         """This replica's own update, and after every so many a meeting. Raises what collectives raise when a rank is
         lost."""
-        own = own_step(self.mesh, self.replica, self.update, self.clip, tally)
+        own = own_step(self.mesh, self.replica, self.update, self.clip, tally, self.update.rate(self._step))
         if own.done.finite:
             self._round += own.counted
         start, step = time.perf_counter(), self._step + 1
@@ -256,7 +256,7 @@ class Gossip:
             self.update.restore(values["update"])
             return
         self._begun = True
-        self.update.restore({"updates": told["updates"][mine % replicas]})
+        self.update.restore({**values["update"], "updates": told["updates"][mine % replicas]})
         if mine < replicas:
             # Of what its ranks have counted, the sum: one of them has it.
             first = self.mesh.rank % self.mesh.layout.ranks_per_replica == 0

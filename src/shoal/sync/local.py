@@ -27,7 +27,6 @@ from shoal.checkpoint.manifest import Manifest
 from shoal.job import shares
 from shoal.job.sync import SyncOptions
 from shoal.mesh import Mesh
-from shoal.optim.schedule import learning_rate
 from shoal.optim.update import Update
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
@@ -87,12 +86,8 @@ class Local:
         lost."""
         if not self._apart:
             return self._together.end(tally)
-        # With a pace of their own, replicas that leave out steps keep up with the schedule.
-        lr = learning_rate(self.update.options, self._step, self.update.steps) if self.options.pace else None
-        if tally.idle:
-            own = no_step(tally, lr or 0.0)
-        else:
-            own = own_step(self.mesh, self.replica, self.update, self.clip, tally, lr)
+        lr, update = self.update.rate(self._step), self.update
+        own = no_step(tally, lr) if tally.idle else own_step(self.mesh, self.replica, update, self.clip, tally, lr)
         if own.done.finite:
             self.exchange.round += own.counted
         start = time.perf_counter()
@@ -239,7 +234,7 @@ class Local:
         if not self._were_apart(values):
             self._together.restore(values)
             return
-        self.update.restore({"updates": told["updates"][self.mesh.replica % replicas]})
+        self.update.restore({**values["update"], "updates": told["updates"][self.mesh.replica % replicas]})
         if self.mesh.rank == 0 and told["figures"]:
             self.exchange.count(told["figures"])
         self._part()

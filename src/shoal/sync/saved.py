@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from shoal.optim.update import Update
+from shoal.optim.update import Update, is_outer
 from shoal.parallel.replica import Replica
 from shoal.shard import Shard
 
@@ -39,5 +39,24 @@ def weights_of(replica: int, shards: Iterable[Shard]) -> list[Shard]:
 def equal(replica: Replica[Any], update: Update, values: dict[str, Any]) -> list[Shard]:
     """What replicas that are equal want of a checkpoint: of those that were apart, what they had in common, and the
     optimizer's state of the first."""
-    slots = update.state()
-    return [*replica.held(), *(own(0, slots) if replicas_apart(values) else slots)]
+    return [*replica.held(), *moments(update.state(), values, outer=False)]
+
+
+def moments(slots: list[Shard], values: dict[str, Any], outer: bool) -> list[Shard]:
+    """An optimizer's state as a checkpoint has it: of replicas that were apart that of the first, and nothing where it
+    is of an optimizer of the other kind. outer: as in `begins_anew`."""
+    if begins_anew(values, outer):
+        return []
+    return own(0, slots) if replicas_apart(values) else slots
+
+
+def begins_anew(values: dict[str, Any], outer: bool) -> str:
+    """Why the optimizer's state begins with nothing where the weights go on, empty where it goes on, too.
+
+    outer: the job's optimizer is an outer one, on a server whose workers take steps with one of their own: of the two,
+    neither's moments mean anything to the other, though some have one name. values: of the checkpoint.
+    """
+    if is_outer(values["update"]) == outer:
+        return ""
+    of = "of steps without an outer one" if outer else "of an outer one, of workers that took steps of their own"
+    return f"the optimizer's state begins with nothing: that in the checkpoint is {of} (server.local_steps)"

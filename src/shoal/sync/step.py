@@ -85,12 +85,12 @@ def apply(
     loss_sum: float,
     weight: float,
     counting: dist.ProcessGroup | None,
-    rate: float | None = None,
+    rate: float,
 ) -> Updated:
     """Divides the gradient sums in the shards by the weight, clips and applies them; on all ranks of a replica.
 
-    clip: largest norm, 0 = none. counting: the ranks whose batches the step was of, None = this one alone. rate: of
-    the update, None = as its schedule says.
+    clip: largest norm, 0 = none. counting: the ranks whose batches the step was of, None = this one alone. rate: the
+    learning rate.
     """
     squares = sum_of_squares(shards)
     waited = sum_within(replica.mesh, squares)
@@ -116,9 +116,7 @@ class OwnStep:
     waited: float
 
 
-def own_step(
-    mesh: Mesh, replica: Replica[Any], update: Update, clip: float, tally: Tally, rate: float | None = None
-) -> OwnStep:
+def own_step(mesh: Mesh, replica: Replica[Any], update: Update, clip: float, tally: Tally, rate: float) -> OwnStep:
     """From gradients to the update within one replica, on all of its ranks. rate: as in `apply`."""
     totals = totals_of(tally.loss_sum, tally.weight, tally.stop)
     counted = totals[:2].clone()

@@ -34,7 +34,9 @@ def step_batch(loader: Loader, mesh: Mesh, position: int, taking: Sequence[int] 
     taking: the replicas that take it, None = all.
     """
     mine = shares.rows(mesh.layout, loader.global_batch, mesh.reader, taking)
-    return on_device(loader.stretch(position + mine.start, len(mine)), mesh.device) if mine else None
+    if not mine:
+        return None
+    return on_device(loader.stretch(loader.after(position, mine.start), len(mine)), mesh.device)
 
 
 def step_batches(loader: Loader, mesh: Mesh, position: int, taking: Sequence[int] | None = None) -> list[Batch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -14,6 +16,8 @@ from shoal.observe import files
 DATA = "data.json"
 # In a folder that `shoal pull` has made, which is no run's though it looks like one: the run, and the version.
 PULLED = "pulled.json"
+# Of a run with a parameter server: journal and logs, as `shoal.sync.server.node.book` names it.
+SERVER = "server"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -25,6 +29,15 @@ def fill(folder: Path, job: Job, prepared: Prepared) -> None:
     data = {"folder": str(prepared.folder), "fingerprint": prepared.fingerprint}
     _write(folder / DATA, msgspec.json.encode(data))
     write_job(folder, job)
+
+
+def set_aside(folder: Path, say: Callable[[str], None]) -> None:
+    """Of a run that goes on without a server: journal and logs do not follow from its checkpoints any more. OSError."""
+    if (folder / SERVER).is_dir():
+        before = folder / f"{SERVER}-before"
+        shutil.rmtree(before, ignore_errors=True)
+        (folder / SERVER).rename(before)
+        say(f"it goes on from its checkpoint; what a server has journalled since is set aside in {before}")
 
 
 def write_job(folder: Path, job: Job) -> None:

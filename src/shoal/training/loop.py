@@ -18,8 +18,8 @@ from shoal.errors import DivergedError
 from shoal.job import Job, shares
 from shoal.observe import perfetto
 from shoal.observe.traffic import traffic
-from shoal.optim.schedule import learning_rate
 from shoal.shard import State
+from shoal.sync import saved
 from shoal.sync.step import Applied
 from shoal.training.agreement import check_agreement
 from shoal.training.feed import step_batches
@@ -169,7 +169,8 @@ class Loop:
             applied = parts.sync.end(tally)
             device.synchronize(mesh.device)
         end = time.perf_counter()
-        self.position += shares.samples(mesh.layout, sync, parts.job.train.global_batch, self.step)
+        count = shares.samples(mesh.layout, sync, parts.job.train.global_batch, self.step)
+        self.position = self.training.after(self.position, count)
         self.step += 1
         seconds = end - start
         row: dict[str, Any] = {
@@ -204,7 +205,7 @@ class Loop:
         if applied.applied:
             self._in_a_row = 0
             return
-        lr = learning_rate(self.parts.job.optim, applied.version.number, self.parts.job.train.steps)
+        lr = self.parts.update.rate(self.step - 1)
         whence = f"; {applied.whence}" if applied.whence else ""
         what = f"loss or gradient is not finite (gradient norm {applied.grad_norm}{whence}); the update was not applied"
         self.skipped += 1
@@ -264,19 +265,24 @@ class Loop:
         """Weights, optimizer, sync and the position in the data: all that the next step depends on."""
         parts = self.parts
         sync = parts.sync.state()
+        # As a server saves them: samples beyond the position that are used up.
+        ahead = [[first, end] for first, end in self.training.used if first > self.position]
         values = {
             "step": self.step,
             "position": self.position,
             "update": parts.update.values(),
-            "sync": sync.values,
+            "sync": sync.values | ({"exceptions": ahead} if ahead else {}),
             "layout": str(parts.job.layout),
         }
         return State(sync.shards, values)
 
     def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint, of whatever layout."""
+        """Goes on from a checkpoint, of whatever layout and sync."""
         parts = self.parts
         wanted = parts.sync.wanted(manifest.read(folder))
         values = checkpoint.load(folder, wanted, verified=True)
         parts.sync.restore(values)
-        self.step, self.position = values["step"], values["position"]
+        if why := saved.begins_anew(values, outer=False):
+            self.say(why)
+        self.training.skip(values.get("sync", {}).get("exceptions", ()))
+        self.step, self.position = values["step"], self.training.after(values["position"], 0)

@@ -72,6 +72,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
             _go_on(loop, run, Path(chosen))
         if ranks.rank == 0:
             with _keeping_the_old(show.say):
+                folders.set_aside(run, show.say)
                 folders.fill(run, parts.job, corpus)
             environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
         precision = parts.job.train.precision
@@ -145,18 +146,22 @@ def _go_on(loop: Loop, run: Path, chosen: Path) -> None:
     loop.load(chosen)
     loop.say(f"goes on from {chosen}: step {loop.step:,}, sample {loop.position:,}")
     job, before = loop.parts.job, read(run / "job.toml")
-    if loop.step > job.train.steps:
-        raise JobError(
-            f"the run has done {loop.step:,} steps already, more than the {job.train.steps:,} asked for",
-            where=str(run),
-            fix=f"--steps {2 * loop.step}, or `shoal generate {run}`",
-        )
+    refuse_fewer(run, loop.step, job)
     if before.train.steps and loop.step < job.train.steps:
-        done = loop.parts.update.done
-        old = learning_rate(before.optim, max(0, done - 1), before.train.steps)
-        new = learning_rate(job.optim, done, job.train.steps)
+        old = learning_rate(before.optim, max(0, loop.step - 1), before.train.steps)
+        new = learning_rate(job.optim, loop.step, job.train.steps)
         if (before.optim, before.train.steps) != (job.optim, job.train.steps):
             loop.say(f"the schedule is now that of {job.train.steps:,} steps: learning rate {old:.2e} → {new:.2e}")
+
+
+def refuse_fewer(run: Path, step: int, job: Job) -> None:
+    """Raises JobError where the run has done more steps, `step`, than the job has."""
+    if step > job.train.steps:
+        raise JobError(
+            f"the run has done {step:,} steps already, more than the {job.train.steps:,} asked for",
+            where=str(run),
+            fix=f"--steps {2 * step}, or `shoal generate {run}`",
+        )
 
 
 def _chosen(run: Path, seat: Seat, ranks: Mesh, say: Callable[[str], None]) -> str:
@@ -175,7 +180,15 @@ def _chosen(run: Path, seat: Seat, ranks: Mesh, say: Callable[[str], None]) -> s
 
 
 def _newest(run: Path, say: Callable[[str], None]) -> Path | None:
-    """Where to go on from; None at the start. CheckpointError where all that was saved is damaged."""
+    """Where to go on from; None at the start. As `newest_whole`."""
+    newest = newest_whole(run, say)
+    if newest is None and metrics.read(run):
+        say("this run has no checkpoint yet: it begins again at step 0")
+    return newest
+
+
+def newest_whole(run: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest undamaged checkpoint, None where there is none at all. CheckpointError where all are damaged."""
     saved = run / "checkpoints"
     newest = checkpoint.newest(saved, say)
     if newest is None and checkpoint.complete(saved):
@@ -184,8 +197,6 @@ def _newest(run: Path, say: Callable[[str], None]) -> Path | None:
             where=str(saved),
             fix="restore one from a copy of the folder, or begin a new run",
         )
-    if newest is None and metrics.read(run):
-        say("this run has no checkpoint yet: it begins again at step 0")
     return newest
 
 

@@ -12,7 +12,6 @@ import torch
 
 from shoal.cli.main import main
 from shoal.job import Layout, read, write
-from shoal.launch import server
 from shoal.observe import metrics
 from tests.training.server import runs
 from tests.training.server.runs import Killer
@@ -45,8 +44,9 @@ def test_a_signal_drains_and_the_run_goes_on_without_a_server_and_with_others(ra
     assert main(["ckpt", "verify", str(run)]) == 0
 
     change(run, "replicas=3", sync={"name": "allreduce"}, server={"shards": 1}, train={"steps": 14})
-    server.set_aside(run, said.append)
     assert train(replace(read(run / "job.toml"), run=job.run), resume=True)[0]["step"] == 14
+    assert (run / "server-before/journal").is_file()
+    assert not (run / "server").exists()
 
     change(run, "replicas=3", sync={"name": "server"}, server={"copies": 2}, train={"steps": 20})
     assert runs.run(ranks, replace(read(run / "job.toml"), run=job.run), resume=True)["step"] == 20

@@ -15,7 +15,7 @@ from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
 from shoal.job.server import check_optimizer
 from shoal.optim.schedule import learning_rate
-from shoal.optim.update import Update
+from shoal.optim.update import Update, counted, counts, is_outer
 from shoal.shard import Shard
 from shoal.sync.server.rules import Rules
 
@@ -85,9 +85,10 @@ def look_ahead(update: Update, updates: int, lr: float) -> list[Tensor]:
         way = sum(beta**step for step in range(1, updates + 1))
         torch._foreach_add_(values, update.slots["momentum"], alpha=-lr * way)
         return values
-    if not update.done:
+    done = update.done - update.since
+    if not done:
         return values
-    (beta1, beta2), done = update.options.betas, update.done
+    beta1, beta2 = update.options.betas
     for value, mean, square in zip(values, update.slots["exp_avg"], update.slots["exp_avg_sq"], strict=True):
         for step in range(1, updates + 1):
             unbiased = square * (beta2**step / (1 - beta2 ** (done + step)))
@@ -105,10 +106,11 @@ class DelayedNesterov:
     w ← (1 − lr λ / N) w. Has the interface of `Update`.
     """
 
-    def __init__(self, shards: list[Shard], options: OptimOptions, period: int):
-        """period: N, about the number of workers."""
+    def __init__(self, shards: list[Shard], options: OptimOptions, period: int, outer: bool = False):
+        """period: N, about the number of workers. outer: gradients are how far workers' own steps took them."""
         assert period > 0
-        self.options, self.period, self.done = options, period, 0
+        self.options, self.period, self.outer = options, period, outer
+        self.done = self.since = 0
         self.shards = [shard for shard in shards if shard.local.numel()]
         self.slots = {slot: [torch.zeros_like(s.local) for s in self.shards] for slot in ("momentum", "gathered")}
 
@@ -126,7 +128,7 @@ class DelayedNesterov:
             torch._foreach_mul_(matrices, 1 - lr * self.options.weight_decay / self.period)
         torch._foreach_add_(values, gradients, alpha=-lr)
         self.done += 1
-        if self.done % self.period == 0:
+        if (self.done - self.since) % self.period == 0:
             torch._foreach_mul_(momentum, self.options.momentum)
             torch._foreach_add_(momentum, gathered)
             torch._foreach_zero_(gathered)
@@ -142,17 +144,19 @@ class DelayedNesterov:
         ]
 
     def values(self) -> dict[str, Any]:
-        return {"updates": self.done}
+        return counts(self.done, self.since, self.outer)
 
     def restore(self, values: dict[str, Any]) -> None:
-        """After the tensors of `state()` have been filled."""
-        self.done = int(values["updates"])
+        """After the tensors of `state()` have been filled, or none of them where they are of another kind."""
+        self.done, self.since = counted(values, anew=is_outer(values) != self.outer)
 
 
 def optimizer(rules: Rules, shards: Sequence[Shard], options: OptimOptions, steps: int) -> Update | DelayedNesterov:
     """What a server shard updates its parameters with. Raises JobError where the compensation does not know it."""
     check_optimizer(rules.compensation, options.name)
     if rules.compensation == "delayed-nesterov":
-        return DelayedNesterov(list(shards), options, rules.workers)
-    # With a period of one: w ← w − lr · (g + β m), m ← β m + g. Nesterov momentum.
-    return DelayedNesterov(list(shards), options, 1) if rules.outer else Update(list(shards), options, steps)
+        return DelayedNesterov(list(shards), options, rules.workers, rules.outer)
+    if rules.outer:
+        # With a period of one: w ← w − lr · (g + β m), m ← β m + g. Nesterov momentum.
+        return DelayedNesterov(list(shards), options, 1, outer=True)
+    return Update(list(shards), options, steps)

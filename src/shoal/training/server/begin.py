@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -14,13 +16,15 @@ from shoal.job import Job, parse
 from shoal.mesh import Seat
 from shoal.observe import files
 from shoal.observe.log import speaker
+from shoal.sync import saved
 from shoal.sync.server import journal
 from shoal.sync.server import records as r
 from shoal.sync.server.messages import Range
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.journal_file import FILE, JournalFile
 from shoal.training import folder as folders
-from shoal.training.server import plan
+from shoal.training.server import hold, plan
+from shoal.training.worker import newest_whole, refuse_fewer
 
 _PLAN = "plan.json"
 
@@ -29,14 +33,15 @@ def main(seat: Seat, *, folder: str, job: str) -> None:
     """Leaves in the run's folder what coordinator and shards go on from, and nothing else of theirs.
 
     With logs on a disk (one copy of each shard) every acknowledged update is there, also those since the newest
-    checkpoint; otherwise, or where shards hold other parts than before, the run goes on from that checkpoint.
+    checkpoint; otherwise, or where shards hold other parts than before, the run goes on from that checkpoint. Raises
+    CheckpointError or JobError where it cannot; then every file is as it was.
     """
     run, given = Path(folder), parse(job)
     say, here = speaker(run), run / FOLDER
     lasting = _lasting(given)
     before = (here / _PLAN).read_bytes() if (here / _PLAN).is_file() else b""
     base, newest = _journal(here)
-    start = _start(run)
+    start = _start(run, given, say)
     fits = before == lasting and given.server.copies == 1 and base <= start <= newest
     if not fits and here.exists():
         shutil.rmtree(here)
@@ -50,6 +55,12 @@ def main(seat: Seat, *, folder: str, job: str) -> None:
     # A coordinator that is started again reads it.
     folders.write_job(run, given)
     files.replace(here / _PLAN, lasting)
+
+
+def check(seat: Seat, *, folder: str, job: str) -> None:
+    """Raises what `main` would of the newest checkpoint, before a codec is chosen. Writes nothing."""
+    given = parse(job)
+    _start(Path(folder), replace(given, sync=replace(given.sync, codec="none")), lambda text: None)
 
 
 def _anew(here: Path) -> None:
@@ -82,10 +93,19 @@ def _journal(here: Path) -> tuple[int, int]:
     return first.version, first.version + sum(isinstance(record, r.Committed) for record in records)
 
 
-def _start(run: Path) -> int:
-    """The version that the newest checkpoint holds."""
-    newest = checkpoint.newest(run / "checkpoints", lambda text: None)
-    return int(manifest.read(newest).values["update"]["updates"]) if newest is not None else 0
+def _start(run: Path, job: Job, say: Callable[[str], None]) -> int:
+    """The version that the newest checkpoint holds, which is known to be all that shards go on from."""
+    newest = newest_whole(run, say)
+    if newest is None:
+        return 0
+    what = manifest.read(newest)
+    if not job.endless:
+        refuse_fewer(run, what.step, job)
+    for number in range(job.server.shards):
+        checkpoint.fit(newest, hold.wanted(hold.empty(job, number, "meta"), what))
+    if why := saved.begins_anew(what.values, plan.rules(job).outer):
+        say(why)
+    return hold.version_of(what.values)
 
 
 def opened_at(run: Path, job: Job) -> r.Opened:
@@ -96,4 +116,4 @@ def opened_at(run: Path, job: Job) -> r.Opened:
     values = manifest.read(newest).values
     told = values.get("sync", {})
     used = tuple(Range(*pair) for pair in told.get("exceptions", ()))
-    return r.Opened(plan.model_hash(job), int(values["update"]["updates"]), values["position"], used)
+    return r.Opened(plan.model_hash(job), hold.version_of(values), values["position"], used)

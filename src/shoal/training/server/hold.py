@@ -13,6 +13,7 @@ import torch
 from shoal import checkpoint
 from shoal.checkpoint import Pending, Saver, manifest
 from shoal.checkpoint.huggingface import load as load_huggingface
+from shoal.checkpoint.manifest import Manifest
 from shoal.errors import CheckpointError
 from shoal.job import Job, parse
 from shoal.mesh import Seat
@@ -90,22 +91,22 @@ def _shadow(job: Job, number: int, copy: int) -> Shadow | None:
     return Shadow(job.sync.codec, Chain(copy, secrets.randbits(62)), seed=job.train.seed, shard=number)
 
 
-def empty(job: Job, number: int) -> Parameters:
-    """What shard `number` holds, before it has values."""
+def empty(job: Job, number: int, where: str = "cpu") -> Parameters:
+    """What shard `number` holds, before it has values. where: a device, `meta` for shapes alone."""
     specs, dtype = parameters(job.model), stored(job.train.precision)
     learned: list[Shard] = []
     fixed: list[Shard] = []
     for block in plan.placement(job)[number]:
         spec = specs[block.name]
-        (learned if spec.learned else fixed).append(_blank(block, spec.shape, dtype))
+        (learned if spec.learned else fixed).append(_blank(block, spec.shape, dtype, where))
     return Parameters(learned, plan.rules(job), plan.optim(job), max(1, job.train.steps), fixed)
 
 
-def _blank(block: Block, shape: tuple[int, ...], dtype: torch.dtype) -> Shard:
+def _blank(block: Block, shape: tuple[int, ...], dtype: torch.dtype, where: str) -> Shard:
     rest = shape[1:]
     offsets = (block.start, *[0] * len(rest)) if shape else ()
     size = (block.stop - block.start, *rest) if shape else ()
-    return Shard(block.name, shape, offsets, torch.empty(size, dtype=dtype))
+    return Shard(block.name, shape, offsets, torch.empty(size, dtype=dtype, device=where))
 
 
 def _fill(run: Path, job: Job, held: Parameters) -> int:
@@ -114,13 +115,15 @@ def _fill(run: Path, job: Job, held: Parameters) -> int:
     if newest is None:
         first_weights(held.shards, job)
         return 0
-    what = manifest.read(newest)
-    slots = held.optimizer.state()
-    known = [slot for slot in slots if slot.name in what.tensors or not _is_new(slot.name)]
-    wanted = [*held.shards, *(saved.own(0, known) if saved.replicas_apart(what.values) else known)]
-    values = checkpoint.load(newest, wanted, verified=True)
+    values = checkpoint.load(newest, wanted(held, manifest.read(newest)), verified=True)
     held.restored(State([], {**values["update"], "lr": values.get("sync", {}).get("lr", 0.0)}))
     return version_of(values)
+
+
+def wanted(held: Parameters, what: Manifest) -> list[Shard]:
+    """What a shard fills from a checkpoint, before `restored`."""
+    known = [slot for slot in held.optimizer.state() if slot.name in what.tensors or not _is_new(slot.name)]
+    return [*held.shards, *saved.moments(known, what.values, held.rules.outer)]
 
 
 def _is_new(name: str) -> bool:
