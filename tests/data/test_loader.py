@@ -109,6 +109,29 @@ def test_resuming_at_any_step_gives_the_same(made):
         assert all(equal(again.batch(step * BATCH, 0, 2), stream[step]) for step in range(start, 12))
 
 
+@pytest.mark.parametrize("used", [[(3, 5)], [(40, 41), (24, 30), (30, 33)], [(25, 26), (27, 200)]], ids=str)
+def test_what_is_used_up_already_is_left_out(made, used):
+    """From the lowest sample that is not used up, in parts on several ranks, broken off after any batch."""
+    corpus, options = made
+    reader = Loader(corpus, options, "train", BATCH, seed=5)
+    low = min(first for first, _ in used)
+    taken = {position for stretch in used for position in range(*stretch)}
+    left = np.array([position for position in range(low, 600) if position not in taken])[: 6 * BATCH]
+    expected = reader.order(left).tolist()
+    reader.skip(used)
+    position, seen = reader.after(low, 0), []
+    assert position == left[0]
+    for step in range(6):
+        again = Loader(corpus, options, "train", BATCH, seed=5)
+        again.skip([each for each in used if each[0] > position])
+        batch = join([again.batch(position, part, 3) for part in range(3)])
+        assert equal(batch, reader.batch(position, 0, 1))
+        seen += batch.sample_B.tolist()
+        position = reader.after(position, BATCH)
+        assert position not in taken, f"after step {step}"
+    assert seen == expected
+
+
 def test_every_sample_once_an_epoch_and_every_token_predicted_once(made):
     corpus, options = made
     reader = Loader(corpus, options, "train", BATCH, seed=5)

@@ -95,6 +95,28 @@ def test_goes_on_bitwise_from_its_saved_state(name):
     assert all(torch.equal(a.local, b.local) for a, b in zip(one, two, strict=True))
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_state_of_an_outer_optimizer_is_none_of_its_own(name):
+    """It goes on as a new one does, though the weights have had updates; and from its own state as before."""
+    options = OptimOptions(name=name, lr=0.05)
+    one, two, three = shards(), shards(), shards()
+    new, after, again = (Update(held, options, STEPS) for held in (one, two, three))
+    after.restore({"updates": 7, "since": 2, "outer": True})
+    for step in range(6):
+        if step == 3:
+            for mine, theirs in zip([*three, *again.state()], [*two, *after.state()], strict=True):
+                mine.local.copy_(theirs.local)
+            again.restore(after.values())
+        for update in (new, after, *([again] if step >= 3 else [])):
+            for shard in update.shards:
+                shard.grad = gradient(step, shard)
+            update.apply(1.0, 0.05)
+    assert new.values() == {"updates": 6}
+    assert after.values() == again.values() == {"updates": 13, "since": 7}
+    for held in (two, three):
+        assert all(torch.equal(mine.local, theirs.local) for mine, theirs in zip(held, one, strict=True))
+
+
 def test_the_rate_is_the_one_that_is_given():
     options = OptimOptions(name="sgd", lr=0.05, momentum=0.0, weight_decay=0.0)
     held, before = shards(), shards()

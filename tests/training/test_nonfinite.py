@@ -10,6 +10,7 @@ import pytest
 from shoal import checkpoint
 from shoal.cli.main import main
 from shoal.observe import metrics
+from shoal.optim.schedule import learning_rate
 
 CASE = "tests.training.cases:nonfinite"
 
@@ -50,6 +51,8 @@ def test_skip_goes_on_with_finite_steps(train, tiny, tmp_path, layout, what):
         assert len(set(digests)) == 6
     rows = metrics.read(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    # The run is one step further though its weights are not.
+    assert [row["lr"] for row in rows if row["step"] != 4] == [learning_rate(job.optim, s, 6) for s in (0, 1, 2, 4, 5)]
     for row in rows:
         fine = all(isinstance(row[name], float) and math.isfinite(row[name]) for name in ("loss", "grad_norm"))
         assert fine == (row["step"] != 4)

@@ -8,7 +8,7 @@ import torch
 from shoal.errors import JobError
 from shoal.job.optim import OptimOptions
 from shoal.optim.schedule import learning_rate
-from shoal.optim.update import Update
+from shoal.optim.update import Update, counts
 from shoal.shard import Shard
 from shoal.sync.server.messages import Apply, Key
 from shoal.sync.server.parameters import Parameters
@@ -96,6 +96,31 @@ def test_look_ahead_is_where_the_optimizer_goes_without_gradients(name, updates)
     for shard, there in zip(update.shards, ahead, strict=True):
         torch.testing.assert_close(there, shard.local, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(ahead[0], before[0])
+
+
+def test_look_ahead_goes_by_the_updates_that_the_moments_have_seen():
+    """Not by those that the weights had before, of another optimizer."""
+    new, after = (Update(shards(), OptimOptions(weight_decay=0.0), 10) for _ in range(2))
+    after.restore({"updates": 100, "outer": True})
+    for update in (new, after):
+        apply(update, 2)
+    for mine, theirs in zip(look_ahead(after, 3, 0.05), look_ahead(new, 3, 0.05), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("outer", [False, True])
+def test_delayed_nesterov_begins_with_nothing_after_an_optimizer_of_the_other_kind(outer):
+    """Momentum takes in its first mean after a whole period, whenever that is; of its own kind it goes on."""
+    new, after, same = (DelayedNesterov(shards(), OptimOptions(name="sgd"), 3, outer) for _ in range(3))
+    after.restore({"updates": 4, "outer": not outer})
+    same.restore({"updates": 4, "outer": outer})
+    for update in (new, after, same):
+        apply(update, 3)
+    assert same.values() == counts(7, 0, outer)
+    assert after.values() == counts(7, 4, outer)
+    for mine, theirs in zip(after.slots["momentum"], new.slots["momentum"], strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(same.slots["momentum"][0], new.slots["momentum"][0])
 
 
 def test_look_ahead_is_what_workers_pull():

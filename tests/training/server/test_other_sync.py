@@ -167,6 +167,20 @@ def test_servers_begin_with_nothing_of_another_optimizers_state(asp, diloco, tmp
         assert all(moment.any() for moment in moments)
 
 
+@pytest.mark.nightly
+def test_servers_take_steps_of_workers_own_on_and_off(asp, ranks, tmp_path):
+    """Whole runs: without, with, with once more, without."""
+    run, said = shutil.copytree(asp, tmp_path / "run"), []
+    for steps, local_steps, told in ((8, 2, 1), (10, 2, 1), (12, 1, 2), (14, 1, 2)):
+        options = {"sync": {"name": "server"}, "train": {"steps": steps}, "server": {"local_steps": local_steps}}
+        (run / "job.toml").write_text(write(going_on(run, **options)))
+        job = replace(read(run / "job.toml"), run=replace(read(run / "job.toml").run, dir=str(run)))
+        assert runs.run(ranks, job, resume=True, said=said)["step"] == steps
+        assert sum("begins with nothing" in text for text in (run / "log.txt").read_text().splitlines()) == told
+    assert values(run)["update"] == {"updates": 18, "since": 14}
+    assert runs.version(run) == 18
+
+
 @pytest.mark.parametrize("why", ["moment", "steps", "damaged"])
 def test_servers_that_cannot_go_on_leave_the_folder_as_it_was(asp, tmp_path, monkeypatch, why):
     """With other shards than before, so that journal and logs would go; and what somebody would join by."""
