@@ -71,6 +71,9 @@ class Stream:
     def stretch(self, position: int, count: int) -> Batch:
         return _stretch(position, count)
 
+    def after(self, position: int, count: int) -> int:
+        return position + count
+
 
 @functools.cache
 def _stretch(position: int, count: int) -> Batch:
