@@ -181,26 +181,34 @@ def test_servers_take_steps_of_workers_own_on_and_off(asp, ranks, tmp_path):
     assert runs.version(run) == 18
 
 
-@pytest.mark.parametrize("why", ["moment", "steps", "damaged"])
+@pytest.mark.parametrize("why", ["moment", "steps", "damaged", "links"])
 def test_servers_that_cannot_go_on_leave_the_folder_as_it_was(asp, tmp_path, monkeypatch, why):
-    """With other shards than before, so that journal and logs would go; and what somebody would join by."""
+    """With other shards than before, so that journal and logs would go; and what somebody would join by. links: a
+    moment is missing, and links to other machines were to be tried before."""
     run = shutil.copytree(asp, tmp_path / "run")
-    newest = rewritten(run, without_a_moment if why == "moment" else lambda what: what)
+    newest = rewritten(run, without_a_moment if why in ("moment", "links") else lambda what: what)
     if why == "damaged":
         victim = next(newest.glob("*.safetensors"))
         victim.write_bytes(victim.read_bytes()[:-1])
     (run / "server/start.json").write_bytes(b"of a start that was killed")
     before = content(run)
     steps = {"steps": 5 if why == "steps" else 12}
-    job, arguments = ready(going_on(run, train=steps, server={"shards": 2}), run, 0.0)
+    tried = ({"codec": "auto"}, {"elsewhere": ("worker 1",)}) if why == "links" else ({}, {})
+    job, arguments = ready(going_on(run, train=steps, sync=tried[0], server={"shards": 2} | tried[1]), run, 0.0)
 
     def in_this_process(entry: str, told: dict[str, Any], *_: Any, **__: Any) -> None:
-        assert entry == "shoal.training.server.begin:main"
+        room, _, name = entry.partition(":")
+        assert room == "shoal.training.server.begin"
         assert not (run / "server/start.json").exists()
-        begin.main(Seat(0, 1, 0, 1, dist.HashStore()), **told)
+        getattr(begin, name)(Seat(0, 1, 0, 1, dist.HashStore()), **told)
 
     monkeypatch.setattr(server.local, "run", in_this_process)
-    match = {"moment": "missing", "steps": "has done 6 steps already", "damaged": "every checkpoint of this run is"}
+    match = {
+        "moment": "missing",
+        "links": "missing",
+        "steps": "has done 6 steps already",
+        "damaged": "every checkpoint of this run is",
+    }
     with pytest.raises((CheckpointError, JobError), match=match[why]):
         server.run(job, arguments, None, print, print)
     assert content(run) == before
