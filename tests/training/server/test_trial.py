@@ -77,7 +77,8 @@ def test_links_are_tried_once_and_before_anything_is_kept(tiny, tmp_path, monkey
     with pytest.raises(Stopped):
         server.run(job, arguments, None, said.append, print)
     at_work = ("coordinate:main", ["coordinator", "server 0", "worker 0"])
-    assert told == [("trial:lead", ["coordinator", "server 0", "worker 0"]), ("begin:main", "int8"), at_work]
+    tried = ("trial:lead", ["coordinator", "server 0", "worker 0"])
+    assert told == [("begin:check", "auto"), tried, ("begin:main", "int8"), at_work]
     assert said == [f"to be started elsewhere: shoal join {run} '{part}'" for part in elsewhere]
     told.clear()
     going_on = replace(job, sync=replace(job.sync, codec="int8"))
