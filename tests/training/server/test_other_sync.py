@@ -95,7 +95,7 @@ def without_a_moment(what: manifest.Manifest) -> manifest.Manifest:
 def filled(run: Path, **options: Any) -> hold.Parameters:
     """What the only shard of a job that goes on has of the newest checkpoint."""
     job = going_on(run, sync={"name": "server"}, server=options)
-    held = hold.emptied(job, 0)
+    held = hold.empty(job, 0)
     for shard in held.shards:
         shard.local.fill_(torch.nan)
     hold._fill(run, job, held)
