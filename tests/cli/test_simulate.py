@@ -110,6 +110,7 @@ def test_mistakes(args: list[str], what: str, capsys: pytest.CaptureFixture):
         (["--layout", "replicas=2", "--steps", "2", "--codec", "auto"], "sync.codec=auto measures a real link"),
         (["--layout", "replicas=2", "--steps", "2", "--speeds", "1,2,3"], "3 numbers for 2 replicas"),
         (["--layout", "replicas=2", "--steps", "2", "--rate", "-1"], "--rate=-1.0 is less than 0"),
+        (["--layout", "replicas=2", "--steps", "2", "--rate", "1e-320"], "is less than 1e-06"),
         (["--sync.every", "0"], "sync.every=0 is less than 1"),
         (["recipes/quickstart.toml", "--sync", "server"], "a parameter server is simulated on a problem of its own"),
         (["no.toml"], "no.toml"),

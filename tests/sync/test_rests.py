@@ -126,7 +126,7 @@ def test_all_gradients_arrive_whatever_is_rejected_lost_doubled_or_killed():
         assert (wrong, far < 1e-12) == ([], True), f"schedule {seed}: {far}"
     assert counts["rests"] > 60
     assert counts["together"] > 5
-    assert counts["rejected"] > 10
+    assert counts["rejected"] > 5
 
 
 def test_all_gradients_arrive_when_the_job_is_asked_to_end():

@@ -55,7 +55,7 @@ def test_all_others_wait_for_a_slow_replica(ranks, layout, sync, steps, slow, at
     assert all(one == told[0] for one in told), "ranks have heard different things"
     assert all(len(each) == parsed.replicas and min(each) == 0 for each in told[0] if each)
     waited, slowest = summed(told[0]), slow // parsed.ranks_per_replica
-    assert waited.pop(slowest) + PAUSE / 5 < min(waited)
+    assert waited.pop(slowest) < min(waited)
 
 
 def test_all_reduce_tells_with_the_next_step_and_local_steps_with_the_exchange(ranks):
@@ -114,12 +114,13 @@ def test_what_is_heard_in_pairs_is_the_newest_of_each():
     ones[1].add(8.0)
     ones[2].hear(ones[1].known_R)
     ones[2].hear(old)
-    assert ones[2].news() == (0.0, 10.0, 4.0)
-    assert ones[2].news() == ()
+    assert ones[2].known_R.tolist() == [0.0, 10.0, 4.0]
+    assert ones[2].news() == (), "of the first replica nothing is known: it may wait more than any other"
     everybody = torch.stack([one.own() for one in ones]).sum(0)
     assert everybody.tolist() == [1.0, 10.0, 4.0]
     ones[2].hear(everybody)
-    assert ones[2].news() == (1.0, 0.0, 0.0)
+    assert ones[2].news() == (1.0, 10.0, 4.0)
+    assert ones[2].news() == ()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a socket has sent")

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _KILL = re.compile(r"(worker|shard):(\d+)@(\d+(?:\.\d+)?)|(coordinator)@(\d+(?:\.\d+)?)")
 
+# The least rate of a link, in Mbit/s: a bit a second.
+_SLOWEST = 1e-6
 # Syncs that are simulated with a job.
 _OF_JOBS = ("allreduce", "local", "gossip")
 # Of the options of the server's simulator, those that a job's has too; and how a job says what others do.
@@ -210,7 +212,7 @@ def _run_job(args: list[str]) -> Answer:
         job = job.validate()
     except JobError as error:
         raise blame(error, options.recipe, base) if options.recipe else error from None
-    at_least("--rate", options.rate, 0)
+    at_least("--rate", options.rate, _SLOWEST if options.rate > 0 else 0)
     at_least("--delay", options.delay, 0)
 
     from shoal.launch.simulate import simulate

@@ -83,7 +83,7 @@ def _layout(job: Job) -> Layout:
     )
     layout = job.layout
     if layout is None or layout.replicas == 1:
-        fix = "e.g. --layout replicas=4, or --workers 4"
+        fix = "e.g. --layout replicas=4"
         raise LayoutError("there is nothing to simulate: the job names no layout of 2 replicas or more", fix=fix)
     if layout.ranks_per_replica > 1:
         raise LayoutError(

@@ -52,8 +52,10 @@ def _saved(job: Job, rows: Rows) -> Facts:
             for key in ("sent_bytes", "received_bytes")
         )
         return [("compression", f"pushed {sent:.3g}, pulled {received:.3g} times fewer bytes than in float32")]
-    plain_bytes = sum(row.get("plain_bytes") or 0.0 for row in rows)
-    sent_bytes = sum(row.get("sent_across_bytes", row.get("sent_bytes")) or 0 for row in rows)
+    # A run that began with an earlier version has rows without.
+    told = [row for row in rows if row.get("plain_bytes")]
+    plain_bytes = sum(row["plain_bytes"] for row in told)
+    sent_bytes = sum(row.get("sent_across_bytes", row.get("sent_bytes")) or 0 for row in told)
     if not plain_bytes or not sent_bytes:
         return []
     times = plain_bytes / sent_bytes

@@ -85,7 +85,10 @@ class Heard:
         return own_R.to(self._mesh.device)
 
     def news(self) -> tuple[float, ...]:
-        """Seconds of each replica that are known now and were not at the last call; () where there are none."""
+        """Seconds of each replica that are known now and were not when something was told last; () until there is
+        something new of each: of whom nothing has been heard, it cannot be said that it waits least."""
         news = (self.known_R - self._before_R).tolist()
+        if not all(news):
+            return ()
         self._before_R = self.known_R.clone()
-        return tuple(news) if any(news) else ()
+        return tuple(news)

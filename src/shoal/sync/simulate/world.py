@@ -232,6 +232,8 @@ class World:
         scenario, random = self.scenario, self.rng.random
         for _ in range(2 if scenario.double and random() < scenario.double else 1):
             if scenario.loss and random() < scenario.loss:
+                # Over TCP nothing is lost but with its connection, of whose end both sides hear.
+                self._at(self.now + scenario.delay, self._on_broken, (sender, send.to))
                 continue
             late = self.rng.expovariate(1.0) * scenario.jitter if scenario.jitter else 0.0
             self._at(self.now + scenario.delay * (1 + late), self._on_message, sender, send)
@@ -425,11 +427,18 @@ class World:
         if address.role == "shard" and self.scenario.copies > 1 and self._last(address):
             self.over = f"no copy of shard {address.number} is left"
         self._at(self.now + host.down, self._on_start, address)
+        self._at(self.now + self.scenario.delay, self._on_broken, tuple(self.hosts))
         if address is not COORDINATOR:
             self._at(self.now + self.scenario.delay, self._on_lost, address)
 
     def _last(self, address: Address) -> bool:
         return all(shard.number != address.number for shard in self.shards())
+
+    def _on_broken(self, ends: Sequence[Address]) -> None:
+        """Workers among them learn that a connection of theirs has ended (`node.client`)."""
+        for end in ends:
+            if end.role == "worker" and (host := self.hosts.get(end)) is not None and host.up:
+                host.machine.lost()
 
     def _on_lost(self, address: Address) -> None:
         host = self.hosts[COORDINATOR]
