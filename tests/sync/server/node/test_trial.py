@@ -8,16 +8,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from queue import Queue
 
 import pytest
 import torch
 
-from shoal.errors import RankError
+from shoal.device import peer_gone
+from shoal.errors import JobError
 from shoal.sync.codec import codec_of
-from shoal.sync.server.node import trial
-from shoal.sync.server.node.trial import Echo, Here, Links, Pushed, Tried, Try, attend, receive, send
+from shoal.sync.server.node import trial, trial_lead
+from shoal.sync.server.node.trial import Echo, Here, Links, Pushed, Try, attend, receive, send
 from shoal.sync.server.node.trial_lead import Lead, choose
-from shoal.sync.server.wire import Connection, connect
+from shoal.sync.server.wire import connect
 from tests.sync.server.peers import TRUSTED, in_thread
 
 HELD = [120_000, 80_000]
@@ -188,41 +190,50 @@ def test_a_part_that_is_lost_is_waited_for_and_nobody_else_is_let_in():
     assert not job.failed
 
 
-def test_what_is_told_of_an_earlier_trial_does_not_count():
-    """A worker was still at it when another was lost."""
-    names = ["worker 0", "worker 1", "server 0"]
-    with contextlib.ExitStack() as ending:
-        lead = ending.enter_context(Lead(names, "127.0.0.1", TRUSTED))
-
-        def come(name: str) -> Connection:
-            found = ending.enter_context(connect(*lead.address, credentials=TRUSTED, name=name, timeout=PATIENCE))
-            send(found, Here())
-            return found
-
-        first, late, _ = map(come, names)
-        lead.gather()
-        with in_thread(lambda: lead.exchange("none", [10], 1, True)) as broken:
-            assert receive(late) == receive(first)
-            # As a process that was started again before anybody knew that the one before it is gone.
-            first = come("worker 0")
-            assert str(broken.get(timeout=PATIENCE)) == "worker 0"
-        with in_thread(lambda: lead.exchange("none", [10], 1, True)) as seconds:
-            assert receive(late) == receive(first) == Try(2, "none", (10,), (("", 0),))
-            send(late, Tried(1, 9.0))
-            send(first, Tried(2, 1.0))
-            # Would it count, all had told.
-            time.sleep(0.2)
-            send(late, Tried(2, 2.0))
-            assert seconds.get(timeout=PATIENCE) == 2.0
+@contextlib.contextmanager
+def one_worker(said: list[str]) -> Iterator[tuple[Parts, tuple[str, int], Queue[object]]]:
+    """Worker 0 with its links, the address of a shard that has gone, and what is chosen (or raised): a shard is to
+    come."""
+    with Echo("127.0.0.1", TRUSTED, FLOAT) as echo:
+        gone = echo.address
+    with Lead(["worker 0", "server 0"], "127.0.0.1", TRUSTED) as lead, Links("worker 0", TRUSTED, FLOAT) as links:
+        job = Parts(lead)
+        with in_thread(lambda: choose(lead, CODECS, [1000], 1, True, said.append)) as chosen:
+            job.start("worker 0", Here(), links)
+            yield job, gone, chosen
+        job.end()
+    assert not job.failed, "a worker that cannot connect takes part none the less"
 
 
 def test_a_shard_that_cannot_be_reached_is_named(monkeypatch):
-    monkeypatch.setattr(trial, "PATIENCE", 0.2)
-    with Echo("127.0.0.1", TRUSTED, FLOAT) as echo:
-        address = echo.address
-    with Links("worker 3", TRUSTED, FLOAT) as links, pytest.raises(RankError, match="worker 3: server 0 ") as caught:
-        links.seconds(Try(1, "none", (10,), (address,)))
-    assert "--host" in caught.value.fix
+    """It is there, but no worker can connect with it: the user's mistake, and not the loss of a peer."""
+    monkeypatch.setattr(trial, "_REACHED", 0.2)
+    monkeypatch.setattr(trial_lead, "_LEARNT", 0.1)
+    said: list[str] = []
+    with one_worker(said) as (job, gone, chosen):
+        job.start("server 0", Here(*gone))
+        error = chosen.get(timeout=PATIENCE)
+    assert isinstance(error, JobError)
+    assert "worker 0 cannot connect with server 0: " in error.what
+    assert "--host" in error.fix
+    assert not peer_gone(error)
+    assert len(said) == 5
+    assert all("server 0" in line and "was lost" not in line for line in said)
+
+
+def test_a_shard_that_is_back_elsewhere_is_found_there(monkeypatch):
+    """Lost when it had said where it listens, and before a worker had connected: none waits for the old address."""
+    monkeypatch.setattr(trial, "_REACHED", 0.5)
+    said: list[str] = []
+    with one_worker(said) as (job, gone, chosen), Echo("127.0.0.1", TRUSTED, FLOAT) as echo:
+        with connect(*job.lead.address, credentials=TRUSTED, name="server 0", timeout=PATIENCE) as lost:
+            send(lost, Here(*gone))
+            while not job.lead._turn:
+                time.sleep(0.01)
+        job.start("server 0", Here(*echo.address))
+        assert chosen.get(timeout=PATIENCE) in ("none", *CODECS)
+    assert said[0] == "server 0 was lost while links were tried: once more when all are there"
+    assert len(said) == 2
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,13 @@ from shoal.errors import RankError
 from shoal.sync.codec import codec_of
 from shoal.sync.server.messages import Piece
 from shoal.sync.server.payload import from_bytes, to_bytes
-from shoal.sync.server.wire import Connection, Credentials, FrameError, Listener, connect
+from shoal.sync.server.wire import Connection, Credentials, Frame, FrameError, Listener, connect
+from shoal.sync.server.wire.connection import Into
 
 PATIENCE = 60.0
-"""Seconds for one frame, and to connect with a shard."""
-# Those that a part may have to wait for the others (a week).
-_LONG = 7 * 86400.0
+"""Seconds for one frame that has begun."""
+# To connect with a shard, which listens before it says where: one that refuses is gone, or is not let through.
+_REACHED = 5.0
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -55,10 +56,12 @@ class Try(Message, frozen=True):
 
 
 class Tried(Message, frozen=True):
-    """seconds: that it took; less than 0 where a shard was lost."""
+    """seconds: that it took; less than 0 where a shard was lost. unreached: which worker cannot connect with which
+    shard, and why; empty where it can."""
 
     turn: int
     seconds: float
+    unreached: str = ""
 
 
 class Over(Message, frozen=True):
@@ -96,36 +99,38 @@ class Links:
     def __exit__(self, *_: object) -> None:
         self._drop()
 
-    def seconds(self, order: Try) -> float:
-        """From the first number encoded to the last one decoded; −1 where a connection broke on the way.
-
-        RankError where a shard cannot be reached, or does not answer.
-        """
+    def tried(self, order: Try) -> Tried:
+        """How long it took from the first number encoded to the last one decoded. RankError where a shard that is
+        connected does not answer."""
+        if unreached := self._connect(order.shards):
+            return Tried(order.turn, -1.0, unreached)
         try:
-            self._connect(order.shards)
             values = [torch.ones(numbers, dtype=self.dtype) for numbers in order.numbers]
             began = time.perf_counter()
             self._exchange(order, values)
-            return time.perf_counter() - began
+            return Tried(order.turn, time.perf_counter() - began)
         except TimeoutError as error:
             raise RankError(f"a server has not answered {self.name} for {PATIENCE:g} s: {error}") from None
         except ConnectionError:
             self._drop()
-            return -1.0
+            return Tried(order.turn, -1.0)
 
-    def _connect(self, shards: Sequence[tuple[str, int]]) -> None:
+    def _connect(self, shards: Sequence[tuple[str, int]]) -> str:
+        """Which shard cannot be reached, and why; empty where all are."""
         if [*self._connections] == [*shards]:
-            return
+            return ""
         self._drop()
         for number, (host, port) in enumerate(shards):
             try:
                 self._connections[host, port] = connect(
                     host, port, credentials=self.credentials, name=self.name, peer=f"server {number}",
-                    timeout=PATIENCE,
+                    timeout=_REACHED,
                 )  # fmt: skip
             except OSError as error:
-                fix = "let the machines of workers connect with those of servers (`shoal join --host` is its address)"
-                raise RankError(f"{self.name}: {error}", fix=fix) from None
+                # No error of this worker's: the shard may listen elsewhere by now, which the lead knows.
+                self._drop()
+                return f"{self.name} cannot connect with server {number}: {error}"
+        return ""
 
     def _exchange(self, order: Try, values: Sequence[Tensor]) -> None:
         """All shards at a time, as in a push and a pull."""
@@ -175,7 +180,7 @@ class Echo:
 
     def _serve(self, connection: Connection) -> None:
         while True:
-            frame = connection.receive(lambda _, lengths: [_bytes(n) for n in lengths], timeout=_LONG)
+            frame = _awaited(connection, lambda _, lengths: [_bytes(n) for n in lengths])
             asked, buffers = _read(frame.header), frame.buffers
             if not isinstance(asked, Pushed) or len(buffers) != 1 or not isinstance(buffers[0], Tensor):
                 raise FrameError("no message", "sent something else than numbers")
@@ -190,7 +195,7 @@ def attend(lead: Connection, here: Here, links: Links | None = None) -> None:
     send(lead, here)
     while isinstance(order := receive(lead), Try):
         assert links is not None, "shards are not told to try"
-        send(lead, Tried(order.turn, links.seconds(order)))
+        send(lead, links.tried(order))
 
 
 def send(connection: Connection, message: Message) -> None:
@@ -199,7 +204,17 @@ def send(connection: Connection, message: Message) -> None:
 
 def receive(connection: Connection) -> Message:
     """The next message, however long it takes. ConnectionError."""
-    return _read(connection.receive(lambda header, lengths: None, timeout=_LONG).header)
+    return _read(_awaited(connection, lambda header, lengths: None).header)
+
+
+def _awaited(connection: Connection, into: Into) -> Frame:
+    """The next frame, however long it takes to begin; then `PATIENCE` for the rest of it. ConnectionError."""
+    while True:
+        try:
+            return connection.receive(into, timeout=PATIENCE)
+        except TimeoutError as error:
+            if connection.ended:
+                raise ConnectionError(f"began a frame and did not end it: {error}") from None
 
 
 def _read(header: bytes) -> Message:

@@ -13,17 +13,24 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from shoal.errors import RankError
+from shoal.errors import JobError, RankError
 from shoal.sync.choose import Trials, fastest
 from shoal.sync.server.node.trial import PATIENCE, Here, Message, Over, Tried, Try, receive, send
 from shoal.sync.server.wire import Connection, Credentials, Listener
 
-# How often parts may be lost within the seconds of trying.
+# How often parts may be lost, or not be reached, within the seconds of trying.
 _ATTEMPTS = 5
+# Seconds that each attempt waits for the loss of a shard that was not reached: if its machine has vanished, the lead's
+# connection with it tells so after a minute, which is within all attempts.
+_LEARNT = 10.0
 
 
 class Gone(Exception):
     """A part was lost, or did not answer, while an exchange was tried. The message: which."""
+
+
+class Unreached(Gone):
+    """A worker cannot connect with a shard that is there. The message: which, and why."""
 
 
 class _Part(NamedTuple):
@@ -39,7 +46,7 @@ class Lead:
         self._workers = sorted(part for part in parts if part.startswith("worker "))
         self._shards = sorted((part for part in parts if part.startswith("server ")), key=_number)
         self._there: dict[str, _Part] = {}
-        self._told: dict[str, float] = {}
+        self._told: dict[str, Tried] = {}
         self._turn = 0
         self._news = threading.Condition()
         self._listener = Listener(self._serve, host=host, credentials=credentials)
@@ -57,7 +64,7 @@ class Lead:
             self._news.wait_for(lambda: len(self._there) == len(self._workers) + len(self._shards))
 
     def exchange(self, codec: str, numbers: Sequence[int], times: int, feedback: bool) -> float:
-        """Seconds that it takes the slowest worker, of those of `Try`. numbers: with each shard. Gone."""
+        """Seconds that it takes the slowest worker, of those of `Try`. numbers: with each shard. Gone, Unreached."""
         with self._news:
             self._turn += 1
             self._told = {}
@@ -73,13 +80,18 @@ class Lead:
             done = self._news.wait_for(
                 lambda: self._there != before or len(self._told) == len(self._workers), timeout=2 * PATIENCE
             )
+            unreached = next((told.unreached for told in self._told.values() if told.unreached), "")
+            if unreached:
+                self._news.wait_for(lambda: self._there != before, timeout=_LEARNT)
             lost = [part for part in before if self._there.get(part) != before[part]]
             late = [part for part in self._workers if part not in self._told]
             if lost or not done:
                 raise Gone([*lost, *late][0])
-            if broken := [part for part, seconds in self._told.items() if seconds < 0]:
+            if unreached:
+                raise Unreached(unreached)
+            if broken := [part for part, told in self._told.items() if told.seconds < 0]:
                 raise Gone(f"the connection of {broken[0]} with a server")
-            return max(self._told.values())
+            return max(told.seconds for told in self._told.values())
 
     def end(self) -> None:
         """Tells all parts that it is over."""
@@ -112,7 +124,7 @@ class Lead:
                 told = receive(connection)
                 with self._news:
                     if isinstance(told, Tried) and told.turn == self._turn:
-                        self._told[name] = told.seconds
+                        self._told[name] = told
                         self._news.notify_all()
         finally:
             with self._news:
@@ -127,19 +139,30 @@ def choose(
     """The first of these codecs that saves enough of an exchange, or `none`: tried for at most 2 seconds, once all
     parts are there (`sync.choose`). held: numbers that each shard holds. times: as in `Try`.
 
-    Where a part is lost meanwhile, it begins anew when it is back. RankError where that happens again and again.
+    Where a part is lost meanwhile, it begins anew when it is back, wherever it listens then. RankError where that
+    happens again and again, JobError where it is a shard that a worker cannot connect with.
     """
 
     def trial(codec: str, size: int) -> float:
         return lead.exchange(codec, [max(1, size * each // sum(held)) for each in held], times, feedback)
 
+    unreached = ""
     for _ in range(_ATTEMPTS):
         lead.gather()
         trials = Trials(sum(held), trial, partial(_since, time.perf_counter()))
         try:
             return fastest(codecs, trials, "a push and a pull of all workers at a time", say)
+        except Unreached as gone:
+            unreached = str(gone)
+            say(f"{unreached}: once more when all are there")
         except Gone as gone:
+            unreached = ""
             say(f"{gone} was lost while links were tried: once more when all are there")
+    if unreached:
+        fix = (
+            "let workers connect with the machines of servers, whose addresses are `shoal join --host` and server.host"
+        )
+        raise JobError(unreached, fix=fix)
     raise RankError(f"links were lost {_ATTEMPTS} times while they were tried", fix="name a codec, e.g. int8, or none")
 
 
