@@ -81,6 +81,7 @@ def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
         (["--compensation", "dc", "--level", "shard"], "compensation=dc with level=shard"),
         (["--compensation", "delayed-nesterov", "--optimizer", "adamw"], "delayed-nesterov is an optimizer of its own"),
         (["--codec", "int9"], "codec='int9': 'int9' is unknown"),
+        (["--codec", "auto"], "codec=auto measures a real link\n  → name a codec, e.g. --codec int8"),
         (["--codec", "powersgd:4"], "codec=powersgd:4 with a server: its matrices"),
         (["--codec", "int8", "--level", "hogwild"], "codec=int8 with level=hogwild"),
         (["--patience", "3"], "after 3 simulated seconds the job has not ended"),

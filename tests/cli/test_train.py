@@ -233,7 +233,7 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(trained: Recorder):
         (["--format", "xml"], "--format='xml' is unknown", "text, json"),
         (["none.toml"], "none.toml: cannot read the recipe: No such file", "TOML"),
         (["a.toml", "b.toml"], "unexpected argument 'b.toml'", ""),
-        (["--resume", "none"], "none: no run to resume", "shoal runs"),
+        (["--resume", "none"], "none: no run to resume: there is no such folder", "shoal runs"),
         (["a.toml", "--resume", "none"], "a recipe and --resume are both given", ""),
         (["--data", "\udcff.txt"], "is not UTF-8", ""),
         (

@@ -77,6 +77,24 @@ def test_generate_hands_over_its_options(stand_in, capsys: pytest.CaptureFixture
     assert "one two" in err
 
 
+def test_what_a_model_writes_gives_the_terminal_no_commands(stand_in, monkeypatch, capsys: pytest.CaptureFixture):
+    def generate(model, prompt, *, on_text, say, **sampling):
+        on_text("\x1b[2J\n")
+        return "\x1b[2J\n"
+
+    stand_in("shoal.serving.generate", "generate", generate)
+    assert main(["generate", "runs/x"]) == 0
+    assert capsys.readouterr().out == "\x1b[2J\n\n", "a file"
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
+    assert main(["generate", "runs/x"]) == 0
+    assert capsys.readouterr().out == "\\x1b[2J\n\n"
+    assert main(["generate", "runs/x", "--format", "json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["text"] == "\x1b[2J\n"
+    assert err == "\\x1b[2J\n\n"
+
+
 @pytest.mark.parametrize(
     ("args", "what"),
     [

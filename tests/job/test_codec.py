@@ -48,6 +48,7 @@ def test_error_feedback_of_what_is_no_contraction_is_refused():
         ("nome", "'nome' is unknown", "did you mean 'none'?"),
         ("none+int8", "'none' is unknown", "known: bf16, fp16, int8, int4, int2, sign, topk, randomk, dct"),
         ("", "'' is unknown", "known: none, bf16"),
+        ("topk:0.05+topq", "'topq' is unknown", "known: bf16, fp16, int8, int4, int2, sign"),
         ("top_k:0.1", "'top_k' is unknown", "did you mean 'topk'?"),
         ("topk", "topk needs the share that it keeps", "e.g. topk:0.05 keeps one number in 20"),
         ("topk:many", "'many' is not a share", "topk:0.05"),

@@ -120,6 +120,19 @@ def test_the_nearest_layout_keeps_the_ranks_at_work(layout, options, nearest):
     assert caught.value.fix.startswith(f"layout {nearest} would do")
 
 
+def test_shares_are_left_out_and_all_replicas_kept():
+    """Where their number does not divide the batch, with another one."""
+    gossip = {"name": "gossip"}
+    for batch, fix in (
+        (24, "layout replicas=3 would do; or another"),
+        (16, "; or layout replicas=3 with train.global_batch=15 or 18; or"),
+    ):
+        with pytest.raises(LayoutError, match="gossip excludes replica_share") as caught:
+            job("replicas=3,replica_share=6+1+1", batch=batch, sync=gossip).validate()
+        assert fix in caught.value.fix
+    job("replicas=3", batch=18, sync=gossip).validate()
+
+
 @pytest.mark.parametrize(
     ("layout", "experts", "what", "fix"),
     [

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 from dataclasses import replace
 
 from shoal.observe import summary
 from shoal.observe.result import Result
+from shoal.observe.screen import shown
 
 RESULT = Result(
     run="runs/my run", steps=3000, tokens=3_000_000, loss_first=8.0, loss_last=2.3, val_loss=2.247, bits_per_byte=0.973,
@@ -47,3 +49,18 @@ def test_a_stopped_run_goes_on_as_it_was():
     found = said(replace(RESULT, stopped_by="SIGINT"))
     assert "SIGINT" in found["stopped"]
     assert shlex.split(found["resume"]) == ["shoal", "train", "--resume", "runs/my run"]
+
+
+def test_a_sample_gives_the_terminal_no_commands():
+    written = replace(RESULT, prompt="", sample="a\tb\x1b[2J\x03\n\x0cc\x9b\r\x7f\n")
+    lines = summary.lines(written)
+    assert lines[2:4] == ["  │ a\tb\\x1b[2J\\x03", "  │ \\x0cc\\x9b\\x0d\\x7f"]
+
+
+def test_a_file_gets_the_text_as_it_is():
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    assert shown("a\x1b\n", io.StringIO()) == "a\x1b\n"
+    assert shown("a\x1b\n", Terminal()) == "a\\x1b\n"

@@ -10,7 +10,9 @@ import pytest
 from shoal.cli.main import main
 from shoal.errors import DivergedError
 from shoal.job import Job
-from shoal.launch.simulate import Simulation, simulate
+from shoal.job.sync import SyncOptions
+from shoal.job.train import TrainOptions
+from shoal.launch.simulate import Simulation, _alone, simulate
 from shoal.models.spec import count
 from shoal.training.simulated import Machines
 
@@ -52,6 +54,33 @@ def test_seconds_and_bytes_are_those_of_machines_and_lines(tiny, tmp_path):
     assert found.allreduce.sent_bytes == pytest.approx([8 * size] * 2, rel=0.01)
     assert found.allreduce.seconds == pytest.approx(8 * 6 * 0.1 + 8 * size * 8 / rate, rel=0.01)
     assert found.speedup == found.allreduce.seconds / found.outcome.seconds
+
+
+@pytest.mark.parametrize(
+    ("steps", "sync", "said"),
+    [
+        (20, {**LOCAL, "every": 50}, "sync.every=50 and 20 steps: replicas exchange nothing on the way"),
+        (20, {**LOCAL, "every": 50, "together": 5}, "sync.every=50 and 20 steps: after step 5, replicas"),
+        (20, {"name": "gossip", "every": 20}, "sync.every=20 and 20 steps"),
+        (20, {**LOCAL, "every": 10, "delay": 9}, ""),
+        (6, {**LOCAL, "every": 5, "delay": 4, "together": 2}, "sync.every=5 and 6 steps: after step 2"),
+        (20, {**LOCAL, "every": 50, "fragments": 3}, ""),
+        (20, {**LOCAL, "every": 50, "together": 20}, ""),
+        (20, {"name": "gossip", "every": 19}, ""),
+    ],
+)
+def test_who_exchanges_nothing_on_the_way_is_told(steps, sync, said):
+    job = Job(train=TrainOptions(steps=steps), sync=SyncOptions(**sync))
+    assert _alone(job).startswith(said)
+    assert bool(_alone(job)) == bool(said)
+
+
+def test_the_progress_is_that_of_the_slowest(tiny, tmp_path):
+    said: list[str] = []
+    job = tiny(tmp_path / "run", train=SHORT, sync=LOCAL)
+    simulate(job, lambda replicas: Machines((0.1, 0.4)), said.append)
+    steps = [line for line in said if line.startswith("local every 4: step")]
+    assert steps == [f"local every 4: step {n} of 8, {6 * 0.4 * n:.1f} s" for n in range(1, 9)]
 
 
 def test_who_is_fast_waits_unless_it_takes_more_steps(tiny, tmp_path):

@@ -51,6 +51,7 @@ def run(args: list[str]) -> Answer:
         raise JobError("no model is named", fix="shoal generate RUN --prompt TEXT; `shoal runs` lists the runs")
 
     from shoal.launch.generate import generate
+    from shoal.observe.screen import shown
 
     begun = iter([options.prompt])  # printed with the first piece, when all has been checked
     text = generate(
@@ -62,9 +63,9 @@ def run(args: list[str]) -> Answer:
         top_p=options.top_p,
         seed=options.seed,
         layout=options.layout,
-        on_text=lambda piece: print(next(begun, "") + piece, end="", flush=True),
+        on_text=lambda piece: print(shown(next(begun, "") + piece, sys.stdout), end="", flush=True),
         say=lambda line: print(f"\n{line}", end="", file=sys.stderr, flush=True),
     )
     if not options.layout or Layout.parse(options.layout).world == 1:  # else the ranks have printed it
-        print(next(begun, ""), flush=True)
+        print(shown(next(begun, ""), sys.stdout), flush=True)
     return Answer({"model": options.model, "prompt": options.prompt, "text": text})

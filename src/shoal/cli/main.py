@@ -20,7 +20,7 @@ VERBS = {
     "generate": "continue a text with a trained model",
     "ckpt": "show, verify and reshard checkpoints; to and from Hugging Face's format",
     "pull": "the weights of a run with a parameter server, while it trains",
-    "simulate": "what asynchrony does to speed, waiting and staleness, on simulated machines",
+    "simulate": "what a sync does to speed, bytes and waiting, on simulated machines",
     "doctor": "what this machine has, how fast it is, and what is wrong with it",
     "report": "write a run's report.html again",
     "runs": "list the runs in a folder",

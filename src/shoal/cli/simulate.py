@@ -1,4 +1,4 @@
-"""`shoal simulate`: what asynchrony does, on simulated machines."""
+"""`shoal simulate`: what a sync does, on simulated machines."""
 
 from __future__ import annotations
 
@@ -257,6 +257,7 @@ def _server(options: SimulateOptions) -> ServerOptions:
     )
     given.check("")
     refuse_idle(given, OF_MODE, "", "mode")
+    require(options.codec != "auto", "codec=auto measures a real link", "name a codec, e.g. --codec int8")
     check_codec(options.codec, given, "codec", "")
     return replace(given, quorum=given.closing(options.workers, ""))
 

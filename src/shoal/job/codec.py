@@ -46,8 +46,9 @@ def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
 
     Raises JobError with the nearest word that is known. option: named in it.
     """
-    parts = tuple(_part(word, text, option) for word in text.split("+"))
-    first, *others = parts
+    before, *after = text.split("+")
+    first = _part(before, text, option)
+    others = [_part(word, text, option, after=first.name) for word in after]
     for part in others:
         if POWERSGD in (first.name, part.name):
             of_matrices = first if first.name == POWERSGD else part
@@ -58,17 +59,19 @@ def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
             _refuse(text, option, f"{part.name} cannot come after {first.name}", fix)
         if first.name not in KEEPING:
             _refuse(text, option, f"{first.name} and {part.name} both round", f"{first.name} or {part.name} alone")
-    if len(parts) > 2:
+    if len(others) > 1:
         what = "what is kept is rounded twice"
-        _refuse(text, option, what, f"e.g. {first.name}:{first.share:g}+{parts[1].name}")
-    return parts
+        _refuse(text, option, what, f"e.g. {first.name}:{first.share:g}+{others[0].name}")
+    return (first, *others)
 
 
-def _part(word: str, text: str, option: str) -> Part:
+def _part(word: str, text: str, option: str, after: str = "") -> Part:
+    """after: the name of the part before it."""
     name, *settings = word.strip().split(":")
     if name not in (*KEEPING, *ROUNDING, POWERSGD):
         alone = ("none",) if name == text else ()
-        _refuse(text, option, f"{name!r} is unknown", nearest(name, (*alone, *ROUNDING, *KEEPING, POWERSGD)))
+        names = ROUNDING if after in KEEPING else (*alone, *ROUNDING, *KEEPING, POWERSGD)
+        _refuse(text, option, f"{name!r} is unknown", nearest(name, names))
     share = _share(name, settings.pop(0) if settings else "", text, option) if name in KEEPING else 0.0
     rank = _rank(settings.pop(0) if settings else "", text, option) if name == POWERSGD else 0
     unbiased = settings[:1] == ["unbiased"] and name in _UNBIASED

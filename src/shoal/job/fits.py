@@ -88,7 +88,8 @@ def check_layout(job: Job) -> Layout:
     assert layout is not None
     if pair := excluded(job):
         one = f"schedule={layout.schedule}" if pair.one.startswith("schedule=") else pair.one
-        raise LayoutError(f"{one} excludes {pair.other}: {pair.reason}", fix=pair.fix)
+        fix = _equal_shares(job, layout, pair) + pair.fix
+        raise LayoutError(f"{one} excludes {pair.other}: {pair.reason}", fix=fix)
     check_list("sync.pace", job.sync.pace, layout.replicas)
     batch = pushed_batch(job)
     check_batch(batch, layout)
@@ -96,6 +97,14 @@ def check_layout(job: Job) -> Layout:
         layout = _with_micro_batch(batch, layout)
         check_batch(batch, layout)
     return layout
+
+
+def _equal_shares(job: Job, layout: Layout, pair: Excluded) -> str:
+    """As many replicas without shares, where they cannot have equal parts of the global batch: with another one."""
+    equal = replace(layout, replica_share="")
+    if pair.other != "replica_share" or job.train.global_batch % equal.pieces == 0:
+        return ""
+    return f"layout {equal} with train.global_batch={_nearest_multiple(job.train.global_batch, equal.pieces)}; or "
 
 
 def excluded(job: Job) -> Excluded | None:

@@ -29,6 +29,8 @@ def read(path: str | Path, base: Job | None = None) -> Job:
 def read_run(folder: str | Path) -> Job:
     """The job of the run in a folder."""
     file = Path(folder) / "job.toml"
+    if not Path(folder).exists():
+        raise JobError("no run to resume: there is no such folder", where=str(folder), fix="see `shoal runs`")
     if not file.is_file():
         raise JobError("no run to resume: it has no job.toml", where=str(folder), fix="see `shoal runs`")
     return read(file)

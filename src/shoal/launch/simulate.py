@@ -16,6 +16,7 @@ from shoal.job.idle import without_idle
 from shoal.job.shares import AUTO
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.train import absolute_paths, architecture, vocabulary
+from shoal.sync.rounds import Rounds
 from shoal.training.settle import replace_train, uneven
 from shoal.training.simulated import Machines, Outcome
 from shoal.training.simulated import simulate as simulated
@@ -62,6 +63,8 @@ def simulate(job: Job, machines: Callable[[int], Machines], say: Callable[[str],
     layout = _layout(job)
     where = machines(layout.replicas)
     job, corpus = _ready(job, where, say)
+    if job.sync.name != "allreduce" and (alone := _alone(job)):
+        say(alone)
     plain = without_idle(replace(job, sync=replace(job.sync, name="allreduce", codec="none")))
     before = torch.get_num_threads()
     torch.set_num_threads(threads_per_rank(job.run.threads, 1))
@@ -72,6 +75,17 @@ def simulate(job: Job, machines: Callable[[int], Machines], say: Callable[[str],
     finally:
         torch.set_num_threads(before)
     return Simulation(outcome, allreduce, allreduce.seconds / outcome.seconds)
+
+
+def _alone(job: Job) -> str:
+    """A sentence where replicas that train apart exchange nothing before the run's last step is done."""
+    sync, steps = job.sync, job.train.steps
+    rounds = Rounds(sync.every, sync.fragments, sync.delay)
+    # What leaves after a step is applied `delay` steps later. After the last step all come together anyway.
+    if any(rounds.ends(step) for step in range(sync.together + sync.delay + 1, steps)) or sync.together >= steps:
+        return ""
+    since = f"after step {sync.together}, " if sync.together else ""
+    return f"sync.every={sync.every} and {steps} steps: {since}replicas exchange nothing on the way, only at the end"
 
 
 def _layout(job: Job) -> Layout:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from shoal.observe import commands
 from shoal.observe.result import Result
+from shoal.observe.screen import visible
 from shoal.observe.units import counted, duration, number, percent
 
 
@@ -44,7 +45,7 @@ def _sample(result: Result) -> list[str]:
     if not result.sample:
         return []
     return ["", f"the model goes on from {result.prompt!r}:" if result.prompt else "the model writes:"] + [
-        f"  │ {line}" for line in (result.prompt + result.sample).rstrip().splitlines()
+        f"  │ {line}" for line in visible((result.prompt + result.sample).rstrip()).splitlines()
     ] + [""]  # fmt: skip
 
 

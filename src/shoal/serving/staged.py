@@ -22,6 +22,7 @@ from shoal.job.model import ModelOptions
 from shoal.mesh import Mesh, Seat
 from shoal.models import build
 from shoal.models.split import key_heads
+from shoal.observe.screen import shown
 from shoal.parallel.pieces import Part
 from shoal.parallel.replica import Replica
 from shoal.parallel.stages import layers_of_stages
@@ -50,7 +51,7 @@ def main(
 
         def show(piece: str) -> None:
             if mesh.rank == 0:
-                print(next(first, "") + piece, end="", flush=True)
+                print(shown(next(first, "") + piece, sys.stdout), end="", flush=True)
 
         def say(line: str) -> None:
             if mesh.rank == 0:
@@ -63,7 +64,7 @@ def main(
             model.options, load_tokenizer(tokenizer), prompt, max_tokens, show, say,
         )  # fmt: skip
         if mesh.rank == 0:
-            print(next(first, ""), flush=True)
+            print(shown(next(first, ""), sys.stdout), flush=True)
         return text
     finally:
         mesh.close()

@@ -74,6 +74,7 @@ def simulate(job: Job, corpus: Prepared, machines: Machines, say: Callable[[str]
     turns: Turns[_Told] = Turns(replicas)
     links = Links(replicas, machines.rate, machines.delay)
     network = Network(turns, links)
+    ended: dict[int, list[float]] = {}
 
     def program(rank: int) -> _Told:
         assert job.layout is not None
@@ -81,8 +82,10 @@ def simulate(job: Job, corpus: Prepared, machines: Machines, say: Callable[[str]
         counted = []
         for step, tally in enumerate(_steps(parts, training, turns, machines.seconds[rank]), 1):
             counted.append(tally)
-            if rank == 0 and step % max(1, job.train.steps // 10) == 0:
-                say(f"{named(job)}: step {step:,} of {job.train.steps:,}, {turns.now[0]:.1f} s")
+            if step % max(1, job.train.steps // 10) == 0:
+                ended.setdefault(step, []).append(turns.now[rank])
+                if len(ended[step]) == replicas:
+                    say(f"{named(job)}: step {step:,} of {job.train.steps:,}, {max(ended.pop(step)):.1f} s")
         seconds, waited, sent = turns.now[rank], turns.waited[rank], links.sent[rank]
         return _Told(counted, seconds, waited, sent, _validated(parts, validation))
 

@@ -121,7 +121,36 @@ def test_time_without_anything_to_compute_is_no_steps(monkeypatch):
         row = rows.row()
         assert row is not None
         seconds.append(row["seconds"])
-    assert seconds == [3.0, 3.0], "the first computed for a second before anybody heard of it"
+    assert seconds == [3.5, 3.0], "the first waited and computed for 1.5 s before anybody heard of it"
+
+
+def test_the_first_step_begins_after_a_time_without_anything_to_compute(monkeypatch):
+    """The coordinator was started again in it; the worker says that it waited all the time."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    rows = Rows(4, 0, 1)
+    rows.pause()
+    now[0] += 600.0
+    rows.resume()
+    now[0] += 2.0
+    rows.pushed(push(0, 1, 601.0, 1.0))
+    rows.take(commit(1, 0, 0))
+    rows.take(commit(2, 0, 2))
+    row = rows.row()
+    assert row is not None
+    assert row["seconds"] == 2.0
+
+
+def test_the_first_step_takes_as_long_as_its_first_worker_at_least(monkeypatch):
+    """Or it would have waited for more than the whole step."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    rows = Rows(2, 0, 1)
+    rows.pushed(push(0, 1, 5.0, 1.0, 0.0, 0, 0, 3.0))
+    rows.take(commit(1, 0, 0))
+    row = rows.row()
+    assert row is not None
+    assert (row["seconds"], row["waited_s"]) == (9.0, {"0": 5.0})
 
 
 def test_what_rejected_gradients_have_cost_is_in_the_row():

@@ -76,12 +76,13 @@ class Square(NamedTuple):
 
 
 class Spent(NamedTuple):
-    """What a push has cost its worker, for the run's metrics. waited: seconds without work since the push before.
+    """What a push has cost its worker, for the run's metrics.
 
-    computed: seconds of forward and backward. memory_gib: of its fullest rank so far. sent, received: bytes. wasted:
-    seconds computed since then on what was void before it could be pushed. drift: how far the worker's own steps took
-    it from what it had pulled, the root of the sum of squares; 0 where it takes none. experts: how these samples used
-    them, the rows of `parallel.expert.Use.totals_NX`.
+    waited: seconds without work since the push before, or since the first grant. computed: seconds of forward and
+    backward. memory_gib: of its fullest rank so far. sent, received: bytes. wasted: seconds computed since then on
+    what was void before it could be pushed. drift: how far the worker's own steps took it from what it had pulled,
+    the root of the sum of squares; 0 where it takes none. experts: how these samples used them, the rows of
+    `parallel.expert.Use.totals_NX`.
     """
 
     waited: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from statistics import fmean
@@ -38,6 +39,8 @@ class Rows:
         self._unheard: dict[int, m.Key] = {}
         self._since: float | None = None
         self._paused: float | None = None
+        # Since when there has been something to compute again.
+        self._resumed = -math.inf
         self._forget()
 
     def _forget(self) -> None:
@@ -60,7 +63,7 @@ class Rows:
         """There is again."""
         if self._since is not None and self._paused is not None:
             self._since += time.perf_counter() - self._paused
-        self._paused = None
+        self._paused, self._resumed = None, time.perf_counter()
 
     def pushed(self, push: m.Push) -> None:
         """What a worker says of its push; known when it is decided on."""
@@ -73,8 +76,9 @@ class Rows:
         if said is None or said.key <= push.key:
             self._said[worker] = push
         if self._since is None:
-            # Workers have come one by one: time counts from when the first of them had something to do.
-            self._since = time.perf_counter() - push.spent.computed
+            # Workers have come one by one: time counts from when the first of them was given something to do.
+            spent = push.spent
+            self._since = max(self._resumed, time.perf_counter() - spent.waited - spent.computed - spent.wasted)
 
     def take(self, record: r.AnyRecord) -> None:
         """Follows the journal."""

@@ -82,7 +82,8 @@ class Server:
         else:
             mailbox = station(Address("worker", machine.number, secrets.randbits(62)))
             self._other = Other(mailbox, mesh, machine.wanted, self._follower, self._needs)
-        self._since = time.perf_counter()
+        # From when this worker has had nothing to compute; before its first grant it waits for others to join.
+        self._since: float | None = None
         self._traffic = (0, 0)
         # Of gradients that nobody waited for any more when they were to be pushed.
         self._void = m.UNKNOWN
@@ -111,6 +112,7 @@ class Server:
                 self._push_rest(command.key)
             if command.kind != PULL:
                 continue
+            self._since = time.perf_counter() if self._since is None else self._since
             found = self._pull(command, primaries)
             if agreed(self.mesh, found):
                 assert found is not None
