@@ -12,19 +12,21 @@ import msgspec
 
 from shoal.data.prepared import META, Prepared
 from shoal.errors import DataError, JobError
-from shoal.job import Job, parse, write
+from shoal.job import Job, parse, read_run, write
 from shoal.job.check import nearest
 from shoal.job.machine import FILES, MachineOptions, on_machine
 from shoal.launch import roles
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
 from shoal.launch.server import ENTRIES, FOLDER, START, TRIAL, Start, may_listen, shard, trying, worker
-from shoal.observe.hold import alone
+from shoal.observe import commands, result
+from shoal.observe.hold import alone, held
 from shoal.observe.log import speaker
 from shoal.training.folder import DATA
 
-# Seconds between two looks for a run that has not begun.
-_AGAIN = 0.2
+# Seconds between two looks for a run that has not begun, and for what it is and whether somebody is at work on it.
+_AGAIN, _LOOK = 0.2, 1.0
+JOB = "job.toml"
 
 
 def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -> None:
@@ -50,7 +52,8 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
                 if ranks is None:
                     ranks = Ranks(ENTRIES)
                     ending.callback(ranks.close)
-                say(f"{name} of {folder}" + ": the links between machines are tried" * trial)
+                if trial:
+                    say(f"{name} of {folder}: the links between machines are tried")
                 leaves = name.startswith("worker ") and not trial
                 roles.run(ranks, [trying(part) if trial else part], say=say, on_signal=stopping if leaves else None)
             if not trial:
@@ -73,7 +76,7 @@ def _part(folder: Path, name: str, own: MachineOptions, start: Start) -> Role:
     told = {"folder": where, "job": write(job)}
     if name.startswith("server "):
         may_listen(job.server.host, "--host")
-        return shard(job, {**told, "nonce": start.nonce}, number)
+        return shard(job, {**told, "nonce": start.nonce, "joined": True}, number)
     told["prepared"] = _prepared(folder, Path(start.prepared), paths.get("data", ""))
     return worker(job, {**told, "leaves": True, "micro_batch": own.micro_batch}, number)
 
@@ -109,18 +112,49 @@ def _prepared(folder: Path, usual: Path, given: str) -> str:
 
 
 def _wait(folder: Path, patience: float, tried: str) -> Start:
-    """What the run's first machine has written, once it has. tried: the start whose links have been tried already."""
-    deadline = time.monotonic() + patience
+    """What the run's first machine has written, once it has. tried: the start whose links have been tried already.
+
+    JobError where nothing is to be waited for, or nothing has come.
+    """
+    looked, since = float("-inf"), time.monotonic()
     if (start := _begun(folder, tried)) is None:
-        speaker()(f"waits up to {patience:g} s for the run's first machine to begin it")
+        _can_begin(folder)
+        waits = f"waits up to {patience:g} s for the run's first machine to begin it"
+        speaker()("links were tried; waits for training to begin" if tried else waits)
     while start is None:
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now - looked >= min(_LOOK, patience / 2):
+            # After the trial it is on its way for as long as its first machine is there.
+            looked, since = now, now if tried and held(folder) else since
+            _can_begin(folder)
+        if now - since > patience:
+            _can_begin(folder, changing=False)
             what = f"no run with a parameter server goes on here, nor has one begun within {patience:g} s"
-            fix = f"start `shoal train --sync server --run-dir {folder}` first, or `shoal train --resume {folder}`"
+            fix = f"start `shoal train --sync server --run-dir {folder}` first"
+            if (folder / JOB).is_file():
+                fix = f"`{commands.resume(folder)}` on the run's first machine, then `shoal join` again"
             raise JobError(what, where=str(folder), fix=fix)
         time.sleep(_AGAIN)
         start = _begun(folder, tried)
     return start
+
+
+def _can_begin(folder: Path, changing: bool = True) -> None:
+    """Raises JobError for a run that nobody can join, and that will not become one as it is.
+
+    changing: whoever is at work on it may be making another one of it.
+    """
+    if not (folder / JOB).is_file() or (changing and held(folder)):
+        return
+    job = read_run(folder)
+    if job.sync.name != "server":
+        what = f"this run has no parameter server: its sync is {job.sync.name}"
+        raise JobError(what, where=str(folder), fix="a part can be joined of a run with --sync server")
+    done = result.read(folder)
+    if done is not None and result.state(done, job.train.steps) == "finished":
+        what = f"this run is over: it has trained its {done.steps:,} steps"
+        fix = f"for more, `{commands.resume(folder)} --steps {2 * done.steps}` on its first machine, then join"
+        raise JobError(what, where=str(folder), fix=fix)
 
 
 def _begun(folder: Path, tried: str) -> Start | None:

@@ -17,9 +17,13 @@ import msgspec
 import pytest
 
 from shoal.cli.main import main
+from shoal.errors import JobError
 from shoal.job import Job, read, write
+from shoal.launch import join
 from shoal.launch.server import Start
 from shoal.launch.train import ready
+from shoal.observe import files, result
+from shoal.observe.hold import attend
 from shoal.sync.choose import CODECS
 from shoal.sync.server.messages import NOTHING
 from tests.training.server import runs
@@ -67,6 +71,8 @@ def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
     assert said.count(f"to be started elsewhere: shoal join {folder} 'worker 1'") == 1
     commits = runs.audit(folder, 12 * 12)
     assert {key.worker for commit in commits for key in commit.keys} == {0, 1}, "both have worked"
+    log = (folder / "log.txt").read_text()
+    assert [log.count(f"{part} has come") for part in elsewhere] == [1, 1]
     codec = read(folder / "job.toml").sync.codec
     assert tries(folder) == [codec]
     assert codec in ("none", *CODECS)
@@ -144,6 +150,56 @@ def test_who_cannot_join_is_told_why(tiny, tmp_path, capsys):
     assert "no run with a parameter server goes on here, nor has one begun within 0.2 s" in capsys.readouterr().err
     assert main(["join", str(tmp_path)]) == 2
     assert "a run and a part of it are to be named" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "what", "fix"),
+    [
+        ({"sync": {"name": "server"}}, 12, "this run is over: it has trained its 12 steps", "--steps 24"),
+        ({}, 5, "this run has no parameter server: its sync is allreduce", "--sync server"),
+    ],
+)
+def test_a_run_that_cannot_be_joined_is_not_waited_for(tiny, tmp_path, capsys, options, steps, what, fix):
+    run = ended(tiny(tmp_path / "run", "replicas=2", **{**QUIET, "train": PLAIN}, **options), steps)
+    assert main(["join", str(run), "worker 1", "--wait", "600"]) == 2
+    error = capsys.readouterr().err
+    assert what in error
+    assert fix in error
+
+
+def test_a_run_that_may_go_on_is_waited_for_and_named_in_the_end(tiny, tmp_path, capsys):
+    """Stopped before its last step; or over, while somebody is at work on it, who may be giving it more."""
+    stopped = ended(tiny(tmp_path / "a", "replicas=2", sync={"name": "server"}, **{**QUIET, "train": PLAIN}), 5)
+    assert main(["join", str(stopped), "worker 1", "--wait", "0.2"]) == 2
+    assert f"shoal train --resume {stopped}" in capsys.readouterr().err
+    over = ended(tiny(tmp_path / "b", "replicas=2", sync={"name": "server"}, **{**QUIET, "train": PLAIN}), 12)
+    with attend(over):
+        assert join._can_begin(over) is None
+    with pytest.raises(JobError, match="is over"):
+        join._can_begin(over)
+
+
+def ended(job: Job, steps: int) -> Path:
+    """The folder of a run that has trained so many steps, and is not at work."""
+    run = Path(ready(job, None, time.time())[1]["folder"])
+    result.write(run, result.Result(str(run), steps, 0, None, None, None, None, None, None, 0.0))
+    return run
+
+
+def test_after_the_trial_of_links_the_run_is_waited_for_while_its_first_machine_is_there(tiny, tmp_path, capsys):
+    job = through_a_server(tiny, tmp_path / "run", 2, {**QUIET, "train": PLAIN}, elsewhere=("worker 1",))
+    run = ready_to_join(job)
+    start = (run / "server/start.json").read_bytes()
+    (run / "server/start.json").unlink()
+    begins = threading.Timer(1.5, files.replace, (run / "server/start.json", start))
+    with attend(run):
+        begins.start()
+        assert join._wait(run, 0.2, "an earlier start").nonce == "0"
+    begins.join()
+    assert capsys.readouterr().out.splitlines()[-1] == "links were tried; waits for training to begin"
+    (run / "server/start.json").unlink()
+    with pytest.raises(JobError, match="nor has one begun"):
+        join._wait(run, 0.2, "an earlier start")
 
 
 def test_a_server_needs_an_address_of_its_own_machine(tiny, tmp_path, capsys):

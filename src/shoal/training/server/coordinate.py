@@ -35,6 +35,7 @@ from shoal.training.length import Length
 from shoal.training.loop import MOST_SKIPPED
 from shoal.training.server import plan
 from shoal.training.server.begin import opened_at
+from shoal.training.server.elsewhere import Elsewhere
 from shoal.training.server.growth import Growth, Reached
 from shoal.training.server.rows import Rows
 from shoal.training.stop import Stop
@@ -68,7 +69,7 @@ def main(
         # Workers that take steps of their own go by the length that the job began with.
         length = length_of(given, corpus, started) if minutes and given.server.local_steps == 1 else None
         growth = Growth(given, corpus) if given.data.grow else None
-        lead = _Lead(given, run, show, station, journal, stop, length, growth)
+        lead = _Lead(given, run, show, station, journal, stop, length, growth, again=life > 0)
         if life:
             show.say(
                 f"the coordinator was started again: it goes on from its journal, version {lead.machine.version:,}"
@@ -109,8 +110,9 @@ class _Lead:
 
     def __init__(
         self, job: Job, run: Path, show: Show, station: Station, journal: JournalFile, stop: Stop,
-        length: Length | None, growth: Growth | None,
+        length: Length | None, growth: Growth | None, again: bool,
     ):  # fmt: skip
+        """again: there was a coordinator of this start of the run before."""
         assert job.layout is not None
         self.job, self.run, self.show, self.station, self.journal = job, run, show, station, journal
         self.stop, self.length, self.growth = stop, length, growth
@@ -122,6 +124,7 @@ class _Lead:
         self._since_save = 0
         # Workers that this coordinator has seen go.
         self._lost: set[int] = set()
+        self._elsewhere = Elsewhere(run, job.server.elsewhere, time.monotonic(), came=again)
         reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
             plan.rules(job), self._rate, [job.server.copies] * job.server.shards, journal=journal.records,
@@ -239,7 +242,11 @@ class _Lead:
         elif isinstance(record, r.Left) and record.why == "left" and not self.machine.at.over:
             self._lost.add(record.worker)
             self.show.say(f"worker {record.worker} has left")
-        elif isinstance(record, r.Entered) and record.worker in self._lost:
+        elif (
+            isinstance(record, r.Entered)
+            and record.worker in self._lost
+            and not self._elsewhere.waits(f"worker {record.worker}")
+        ):
             self.show.say(f"worker {record.worker} has joined again")
 
     def _not_finite(self, record: r.Rejected) -> None:
@@ -261,6 +268,8 @@ class _Lead:
             self.show.step(row)
             self._follow()
         now = time.monotonic()
+        if self.job.server.elsewhere:
+            self._look_around(now)
         if (shard := self.machine.bare(now)) is not None:
             raise _bare(shard, self.job.server.copies)
         if self.growth is not None and not self.machine.at.draining:
@@ -270,6 +279,19 @@ class _Lead:
         if not self.machine.idle:
             return False
         return self._all_saved(now)
+
+    def _look_around(self, now: float) -> None:
+        """Says who has come of those that other machines start, and for whom it waits."""
+        at = self.machine.at
+        # Given up, a worker is missed by nobody, unless all must be there to begin, or nobody else is.
+        alone = not at.over and not (at.started and at.members)
+        needed = {f"server {number}" for number in range(self.job.server.shards)}
+        if alone:
+            needed |= {name for name in self.job.server.elsewhere if name.startswith("worker ")}
+        here = {f"worker {n}" for n, member in at.members.items() if self.station.connected(member.address)}
+        here |= {f"server {a.number}" for a in at.copies.addresses() if self.station.connected(a)}
+        for news in self._elsewhere.news(here, needed, self.stop.asked, now):
+            self.show.say(news)
 
     def _grow(self, growth: Growth, now: float) -> None:
         """Gives out what was appended to the store, and says when there is nothing to do and when there is again."""

@@ -18,6 +18,7 @@ from shoal.errors import CheckpointError
 from shoal.job import Job, parse
 from shoal.mesh import Seat
 from shoal.models.spec import parameters
+from shoal.observe.log import speaker
 from shoal.ops.initialise import initialise_
 from shoal.shard import Shard, State
 from shoal.sync import saved
@@ -40,12 +41,15 @@ _PARTS = 60.0
 _CLONED = 60.0
 
 
-def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: str, host: str, life: int) -> None:
+def main(
+    seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: str, host: str, life: int, joined: bool = False
+) -> None:
     """Holds a copy of shard `number` until the job is over.
 
     copy: which of its copies. nonce: of this start of the run. host: to listen on. life: how often it was
     started before; where there are several copies, a new life is a new one, which takes all from another: by its number
-    the coordinator knows that those before it in this place are gone (`Coordinator.replaced`).
+    the coordinator knows that those before it in this place are gone (`Coordinator.replaced`). joined: by `shoal join`,
+    so that it says itself how it stands with the coordinator.
     """
     run, given = Path(folder), parse(job)
     rules, options = plan.rules(given), given.server
@@ -75,7 +79,8 @@ def main(seat: Seat, *, folder: str, job: str, number: int, copy: int, nonce: st
         if cloned:
             join(machine, station, _CLONED)
         part = _Part(number, held, saver)
-        Serving(machine, station, log, save=part.save, poll=part.poll).run()
+        say = speaker() if joined else None
+        Serving(machine, station, log, save=part.save, poll=part.poll, say=say).run()
 
 
 def served(level: str, host: str, credentials: Credentials) -> str:

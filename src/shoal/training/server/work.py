@@ -15,6 +15,7 @@ from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
 from shoal.job import Job, parse
 from shoal.mesh import Mesh, Seat
+from shoal.observe.log import speaker
 from shoal.sync.server import messages as m
 from shoal.sync.server.encoding import Encoder
 from shoal.sync.server.follower import Follower
@@ -38,7 +39,8 @@ def main(
 ) -> dict[str, Any]:  # fmt: skip
     """Worker `number`, one rank of it, until there is nothing left to compute. life: how often it was started.
 
-    leaves: a signal asks it to leave the run, with all that it has computed, and not to end at once. micro_batch:
+    leaves: it was started by `shoal join`: a signal asks it to leave the run, with all that it has computed, and not to
+    end at once; and it says itself how it stands with the coordinator. micro_batch:
     sequences that a rank computes at a time, where they are others than the layout's.
     """
     stop = Stop()
@@ -66,6 +68,7 @@ def main(
                 encoder=_encoder(whole, ranks, number),
                 words=words,
                 leaving=lambda: stop.asked,
+                say=speaker() if leaves else None,
                 station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
             )
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from shoal.errors import JobError, RankError
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece, Range
-from shoal.sync.server.node import client as clients
+from shoal.sync.server.node import silence
 from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.station import Said, Station
@@ -36,11 +36,12 @@ class Peers:
         station.listen("127.0.0.1")
         return station
 
-    def client(self) -> Client:
+    def client(self, leaving: Callable[[], bool] = lambda: False) -> Client:
         call = ("coordinator", "shard")
         return Client(
             Worker(0, 4, 1, model="m", tokenizer="t", retry=0.5, heartbeat=60.0, wanted={0: PIECES}),
             lambda nonce: Station(Address("worker", 0, nonce), self.book, TRUSTED, torch.float32, call),
+            leaving,
         )
 
     def hear(self, station: Station, kind: type[m.Message]) -> Said:
@@ -160,10 +161,63 @@ def test_a_refusal_is_raised_where_one_waits(peers, by):
 
 
 def test_without_a_coordinator_it_gives_up_in_the_end(peers, monkeypatch):
-    monkeypatch.setattr(clients, "_ALONE", 0.3)
+    monkeypatch.setattr(silence, "ALONE", 0.3)
     client = peers.client()
     try:
         with pytest.raises(RankError, match="has not been heard of"):
             client.wait("asking", timeout=PATIENCE)
+    finally:
+        client.close()
+
+
+def test_a_long_gradient_is_no_silence_of_the_coordinator(peers, monkeypatch):
+    """It has nothing to say to a worker that computes; when that has pushed, there is time to answer."""
+    monkeypatch.setattr(silence, "ALONE", 0.6)
+    client = peers.client()
+    try:
+        peers.join(0)
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        time.sleep(1.0)
+        assert push(client, Key(0, 0, 0))
+        sender, _, _ = peers.hear(peers.lead, m.Push)
+        time.sleep(0.3)
+        peers.lead.send(sender, m.Answer(Key(0, 0, 0), True, 1, 0))
+        assert client.wait("asking", timeout=PATIENCE) == "asking"
+    finally:
+        client.close()
+
+
+@pytest.mark.parametrize("silent", ["from the beginning", "later"])
+def test_who_is_asked_to_leave_and_holds_no_gradient_does_not_wait_for_a_coordinator_that_is_gone(
+    peers, monkeypatch, silent
+):
+    monkeypatch.setattr(silence, "_SOON", 0.2)
+    asked: list[bool] = []
+    client = peers.client(leaving=lambda: bool(asked))
+    try:
+        if silent == "later":
+            peers.join(0)
+            assert client.wait("computing", timeout=PATIENCE) == "computing"
+            granted = client.granted()
+            assert granted is not None
+            client.not_pulled(granted.grant)
+            peers.lead.close(flush=0.0)
+        asked.append(True)
+        assert client.wait("finished", timeout=PATIENCE) == "finished"
+    finally:
+        client.close()
+
+
+def test_who_holds_a_gradient_waits_for_the_coordinator_though_it_is_asked_to_leave(peers, monkeypatch):
+    monkeypatch.setattr(silence, "_SOON", 0.0)
+    asked: list[bool] = []
+    client = peers.client(leaving=lambda: bool(asked))
+    try:
+        peers.join(0)
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        asked.append(True)
+        assert push(client, Key(0, 0, 0))
+        peers.lead.close(flush=0.0)
+        assert client.wait("finished", timeout=0.5) == "pushing"
     finally:
         client.close()

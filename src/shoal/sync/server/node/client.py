@@ -8,17 +8,18 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from shoal.errors import JobError, RankError
+from shoal.errors import JobError
 from shoal.sync.server import messages as m
 from shoal.sync.server.effects import Effect, Send
 from shoal.sync.server.messages import COORDINATOR, Key, Range
+from shoal.sync.server.node.silence import Silence
 from shoal.sync.server.node.station import Event, Lost, Said, Station
 from shoal.sync.server.worker import Pushed, Worker
 
 # Seconds between two looks at what was not answered.
 _TICK = 0.1
-# Seconds without the coordinator after which a worker gives up: it may be starting again, or the machine asleep.
-_ALONE = 120.0
+# States without a gradient that is computed, or is being.
+_EMPTY = ("joining", "asking", "pulling")
 
 
 class Granted(NamedTuple):
@@ -35,10 +36,13 @@ class Client:
     A worker that was fenced joins again by itself, as a new incarnation: whatever is computed for the old one is void.
     """
 
-    def __init__(self, machine: Worker, station: Callable[[int], Station], leaving: Callable[[], bool] = lambda: False):
+    def __init__(
+        self, machine: Worker, station: Callable[[int], Station], leaving: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] | None = None,
+    ):  # fmt: skip
         """station: for a nonce, one that listens to nobody and calls coordinator and shards.
 
-        leaving: whether the worker has been asked to leave.
+        leaving: whether the worker has been asked to leave. say: as of `Silence`.
         """
         self.machine, self._leaving = machine, leaving
         self._changed = threading.Condition()
@@ -48,9 +52,10 @@ class Client:
         self._missing: list[tuple[int, int]] = []
         nonce = secrets.randbits(62)
         self.station = station(nonce)
-        self._heard = time.monotonic()
+        now = time.monotonic()
+        self._silence = Silence(f"worker {machine.number}", self.station.book, say, now)
         with self._changed:
-            self._do(machine.start(nonce, self._heard))
+            self._do(machine.start(nonce, now))
         self._thread = threading.Thread(target=self._run, name="talks to the server", daemon=True)
         self._thread.start()
 
@@ -154,8 +159,8 @@ class Client:
         now = time.monotonic()
         machine = self.machine
         if isinstance(event, Said):
-            if event.sender == COORDINATOR:
-                self._heard = now
+            if event.sender == COORDINATOR and not isinstance(event.message, m.Refused):
+                self._silence.heard(now)
             if isinstance(event.message, m.Refused) and event.sender != COORDINATOR:
                 self._error = JobError(event.message.why, fix=event.message.fix)
             self._do(machine.handle(event.message, event.tensors, now))
@@ -164,6 +169,10 @@ class Client:
             machine.lost()
         if self._leaving() and not machine.leaves:
             self._do(machine.retire(now))
+        linked = self.station.connected(COORDINATOR)
+        if machine.leaves and machine.state in _EMPTY and self._silence.lasts(now, linked):
+            # Nobody is there to let it go, and it has computed nothing that could be lost.
+            machine.state = "finished"
         self._do(machine.tick(now))
         if machine.refused is not None:
             self._error = JobError(machine.refused.why, fix=machine.refused.fix)
@@ -172,8 +181,9 @@ class Client:
             effects = machine.start(nonce, now)
             self.station.rename(machine.address)
             self._do(effects)
-        if now - self._heard > _ALONE and machine.state != "computing":
-            self._error = RankError(f"the coordinator has not been heard of for {_ALONE:.0f} s")
+        if machine.state in ("computing", "finished") or (machine.state == "pulling" and linked):
+            self._silence.excuse(now)
+        self._silence.check(now, linked)
 
     def _do(self, effects: Sequence[Effect]) -> None:
         for effect in effects:

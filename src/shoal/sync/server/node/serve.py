@@ -10,6 +10,7 @@ from shoal.sync.server import messages as m
 from shoal.sync.server.effects import Effect, Keep, Send, Write
 from shoal.sync.server.messages import COORDINATOR, Address
 from shoal.sync.server.node.shard_log import ShardLog
+from shoal.sync.server.node.silence import Silence
 from shoal.sync.server.node.station import Event, Lost, Said, Station
 from shoal.sync.server.shard import ServerShard
 
@@ -24,12 +25,14 @@ class Serving:
     def __init__(
         self, machine: ServerShard, station: Station, log: ShardLog | None, *,
         save: Callable[[int, bytes], None], poll: Callable[[], Sequence[m.Saved]],
+        say: Callable[[str], None] | None = None,
     ):  # fmt: skip
-        """log: of a shard of one copy. poll: what has become of saves since it was last asked."""
+        """log: of a shard of one copy. poll: what has become of saves since it was last asked. say: of `Silence`."""
         self.machine, self.station, self.log, self._save, self._poll = machine, station, log, save, poll
         self._ticked = float("-inf")
         self._greeted = False
-        self._heard = self._whole = time.monotonic()
+        self._whole = time.monotonic()
+        self._silence = Silence(f"server {machine.number}", station.book, say, self._whole)
 
     def run(self) -> None:
         """JobError where this copy cannot take part."""
@@ -57,9 +60,8 @@ class Serving:
     def _check(self, now: float) -> None:
         """That there is a coordinator, and that this copy gets what it is to apply."""
         if self.station.connected(COORDINATOR):
-            self._heard = now
-        elif now - self._heard > _ALONE:
-            raise RankError(f"there has been no coordinator for {_ALONE:.0f} s")
+            self._silence.heard(now)
+        self._silence.check(now)
         if not self.machine.stuck or self.machine.logged:
             self._whole = now
         elif now - self._whole > _STUCK:
@@ -122,8 +124,8 @@ class Serving:
             self.log.append(message, tensors, durable=True)
 
 
-# Seconds without a coordinator after which a shard gives up; and after which a copy that lacks bytes does.
-_ALONE, _STUCK = 120.0, 10.0
+# Seconds after which a copy that lacks bytes gives up.
+_STUCK = 10.0
 
 
 def join(machine: ServerShard, station: Station, patience: float) -> None:

@@ -57,12 +57,13 @@ class Server:
         self, mesh: Mesh, replica: Replica[Any], placement: Sequence[Sequence[Block]], *,
         station: Callable[[Address], Station], machine: Worker, encoder: Encoder | None = None,
         words: Words | None = None, leaving: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] | None = None,
     ):  # fmt: skip
         """mesh: of this worker alone. station: for an address, one that calls coordinator and shards.
 
         encoder: of this rank, where the job has a codec; `machine` has a follower then. words: of the same result on
         all ranks, or None on some of them; not given, all rows of the embedding are pulled, as they are with a codec.
-        leaving: whether the worker has been asked to leave; the lead's counts.
+        leaving: whether the worker has been asked to leave; the lead's counts. say: as of `Silence`.
         """
         assert words is None or encoder is None, "a shadow moves as a whole"
         self.mesh, self.replica, self.shards = mesh, replica, len(placement)
@@ -78,7 +79,9 @@ class Server:
         self._other: Other | None = None
         self._grant: m.Grant | None = None
         if mesh.rank == 0:
-            self._client = Client(machine, lambda nonce: station(Address("worker", machine.number, nonce)), leaving)
+            self._client = Client(
+                machine, lambda nonce: station(Address("worker", machine.number, nonce)), leaving, say
+            )
         else:
             mailbox = station(Address("worker", machine.number, secrets.randbits(62)))
             self._other = Other(mailbox, mesh, machine.wanted, self._follower, self._needs)
