@@ -53,8 +53,8 @@ class Peers:
                 return event
         raise AssertionError(f"no {kind.__name__}")
 
-    def join(self, incarnation: int) -> m.Join:
-        """Lets the worker in, until it has weights of version 0 and samples 0 … 3."""
+    def join(self, incarnation: int, pulls: float = 0.0) -> m.Join:
+        """Lets the worker in, until it has weights of version 0 and samples 0 … 3. pulls: seconds that they take."""
         sender, join, _ = self.hear(self.lead, m.Join)
         assert isinstance(join, m.Join)
         assert sender.copy == join.nonce
@@ -65,6 +65,7 @@ class Peers:
         asker, pull, _ = self.hear(self.shard, m.Pull)
         assert isinstance(pull, m.Pull)
         assert (pull.key, pull.pieces) == (key, PIECES)
+        time.sleep(pulls)
         self.shard.send(asker, m.Pulled(key, 0, 0, PIECES), (WEIGHTS,))
         return join
 
@@ -170,14 +171,14 @@ def test_without_a_coordinator_it_gives_up_in_the_end(peers, monkeypatch):
         client.close()
 
 
-def test_a_long_gradient_is_no_silence_of_the_coordinator(peers, monkeypatch):
-    """It has nothing to say to a worker that computes; when that has pushed, there is time to answer."""
-    monkeypatch.setattr(silence, "ALONE", 0.6)
+def test_neither_a_long_pull_nor_a_long_gradient_is_silence_of_the_coordinator(peers, monkeypatch):
+    """It has nothing to say to a worker that is at one; when that has pushed, there is time to answer."""
+    monkeypatch.setattr(silence, "ALONE", 2.0)
     client = peers.client()
     try:
-        peers.join(0)
+        peers.join(0, pulls=2.5)
         assert client.wait("computing", timeout=PATIENCE) == "computing"
-        time.sleep(1.0)
+        time.sleep(2.5)
         assert push(client, Key(0, 0, 0))
         sender, _, _ = peers.hear(peers.lead, m.Push)
         time.sleep(0.3)
