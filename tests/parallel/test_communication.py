@@ -34,12 +34,13 @@ def test_a_step_sends_what_the_documentation_says(ranks, layout, all_gather, red
 
 
 def test_in_bf16_weights_travel_in_it_and_sums_in_fp32(ranks):
-    """Blocks are gathered in bf16, embedding and output layer as they are stored."""
+    """Blocks are gathered in bf16, embedding and output layer as they are stored; a few numbers of each rank are summed
+    up in float64."""
     for result in ranks.run("tests.parallel.cases:count_bytes", 4, layout="replicas=2,fsdp=2", precision="bf16"):
         assert result["dtypes"] == {
             "all_gather": ["torch.bfloat16", "torch.float32"],
             "reduce_scatter": ["torch.float32"],
-            "all_reduce": ["torch.float32"],
+            "all_reduce": ["torch.float32", "torch.float64"],
         }
 
 

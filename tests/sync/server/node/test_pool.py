@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from shoal.job.optim import OptimOptions
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Address, Key, Piece
+from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.pool import Pool
 from shoal.sync.server.node.serve import Serving
 from shoal.sync.server.node.station import Said
@@ -49,6 +51,7 @@ class Mailbox:
 
     def __init__(self):
         self.back: list[torch.Tensor] = []
+        self.book = Book(Path())
 
     def connected(self, address: Address) -> bool:
         return True
