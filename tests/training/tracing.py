@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,11 @@ from torch.distributed.pipelining import PipelineStage
 from shoal import mesh as meshes
 from shoal.job import Layout
 from shoal.models.decoder import Block
+from shoal.observe import trace
+from shoal.observe.trace import Tracer
 from shoal.optim.update import Update
 from shoal.training import flights, worker
+from shoal.training.flights import Flights
 from shoal.training.objective import Objective
 from shoal.training.traced import traced
 
@@ -36,6 +41,31 @@ def before_and_after(seat: meshes.Seat) -> list[bool]:
         with tempfile.TemporaryDirectory() as folder, traced(mesh, Path(folder)):
             inside = functions()
         return [all(a is not b for a, b in zip(before, inside, strict=True)), functions() == before]
+    finally:
+        mesh.close()
+
+
+def message(seat: meshes.Seat) -> bytes:
+    """A recording: rank 0 has begun to send before it computes, rank 1 begins to receive while both compute."""
+    mesh = meshes.build(Layout(pipeline=2), seat, timeout=60)
+    store = dist.PrefixStore("message", seat.store)
+    try:
+        tracer, group = Tracer(mesh.rank), mesh.group("pipeline")
+        here, other, patience = f"{mesh.rank} computes", f"{1 - mesh.rank} computes", timedelta(seconds=60)
+        tracer.on = True
+        with Flights(tracer, mesh).within():
+            x_D = torch.ones(4)
+            if mesh.rank == 0:
+                work = dist.isend(x_D, 1, group)
+            with tracer.span("backward", "backward"):
+                store.set(here, "")
+                store.wait([other], patience)
+                if mesh.rank == 1:
+                    work = dist.irecv(x_D, 0, group)
+                while not any(span.in_flight for span in tracer.spans):
+                    time.sleep(0.001)
+            work.wait()
+        return trace.encode(tracer.take())
     finally:
         mesh.close()
 
