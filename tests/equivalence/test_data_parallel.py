@@ -36,7 +36,7 @@ def world(layout: str) -> int:
 
 # AdamW hides a gradient of the wrong size, so SGD goes everywhere and AdamW where shards are cut or sums differ.
 ROWS = [
-    *(cases.Row(layout, "odd", STEPS if world(layout) < 4 else FEWER) for layout in LAYOUTS),
+    *(cases.Row(layout, "odd", FEWER) for layout in LAYOUTS),
     *(cases.Row(layout, "odd", FEWER, "adamw") for layout in LAYOUTS[3::3]),
 ]
 
@@ -47,7 +47,7 @@ def test_float64_equals_one_process(ranks, row):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("row", [cases.Row(layout, "odd", STEPS) for layout in LAYOUTS if world(layout) == 4], ids=str)
+@pytest.mark.parametrize("row", [cases.Row(layout, "odd", STEPS) for layout in LAYOUTS], ids=str)
 def test_over_all_steps(ranks, row):
     cases.check(ranks, row)
 

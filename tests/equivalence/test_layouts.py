@@ -9,7 +9,7 @@ import pytest
 
 from tests.equivalence import bugs, cases
 
-# Fewer, `Row`'s own number, of pairs and on more than two ranks, whose steps cost more; nightly all.
+# Nightly; else `Row`'s own number.
 STEPS = 20
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "looped_bfs", "interleaved_zero_bubble", "zbv", "dualpipev")
 
@@ -78,18 +78,7 @@ UNEVEN = [
 ]
 
 
-def world(layout: str) -> int:
-    return cases.Layout.parse(layout).world
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        *(cases.Row(la, steps=STEPS) for la in SINGLES if world(la) == 2),
-        *(cases.Row(la) for la in SINGLES if world(la) > 2),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("row", [cases.Row(layout) for layout in SINGLES], ids=str)
 def test_singles(ranks, row):
     cases.check(ranks, row)
 
@@ -114,9 +103,7 @@ def test_pairs(ranks, row):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    "row", [cases.Row(layout, steps=STEPS) for layout in [*SINGLES, *PAIRS, *TRIPLES] if world(layout) > 2], ids=str
-)
+@pytest.mark.parametrize("row", [cases.Row(layout, steps=STEPS) for layout in [*SINGLES, *PAIRS, *TRIPLES]], ids=str)
 def test_over_all_steps(ranks, row):
     cases.check(ranks, row)
 

@@ -145,8 +145,19 @@ def test_a_rank_that_raises_is_named_last_and_the_run_can_be_resumed(train, tiny
     assert losses(run) == losses(whole)
 
 
-@pytest.mark.parametrize("layout", ["tensor=2", "context=2", "pipeline=2,micro_batch=2", "pipeline=2,schedule=zbv"])
-@pytest.mark.parametrize(("entry", "cause"), [("main", "the cat has sat"), ("killed", "SIGKILL")])
+@pytest.mark.parametrize(
+    ("layout", "entry", "cause"),
+    [
+        ("tensor=2", "main", "the cat has sat"),
+        ("context=2", "killed", "SIGKILL"),
+        ("pipeline=2,micro_batch=2", "killed", "SIGKILL"),
+        ("pipeline=2,schedule=zbv", "main", "the cat has sat"),
+        pytest.param("tensor=2", "killed", "SIGKILL", marks=pytest.mark.nightly),
+        pytest.param("context=2", "main", "the cat has sat", marks=pytest.mark.nightly),
+        pytest.param("pipeline=2,micro_batch=2", "main", "the cat has sat", marks=pytest.mark.nightly),
+        pytest.param("pipeline=2,schedule=zbv", "killed", "SIGKILL", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_rank_lost_in_the_middle_of_a_replica_ends_the_others_soon(train, tiny, tmp_path, layout, entry, cause):
     """Long before any timeout, and it is the one that is named."""
     job = tiny(tmp_path / "run", layout, train={"steps": 8}, model={"num_hidden_layers": 4})

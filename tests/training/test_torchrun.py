@@ -97,10 +97,11 @@ def test_ctrl_c_before_the_first_step_ends_all(arguments, tmp_path):
         # Found by every rank for itself before it has a seat, ...
         (["--train.stepz", "3"], "error: unknown option --train.stepz\n  → did you mean --train.steps?\n"),
         # ... and by rank 0 for all.
-        (
+        pytest.param(
             ["--layout", "replicas=3"],
             "error: layout replicas=3 has 3 ranks, torchrun started 2\n"
             "  → torchrun --nproc-per-node 3, or layout replicas=2\n",
+            marks=pytest.mark.nightly,
         ),
         pytest.param(
             ["--sync", "server"],
