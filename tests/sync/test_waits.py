@@ -85,6 +85,16 @@ def test_in_pairs_everybody_hears_who_was_waited_for(ranks):
     assert all(sum(1 for seconds in summed(one[:-1]) if seconds) == 4 for one in told)
 
 
+def test_the_last_step_tells_of_all_where_one_had_no_partner(ranks):
+    """Three replicas that meet once: one of them waits for nobody."""
+    told = ranks.run(
+        "tests.sync.waits_cases:waits", 3, layout="replicas=3,micro_batch=2", sync=GOSSIP, steps=2, slow=1, seconds=0.0
+    )
+    assert not any(one[0] for one in told)
+    assert all(one[1] == pytest.approx(told[0][1]) for one in told)
+    assert sum(1 for seconds in told[0][1] if seconds) == 2
+
+
 def test_the_mean_over_a_replicas_ranks_beyond_the_least(monkeypatch: pytest.MonkeyPatch):
     now = iter([0.0, 3.0, 10.0, 11.0, 20.0, 21.0, 30.0, 35.0])
     monkeypatch.setattr("shoal.sync.waits.time", SimpleNamespace(perf_counter=lambda: next(now)))
@@ -121,6 +131,10 @@ def test_what_is_heard_in_pairs_is_the_newest_of_each():
     ones[2].hear(everybody)
     assert ones[2].news() == (1.0, 10.0, 4.0)
     assert ones[2].news() == ()
+    ones[2].add(3.0)
+    assert ones[2].news() == ()
+    assert ones[2].news(all_heard=True) == (0.0, 0.0, 3.0), "who had no partner since has not waited"
+    assert ones[2].news(all_heard=True) == ()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what a socket has sent")

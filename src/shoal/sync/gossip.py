@@ -74,7 +74,8 @@ class Gossip:
             self._round += own.counted
         start, step = time.perf_counter(), self._step + 1
         outer, finite = None, True
-        if step == self.update.steps:
+        last = step == self.update.steps
+        if last:
             outer, finite = self._end()
         elif step % self.options.every == 0:
             outer, finite = self._meet(step // self.options.every - 1, own.stop)
@@ -83,7 +84,7 @@ class Gossip:
         return Applied(
             own.done.finite and finite, Version(self.update.done), own.loss_sum, own.weight,
             own.weight * self.mesh.layout.replicas, own.done.norm, own.done.lr, stop=step >= self._stop_after,
-            waited=waited, waits=self._heard.news(), whence=whence, outer=outer,
+            waited=waited, waits=self._heard.news(last), whence=whence, outer=outer,
         )  # fmt: skip
 
     def _meet(self, meeting: int, stop: bool) -> tuple[Outer, bool]:

@@ -84,11 +84,15 @@ class Heard:
             own_R[self._mesh.replica] = self.known_R[self._mesh.replica]
         return own_R.to(self._mesh.device)
 
-    def news(self) -> tuple[float, ...]:
+    def news(self, all_heard: bool = False) -> tuple[float, ...]:
         """Seconds of each replica that are known now and were not when something was told last; () until there is
-        something new of each: of whom nothing has been heard, it cannot be said that it waits least."""
+        something new of each: of whom nothing has been heard, it cannot be said that it waits least.
+
+        all_heard: this one has just heard of all, so that whoever has nothing new has not waited, as a replica without
+        a partner; () where nobody has.
+        """
         news = (self.known_R - self._before_R).tolist()
-        if not all(news):
+        if not (any(news) if all_heard else all(news)):
             return ()
         self._before_R = self.known_R.clone()
         return tuple(news)

@@ -214,6 +214,20 @@ def test_servers_that_cannot_go_on_leave_the_folder_as_it_was(asp, tmp_path, mon
     assert content(run) == before
 
 
+def test_steps_that_the_journal_has_beyond_the_checkpoint_are_done_too(asp, tmp_path):
+    """As if the checkpoint were of four steps, and the server had been killed after six: five are fewer."""
+    run = shutil.copytree(asp, tmp_path / "run")
+    rewritten(run, lambda what: msgspec.structs.replace(what, step=4))
+    before = content(run)
+    job = going_on(run, sync={"name": "server"}, train={"steps": 5})
+    seat = Seat(0, 1, 0, 1, dist.HashStore())
+    with pytest.raises(JobError, match="has done 6 steps already"):
+        begin.main(seat, folder=str(run), job=write(job))
+    assert content(run) == before
+    begin.main(seat, folder=str(run), job=write(going_on(run, sync={"name": "server"}, train={"steps": 6})))
+    assert (run / "server/journal").read_bytes().startswith((asp / "server/journal").read_bytes()), "it goes on from it"
+
+
 def test_a_run_without_a_server_that_cannot_go_on_leaves_the_folder_as_it_was(asp, train, tmp_path):
     run = shutil.copytree(asp, tmp_path / "run")
     rewritten(run, without_a_moment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from shoal.sync.server import records as r
 from shoal.sync.server.messages import Range
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.journal_file import FILE, JournalFile
+from shoal.sync.server.standing import Standing
 from shoal.training import folder as folders
 from shoal.training.server import hold, plan
 from shoal.training.worker import newest_whole, refuse_fewer
@@ -40,9 +41,14 @@ def main(seat: Seat, *, folder: str, job: str) -> None:
     say, here = speaker(run), run / FOLDER
     lasting = _lasting(given)
     before = (here / _PLAN).read_bytes() if (here / _PLAN).is_file() else b""
-    base, newest = _journal(here)
+    records = _journal(here)
+    base, newest = _versions(records)
     start = _start(run, given, say)
     fits = before == lasting and given.server.copies == 1 and base <= start <= newest
+    if fits and not given.endless:
+        copies = [given.server.copies] * given.server.shards
+        used = Standing(plan.rules(given), copies, None, records, 0.0).samples.used
+        refuse_fewer(run, used // given.train.global_batch, given)
     if not fits and here.exists():
         shutil.rmtree(here)
         if newest > start:
@@ -82,10 +88,14 @@ def _lasting(job: Job) -> bytes:
     )  # fmt: skip
 
 
-def _journal(here: Path) -> tuple[int, int]:
-    """Versions between which there is a journal; none: (1, 0)."""
+def _journal(here: Path) -> list[r.AnyRecord]:
+    """All its records; empty where there is none."""
     path = here / FILE
-    records = journal.decode(path.read_bytes(), where=str(path))[0] if path.is_file() else []
+    return journal.decode(path.read_bytes(), where=str(path))[0] if path.is_file() else []
+
+
+def _versions(records: Sequence[r.AnyRecord]) -> tuple[int, int]:
+    """Between which there is a journal; none: (1, 0)."""
     if not records:
         return 1, 0
     first = records[0]

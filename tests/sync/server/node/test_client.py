@@ -78,8 +78,8 @@ def peers(tmp_path) -> Iterator[Peers]:
         station.close(flush=0.0)
 
 
-def push(client: Client, key: Key) -> bool:
-    return client.push(key, {0: Pushed(PIECES, (GRADIENT,))}, 3.0, 1.0, Range(0, 4), 1, m.UNKNOWN)
+def push(client: Client, key: Key, owes: bool = False) -> bool:
+    return client.push(key, {0: Pushed(PIECES, (GRADIENT,))}, 3.0, 1.0, Range(0, 4), 1, m.UNKNOWN, owes)
 
 
 def test_a_fenced_worker_joins_again_and_its_work_is_void(peers):
@@ -220,5 +220,24 @@ def test_who_holds_a_gradient_waits_for_the_coordinator_though_it_is_asked_to_le
         assert push(client, Key(0, 0, 0))
         peers.lead.close(flush=0.0)
         assert client.wait("finished", timeout=0.5) == "pushing"
+    finally:
+        client.close()
+
+
+def test_who_owes_what_a_codec_lost_waits_for_the_coordinator_though_it_is_asked_to_leave(peers, monkeypatch):
+    """That of gradients that were accepted is still to be pushed: without it, they would never count in full."""
+    monkeypatch.setattr(silence, "_SOON", 0.0)
+    asked: list[bool] = []
+    client = peers.client(leaving=lambda: bool(asked))
+    try:
+        peers.join(0)
+        assert client.wait("computing", timeout=PATIENCE) == "computing"
+        assert push(client, Key(0, 0, 0), owes=True)
+        sender, _, _ = peers.hear(peers.lead, m.Push)
+        peers.lead.send(sender, m.Answer(Key(0, 0, 0), True, 1, 0))
+        assert client.wait("asking", timeout=PATIENCE) == "asking"
+        peers.lead.close(flush=0.0)
+        asked.append(True)
+        assert client.wait("finished", timeout=0.5) == "asking"
     finally:
         client.close()

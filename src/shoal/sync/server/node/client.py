@@ -170,7 +170,8 @@ class Client:
         if self._leaving() and not machine.leaves:
             self._do(machine.retire(now))
         linked = self.station.connected(COORDINATOR)
-        if machine.leaves and machine.state in _EMPTY and self._silence.lasts(now, linked):
+        empty = machine.state in _EMPTY and not machine.owes
+        if machine.leaves and empty and self._silence.lasts(now, linked):
             # Nobody is there to let it go, and it has computed nothing that could be lost.
             machine.state = "finished"
         self._do(machine.tick(now))
