@@ -1,0 +1,136 @@
+"""How long one block of the model takes for one micro-batch, forward and backward, on one device of its group."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from shoal.planning import collectives, products
+from shoal.planning.constants import CALL, GAP, Constants, Rates
+from shoal.planning.work import Array, Work
+
+# Of a fused kernel for attention: head size at which FlashAttention's first version has its full rate, and what
+# backward costs of forward (Dao 2023, "FlashAttention-2", section 3).
+_HEAD, _BACKWARD = 128.0, 2.5
+# Corner of what the device computes and what the host launches.
+_CORNER = 4.0
+
+
+class Cost(NamedTuple):
+    """Seconds of a block and a micro-batch, (n,). forward, backward: all of it, what is computed again in backward.
+    compute_forward, compute_backward: without communication and launching. tensor, context: communication that shows,
+    of both. attention: its core, forward."""
+
+    forward: Array
+    backward: Array
+    compute_forward: Array
+    compute_backward: Array
+    tensor: Array
+    context: Array
+
+
+def cost(work: Work, constants: Constants, rates: Rates) -> Cost:
+    linear_forward, linear_backward = _linear(work, constants, rates)
+    core_forward, core_backward = _attention(work, constants, rates)
+    forward, backward = linear_forward + core_forward, linear_backward + core_backward
+    tensor_forward, tensor_backward = _tensor(work, constants, rates)
+    around_forward, around_backward = _context(work, rates, core_forward, core_backward)
+    forward_all = forward + tensor_forward + around_forward
+    # What is computed again in backward (Chen et al. 2016; attention alone: Korthikanti et al. 2022, section 5).
+    again = work.recompute * forward_all + work.selective * core_forward
+    backward_all = backward + tensor_backward + around_backward + again
+    kernels = work.kernels + 2 * work.gated + 6 * work.low
+    repeated = work.recompute * kernels
+    calls = 2 * (work.tensor > 1)
+    return Cost(
+        forward=products.corner(forward_all + GAP * kernels, rates.host * (kernels + calls), _CORNER),
+        backward=products.corner(
+            backward_all + GAP * (2 * kernels + repeated),
+            rates.host * (2 * kernels + repeated + calls + work.recompute * calls),
+            _CORNER,
+        ),
+        compute_forward=forward,
+        compute_backward=backward + work.recompute * forward + work.selective * core_forward,
+        tensor=tensor_forward * (1 + work.recompute) + tensor_backward,
+        context=around_forward * (1 + work.recompute) + around_backward,
+    )
+
+
+def tokens(work: Work) -> Array:
+    """Of a micro-batch on a rank."""
+    return work.micro_batch * work.sequence / work.context
+
+
+def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Array]:
+    """All but attention's core: its matrices' products, element-wise operations, and casts to fp8."""
+    t, d = work.tensor, work.head_size
+    m_T = tokens(work)
+    shared_T = np.where(work.shards > 0, m_T / t, m_T)
+    qkv = (work.heads + 2 * work.key_heads) * d / t
+    up = work.feed * (1 + work.gated) / t
+    shapes = [
+        (qkv, work.hidden), (work.hidden, work.heads * d / t), (up, work.hidden), (work.hidden, work.feed / t),
+    ]  # fmt: skip
+    odd, align = constants.shared("odd"), constants.shared("align")
+
+    def product(m: Array, n: Array, k: Array) -> Array:
+        return products.seconds(work, rates, odd, align, m, n, k, work.low)
+
+    zero = np.zeros(len(work))
+    forward, backward, weights = zero, zero, zero
+    for n, k in shapes:
+        forward = forward + product(m_T, n, k)
+        backward = backward + product(m_T, k, n) + product(k, n, m_T)
+        weights = weights + n * k
+    # What enters a product in fp8 is cast and transposed, 4 bytes a value; weights once a step.
+    casts = work.low * constants.shared("quant") * 4 / rates.memory
+    inner = m_T * (work.heads * d + work.feed) / t
+    forward = forward + casts * (2 * shared_T * work.hidden + inner + weights / work.micro_batches)
+    backward = backward + casts * (2 * shared_T * work.hidden + m_T * (qkv + up))
+    # Bytes of norms, activations, residuals, rotations; twice as many and more backward.
+    element = constants.shared("elem") * rates.fuse / rates.memory
+    whole, cut = shared_T * work.hidden, m_T / t
+    forward = forward + element * (24 * whole + cut * (work.feed * (4 + 4 * work.gated) + 8 * work.heads * d))
+    backward = backward + element * (36 * whole + cut * (work.feed * (6 + 6 * work.gated) + 10 * work.heads * d))
+    return forward, backward
+
+
+def _attention(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Array]:
+    """Attention's core. Unfused: over all pairs, and their scores go through memory. Fused: the causal half."""
+    d, own = work.head_size, work.sequence / work.context
+    flops = 4 * work.micro_batch * own * work.sequence * d * work.heads / work.tensor
+    power = products.power_of_two(d)
+    # Without rows of whole 16 bytes there are no tensor cores for batched products: a sixteenth of the peak, against
+    # what is reached of it (0.7).
+    rows = np.where(power < 8, 1 / 16 / 0.7, (power / 64) ** constants.shared("align"))
+    rate = rates.product * rows * d / (d + 64)
+    pairs = work.micro_batch * work.heads / work.tensor * own * work.sequence * constants.shared("score") / rates.memory
+    newer = work.flash >= 2
+    flash = np.where(newer, constants.shared("flash2"), constants.shared("flash1") * (_HEAD / d) ** 0.25)
+    fused = flops / 2 / (rates.product * flash)
+    unfused = work.flash == 0
+    return (
+        np.where(unfused, flops / rate + 11 * pairs, fused),
+        np.where(unfused, 2 * flops / rate + 13 * pairs, _BACKWARD * fused),
+    )
+
+
+def _tensor(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Array]:
+    """Two sums of the group forward, as an all-reduce or as its halves; a gather more backward where it shares
+    sequences (Korthikanti et al. 2022, section 4.2). fp8: gathered as bytes, scattered in 16 bits."""
+    size = tokens(work) * work.hidden * 2 * np.where(work.low > 0, 0.75, 1.0)
+    ring = collectives.bus(rates, work.tensor <= work.per_node, np.ones(len(work)))
+    both = 2 * collectives.scatter(size, work.tensor, ring, np.zeros(len(work)))
+    both = both * np.where(work.overlaps_tensor > 0, constants.shared("expose"), 1.0)
+    return 2 * both, np.where(work.shards > 0, 3.0, 2.0) * both
+
+
+def _context(work: Work, rates: Rates, core_forward: Array, core_backward: Array) -> tuple[Array, Array]:
+    """Keys and values once around the ring, under attention; their gradients too, backward (Liu et al. 2023)."""
+    others = work.context - 1
+    size = 2 * tokens(work) * work.key_heads * work.head_size / work.tensor * 2 * others
+    ring = collectives.bus(rates, work.tensor * work.context <= work.per_node, np.ones(len(work)))
+    forward = np.maximum(0.0, size / ring - core_forward) + CALL * others
+    backward = np.maximum(0.0, 2 * size / ring - core_backward) + CALL * others
+    return np.where(others > 0, forward, 0.0), np.where(others > 0, backward, 0.0)

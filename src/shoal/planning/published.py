@@ -1,0 +1,222 @@
+"""Published measurements: the rows of a CSV in the format of published_fit.csv, as `Work` with seconds.
+
+How a field is read is a rule that holds for every table; a row with too little in it is skipped, by reason.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from shoal.errors import JobError
+from shoal.planning import devices, stacks, work
+from shoal.planning.devices import Device
+from shoal.planning.stacks import Stack
+from shoal.planning.work import Array, Flags, Names, Work
+
+FIT = Path(str(files("shoal.planning").joinpath("published_fit.csv")))
+"""The rows that constants were fitted on."""
+
+NEEDED = ("table", "software", "gpu", "num_gpus", "layers", "hidden", "seq_len", "micro_batch", "global_batch")
+# Tables of devices on which every stack has FlashAttention's second version or later.
+_NEW = ("h100", "h200", "h800", "b200", "gb200", "b300", "gb300", "gh200", "mi3", "tpu", "gaudi3")
+# Gbit/s of one device to other nodes, by words of a row's interconnect; else the device's usual ones.
+_NETWORKS = ((r"4x ?(omni|100)", 50.0), (r"8x ?(hdr|200)", 200.0), (r"8x ?400|400 ?gbps", 400.0))
+# A100 of 40 GB are mostly those of clouds, with 4 × 100 Gbit/s for eight.
+_CLOUD = {"a100-40": 50.0}
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """rows: of the file, those that can be scored. seconds: of a step, measured. memory: GiB of the fullest device,
+    measured, NaN where none is told; kind: which memory. same: what makes two rows one configuration. known: the stack
+    is one whose description names it. skipped: rows by reason."""
+
+    rows: list[Row]
+    work: Work
+    seconds: Array
+    memory: Array
+    kind: list[str]
+    same: list[tuple[object, ...]]
+    known: Flags
+    skipped: Counter[str]
+
+    @property
+    def table(self) -> Names:
+        return np.array([row["table"] for row in self.rows])
+
+    def same_group(self, which: Flags) -> list[tuple[object, ...]]:
+        """Of the rows `which`: what rows share whose layouts are compared: model, sequence, devices, batch,
+        precision."""
+        names = (*work.MODEL, "devices", "global_batch", "low")
+        kept = np.flatnonzero(which)
+        return [
+            (self.work.device[i], *(float(getattr(self.work, name)[i]) for name in names if name != "vocab"))
+            for i in kept
+        ]
+
+
+def read(path: Path) -> Published:
+    """JobError for a file that is none, or lacks a column."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            table = csv.DictReader(file)
+            rows, names = list(table), table.fieldnames or []
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise JobError(f"cannot read it: {error}", where=str(path), fix="a CSV in UTF-8, a line for each row") from None
+    if missing := [name for name in NEEDED if name not in names]:
+        what = f"it has no column {missing[0]}"
+        raise JobError(what, where=str(path), fix=f"columns as in {FIT.name}; needed: {', '.join(NEEDED)}")
+    kept: list[Row] = []
+    cases: list[_Case] = []
+    skipped: Counter[str] = Counter()
+    for row in rows:
+        row = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)}
+        case = _case(row)
+        if isinstance(case, str):
+            skipped[case] += 1
+            continue
+        kept.append(row)
+        cases.append(case)
+    names, classes = [c.device.name for c in cases], [c.stack.constants for c in cases]
+    return Published(
+        kept, work.of_rows([c.columns for c in cases], names, classes),
+        np.array([c.seconds for c in cases], dtype=np.float64), np.array([c.memory for c in cases], dtype=np.float64),
+        [row.get("mem_kind", "") for row in kept], [c.same for c in cases], np.array([c.known for c in cases], bool),
+        skipped,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Case:
+    columns: dict[str, float]
+    device: Device
+    stack: Stack
+    known: bool
+    seconds: float
+    memory: float
+    same: tuple[object, ...]
+
+
+def _number(row: Row, name: str) -> float:
+    """NaN where it is empty, or no number."""
+    try:
+        return float(row.get(name, "").replace(",", ""))
+    except ValueError:
+        return math.nan
+
+
+def _or(value: float, other: float) -> float:
+    return other if math.isnan(value) else value
+
+
+def _case(row: Row) -> _Case | str:
+    """Or why it is skipped."""
+    if row.get("mem_kind") == "formula":
+        return "memory is a formula, and there is no time"
+    for name in ("layers", "hidden", "seq_len", "num_gpus", "micro_batch", "global_batch"):
+        if not _number(row, name) > 0:
+            return f"no {name}"
+    if _number(row, "ep") > 1:
+        return "experts: not modelled yet"
+    device = devices.published(row["gpu"])
+    if device is None:
+        return f"unknown device {row['gpu']!r}"
+    sharded = bool(re.search(r"fsdp|zero-?3", f"{row.get('zero_stage_or_fsdp', '')} {row['software']}".lower()))
+    stack, known = stacks.of(row["software"], sharded=sharded, flash_age=device.name.startswith(_NEW))
+    columns = _model(row) | _device(row, device) | {name: float(getattr(stack, name)) for name in work.STACK}
+    columns |= _layout(row, columns, stack)
+    if columns["global_batch"] < columns["data"] * columns["micro_batch"]:
+        return "global batch < replicas × micro-batch"
+    # Printed seconds and tokens/s: what is said of the model counts before anything is padded.
+    seconds = _seconds(row, columns)
+    if math.isnan(seconds):
+        return "no seconds, and no tokens/s"
+    if stack.pads:
+        whole = 128 * columns["tensor"]
+        columns["vocab"] = math.ceil(columns["vocab"] / whole) * whole
+    layout = tuple(columns[name] for name in work.LAYOUT)
+    same = (*(columns[name] for name in work.MODEL), device.name, *layout, stack.name)
+    return _Case(columns, device, stack, known, seconds, _number(row, "peak_mem_gib"), same)
+
+
+def _model(row: Row) -> dict[str, float]:
+    name = row.get("model", "").lower()
+    hidden = _number(row, "hidden")
+    heads = _or(_number(row, "heads"), float(round(hidden / 128)))
+    gated = any(family in name for family in ("llama", "mistral", "mixtral", "qwen", "deepseek", "gemma"))
+    return {
+        "layers": _number(row, "layers"), "hidden": hidden, "heads": heads, "head_size": hidden / heads,
+        "key_heads": _or(_number(row, "kv_heads"), heads), "gated": float(gated),
+        "feed": _or(_number(row, "ffn"), 4 * hidden), "sequence": _number(row, "seq_len"),
+        "vocab": _or(_number(row, "vocab"), 250_880.0 if "bloom" in name else 51_200.0),
+    }  # fmt: skip
+
+
+def _device(row: Row, device: Device) -> dict[str, float]:
+    wires = row.get("interconnect", "").lower()
+    told = next((rate for words, rate in _NETWORKS if re.search(words, wires)), None)
+    usual = _CLOUD.get(device.name)
+    nic = device.nic if told is None and usual is None else (told or usual or 0.0) * 1e9 / 8
+    return {
+        "peak": device.peak_16, "measured": device.measured["bf16"], "measured_low": device.measured["fp8"],
+        "memory": device.memory, "bandwidth": device.bandwidth, "link": device.link, "nic": nic,
+        "units": float(device.units), "per_node": _or(_number(row, "gpus_per_node"), float(device.per_node)),
+    }  # fmt: skip
+
+
+def _layout(row: Row, columns: dict[str, float], stack: Stack) -> dict[str, float]:
+    devices_ = _number(row, "num_gpus")
+    tensor, pipeline, chunks, context = (max(1.0, _or(_number(row, name), 1.0)) for name in ("tp", "pp", "vpp", "cp"))
+    data = max(1.0, devices_ / (tensor * pipeline * context))
+    micro, batch = _number(row, "micro_batch"), _number(row, "global_batch")
+    zero, fsdp = _sharding(row.get("zero_stage_or_fsdp", ""), data)
+    if stack.interleaves and pipeline > 1 and not row.get("vpp"):
+        # The paper interleaves and does not print how many chunks.
+        each = columns["layers"] / pipeline
+        chunks = max(v for v in (1.0, 2.0, 3.0) if each % v == 0) if batch / data / micro % pipeline == 0 else 1.0
+    again = row.get("activation_ckpt", "").lower()
+    shares = row.get("sp", "").lower()
+    return {
+        "devices": devices_, "tensor": tensor, "pipeline": pipeline, "chunks": chunks, "context": context,
+        "data": data, "zero": zero, "fsdp": fsdp,
+        "shards": float(shares in ("yes", "true", "1") or (stack.shards and tensor > 1 and not shares)),
+        "recompute": float(again.startswith("full") or again == "block"), "selective": float("selective" in again),
+        "micro_batch": micro, "global_batch": batch, "low": float("fp8" in row.get("precision", "").lower()),
+    }  # fmt: skip
+
+
+def _sharding(said: str, data: float) -> tuple[float, float]:
+    """(ZeRO stage, ranks that share). said: as printed. data: replicas in all."""
+    said = said.upper()
+    if "FSDP" in said or "ZERO-3" in said:
+        told = re.search(r"FSDP=(\d+)", said)
+        return 3.0, min(float(told.group(1)), data) if told else data
+    if "ZERO-2" in said:
+        return 2.0, data
+    if "ZERO-1" in said or "DISTRIBUTED" in said:
+        return 1.0, data
+    return 0.0, 1.0
+
+
+def _seconds(row: Row, columns: dict[str, float]) -> float:
+    """Of a step, as printed or as a printed rate says. NaN where neither is."""
+    if (seconds := _number(row, "iteration_s")) > 0:
+        return seconds
+    if (rate := _number(row, "tokens_per_s_per_gpu")) > 0:
+        return columns["global_batch"] * columns["sequence"] / (rate * columns["devices"])
+    if row["table"] == "sc21" and (rate := _number(row, "tflops_per_gpu")) > 0:
+        # Narayanan et al. 2021, equation 3: with what is computed again.
+        h, s, layers = columns["hidden"], columns["sequence"], columns["layers"]
+        part = 1 + s / (6 * h) + columns["vocab"] / (16 * layers * h)
+        return 96 * columns["global_batch"] * s * layers * h**2 * part / (rate * 1e12 * columns["devices"])
+    return math.nan

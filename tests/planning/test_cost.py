@@ -1,0 +1,91 @@
+"""The cost model: its parts add up, its bounds hold, and of some cases it says what is computed by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from shoal.planning import collectives, constants, products, published, step
+from shoal.planning.constants import Rates
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return published.read(published.FIT)
+
+
+def test_parts_add_up_and_none_is_negative(rows):
+    found = step.cost(rows.work, constants.load())
+    assert sum(found.parts.values()) == pytest.approx(found.seconds)
+    for name, part in found.parts.items():
+        assert (part >= 0).all(), name
+    # And each is of rows that have it.
+    assert (found.parts["tensor"][rows.work.tensor == 1] == 0).all()
+    assert (found.parts["bubble"][rows.work.pipeline == 1] == 0).all()
+    assert (found.parts["fsdp"][rows.work.zero != 3] == 0).all()
+    assert (found.parts["context"][rows.work.context == 1] == 0).all()
+    for name in ("tensor", "bubble", "fsdp", "context", "messages", "data"):
+        assert (found.parts[name] > 0).any(), name
+
+
+def test_no_step_is_faster_than_its_products_at_the_peak(rows):
+    work = rows.work
+    least = work.model_flops / (work.devices * work.peak * (1 + work.low))
+    assert (step.cost(work, constants.load()).seconds > least).all()
+
+
+@pytest.mark.parametrize(
+    ("column", "factor"),
+    [("bandwidth", 2.0), ("link", 2.0), ("nic", 2.0), ("peak", 1.5)],
+)
+def test_a_better_device_is_never_slower(rows, column, factor):
+    work = rows.work
+    better = replace(work, columns={**work.columns, column: factor * work.columns[column]})
+    before, after = (step.cost(one, constants.load()).seconds for one in (work, better))
+    assert (after <= before * (1 + 1e-12)).all()
+    assert (after < before * 0.999).any()
+
+
+def test_twice_the_micro_batches_of_one_device_take_twice_the_time_without_the_update(rows):
+    alone = rows.work.take((rows.work.pipeline == 1) & (rows.work.data == 1))
+    assert len(alone)
+    twice = replace(alone, columns={**alone.columns, "global_batch": 2 * alone.global_batch})
+    for name in ("compute", "tensor"):
+        first, second = (step.cost(one, constants.load()).parts[name] for one in (alone, twice))
+        assert second == pytest.approx(2 * first)
+
+
+def test_a_whole_tile_on_every_unit_is_a_full_wave():
+    units = np.array([108.0])
+    assert products.filled(np.array([108 * 256.0]), np.array([128.0]), units) == 1.0
+    # One tile more is another wave: 109 of 216.
+    assert products.filled(np.array([109 * 256.0]), np.array([128.0]), units)[0] < 0.8
+
+
+@pytest.mark.parametrize(("size", "power"), [(4096, 64), (96, 32), (50257, 1), (12, 4), (2.5, 1), (1, 1)])
+def test_powers_of_two(size, power):
+    assert products.power_of_two(np.array([float(size)])) == power
+
+
+def test_a_product_is_no_faster_than_its_flops_or_its_traffic(rows):
+    work = rows.work
+    rates = Rates.of(constants.load(), work)
+    for m, n, k in ((4096.0, 4096.0, 4096.0), (16.0, 4096.0, 4096.0), (8192.0, 50257.0, 1024.0)):
+        sizes = [np.full(len(work), size) for size in (m, n, k)]
+        found = products.seconds(work, rates, 0.3, 0.1, *sizes, work.low)
+        assert (found >= 2 * m * n * k / (work.peak * (1 + work.low))).all()
+        assert (found >= 2 * (m * k + k * n + m * n) / work.bandwidth).all()
+
+
+def test_a_ring_of_eight():
+    """Of 8 ranks each sends seven eighths, at 100 GB/s."""
+    found = collectives.scatter(np.array([8e9]), np.array([8.0]), np.array([100e9]), np.array([0.0]))
+    assert found == pytest.approx([7e9 / 100e9 + constants.CALL])
+    assert collectives.scatter(np.array([8e9]), np.array([1.0]), np.array([100e9]), np.array([0.0])) == 0
+
+
+def test_what_shows_of_communication_under_computing():
+    shown = collectives.shown(np.array([1.0, 3.0]), np.array([2.0, 2.0]), 0.25)
+    assert shown == pytest.approx([0.25, 1.5])

@@ -1,0 +1,111 @@
+"""Rows of published tables: what a field means, and why a row is skipped."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+
+from shoal.errors import JobError
+from shoal.planning import published
+
+ROW = {
+    "table": "t", "software": "NeMo / Megatron-Core", "model": "Llama 8B", "layers": "32", "hidden": "4096",
+    "ffn": "14336", "heads": "32", "kv_heads": "8", "vocab": "128256", "seq_len": "8192", "gpu": "H100-80GB-SXM",
+    "gpus_per_node": "8", "interconnect": "", "num_gpus": "16", "zero_stage_or_fsdp": "distributed optimizer",
+    "tp": "2", "pp": "2", "vpp": "", "cp": "1", "ep": "", "sp": "", "micro_batch": "1", "global_batch": "64",
+    "precision": "BF16", "activation_ckpt": "none", "tokens_per_s_per_gpu": "", "tflops_per_gpu": "",
+    "iteration_s": "4", "peak_mem_gib": "", "mem_kind": "",
+}  # fmt: skip
+
+
+def file(tmp_path, *rows):
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as out:
+        writer = csv.DictWriter(out, fieldnames=list(ROW))
+        writer.writeheader()
+        writer.writerows({**ROW, **row} for row in rows)
+    return path
+
+
+def test_a_row_is_read(tmp_path):
+    rows = published.read(file(tmp_path, {"vocab": "50257"}))
+    assert not rows.skipped
+    work = rows.work
+    assert (work.data, work.micro_batches, work.fsdp, work.zero, work.shards) == (4, 16, 4, 1, 1)
+    assert (work.gated, work.key_heads, work.head_size) == (1, 8, 128)
+    assert work.vocab == 50432  # padded to a multiple of 128 × 2
+    assert work.nic == 400e9 / 8
+    assert (rows.work.device, rows.work.stack) == ("h100", "core")
+    assert rows.known.all()
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "value"),
+    [
+        ({"tokens_per_s_per_gpu": "1024", "iteration_s": ""}, "seconds", 64 * 8192 / 1024 / 16),
+        ({"software": "MaxText (JAX)", "zero_stage_or_fsdp": "FSDP=2+DP (JAX)"}, "fsdp", 2),
+        ({"software": "PyTorch FSDP2", "zero_stage_or_fsdp": "FSDP FULL_SHARD (ZeRO-3)", "tp": ""}, "fsdp", 8),
+        ({"software": "Megatron-LM 2021"}, "chunks", 2),  # 16 layers a stage: 3 does not divide them
+        ({"software": "Megatron-LM 2021", "global_batch": "60"}, "chunks", 1),  # 15 micro-batches for 2 ranks
+        ({"software": "Megatron-LM 2021", "vpp": "4"}, "chunks", 4),
+        ({"sp": "no"}, "shards", 0),
+        ({"precision": "FP8"}, "low", 1),
+        ({"activation_ckpt": "full"}, "recompute", 1),
+        ({"activation_ckpt": "selective"}, "selective", 1),
+        ({"heads": ""}, "heads", 32),
+        ({"gpu": "A100-40GB"}, "nic", 50e9 / 8),
+        ({"gpu": "A100-40GB", "interconnect": "8x HDR 200Gbps"}, "nic", 200e9 / 8),
+        ({"vocab": "50257", "software": "MosaicML FSDP1"}, "vocab", 50257),
+    ],
+)  # fmt: skip
+def test_what_a_field_means(tmp_path, row, column, value):
+    rows = published.read(file(tmp_path, row))
+    found = rows.seconds if column == "seconds" else getattr(rows.work, column)
+    assert found == pytest.approx([value])
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"layers": ""}, "no layers"),
+        ({"micro_batch": "auto"}, "no micro_batch"),
+        ({"global_batch": "0"}, "no global_batch"),
+        ({"iteration_s": ""}, "no seconds, and no tokens/s"),
+        ({"mem_kind": "formula"}, "memory is a formula, and there is no time"),
+        ({"gpu": "Cerebras"}, "unknown device 'Cerebras'"),
+        ({"global_batch": "2"}, "global batch < replicas × micro-batch"),
+        ({"ep": "8"}, "experts: not modelled yet"),
+    ],
+)
+def test_a_row_with_too_little_is_skipped_and_says_why(tmp_path, row, reason):
+    rows = published.read(file(tmp_path, row, {}))
+    assert rows.skipped == {reason: 1}
+    assert len(rows.seconds) == len(rows.work) == len(rows.rows) == 1
+
+
+def test_of_the_fitted_file_898_rows_are_used():
+    rows = published.read(published.FIT)
+    assert len(rows.seconds) == 898
+    assert sum(rows.skipped.values()) == 45
+    assert np.isfinite(rows.seconds).all()
+    assert (rows.seconds > 0).all()
+    for name, column in rows.work.columns.items():
+        assert np.isfinite(column).all(), name
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"table,software\n", "has no column gpu"), (b"", "has no column table"), (b"\xff\xfe", "cannot read it")],
+)
+def test_another_file_is_refused(tmp_path, content, words):
+    path = tmp_path / "other.csv"
+    path.write_bytes(content)
+    with pytest.raises(JobError, match=words):
+        published.read(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(JobError, match="cannot read it"):
+        published.read(tmp_path / "nothing.csv")
