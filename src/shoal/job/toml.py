@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,12 @@ from shoal.errors import JobError
 from shoal.job.check import fit, kinds, nearest
 from shoal.job.job import Job, parts
 from shoal.job.layout import Layout
+from shoal.job.source import Source
 
 
 def read(path: str | Path, base: Job | None = None) -> Job:
     """The job in a TOML file, over `base` (default: Job()). Not validated: the command line may change it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise JobError(f"cannot read the recipe: {reason}", where=str(path), fix="give a TOML file") from None
-    return parse(text, str(path), base)
+    return parse(Source.read(path, "the recipe").text, str(path), base)
 
 
 def read_run(folder: str | Path) -> Job:
@@ -38,14 +31,8 @@ def read_run(folder: str | Path) -> Job:
 
 def parse(text: str, path: str = "<text>", base: Job | None = None) -> Job:
     """The job in a TOML text, over `base` (default: Job()); `path` is named in errors."""
-    file = _File(path, text)
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        line = re.search(r"line (\d+)", str(error))
-        where = f"{path}:{line[1]}" if line else f"{path}:{len(text.splitlines())}"
-        fix = 'write `key = value`, and text in "quotes"'
-        raise JobError(f"not valid TOML: {error}", where=where, fix=fix) from None
+    file = Source(path, text)
+    table = file.tables()
     job = base or Job()
     changes: dict[str, Any] = {}
     for key, value in table.items():
@@ -77,7 +64,7 @@ def blame(error: JobError, path: str | Path, base: Job) -> JobError:
     if not named or error.where or error.what not in map(_mistake, (base, *(part for _, part in parts(base)))):
         return error
     keys = [key for key in named.groups() if key]
-    file = _File(str(path), Path(path).read_text(encoding="utf-8-sig"))
+    file = Source(str(path), Path(path).read_text(encoding="utf-8-sig"))
     return type(error)(error.what, where=file.where(*keys), fix=error.fix) if file.holds(*keys) else error
 
 
@@ -94,46 +81,7 @@ def layout(text: str) -> Layout | None:
     return None if text == "auto" else Layout.parse(text)
 
 
-@dataclass(frozen=True)
-class _File:
-    """A TOML text, to say where in it something stands; tomllib does not tell."""
-
-    path: str
-    text: str
-
-    def where(self, *keys: str) -> str:
-        """`path:line` of a key: the first line without which the text before it does not hold that key."""
-        lines = self.text.split("\n")
-        start = 1
-        for end in range(1, len(lines) + 1):
-            try:
-                value = tomllib.loads("\n".join(lines[:end]))
-            except tomllib.TOMLDecodeError:
-                continue  # the end of this value comes on a later line
-            if _in(value, keys):
-                break
-            start = end + 1
-        return f"{self.path}:{start}"
-
-    def holds(self, *keys: str) -> bool:
-        return _in(tomllib.loads(self.text), keys)
-
-    @contextlib.contextmanager
-    def at(self, *keys: str) -> Iterator[None]:
-        """Errors raised inside are errors of that key's line."""
-        try:
-            yield
-        except JobError as error:
-            raise type(error)(error.what, where=self.where(*keys), fix=error.fix) from None
-
-
-def _in(table: Any, keys: tuple[str, ...]) -> bool:
-    for key in keys:
-        table = table.get(key) if isinstance(table, dict) else None
-    return table is not None
-
-
-def _part(part: Any, table: str, values: dict[str, Any], file: _File) -> Any:
+def _part(part: Any, table: str, values: dict[str, Any], file: Source) -> Any:
     known = kinds(Job)
     changes = {}
     for key, value in values.items():

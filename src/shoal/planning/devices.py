@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
+from typing import Any
 
 from shoal.errors import JobError
 
@@ -17,13 +18,17 @@ _MEASURED = {"NVIDIA": 0.80, "AMD": 0.58, "Intel/Habana": 0.85}
 _MEASURED_LOW = {"NVIDIA": 0.74, "Intel/Habana": 0.86}
 _ELSE = 0.80
 
+NEEDED = ("memory", "bandwidth", "peak", "link", "nic", "per_node", "units", "inside", "between")
+HOW = "docs/clusters.md"
+
 
 @dataclass(frozen=True)
 class Device:
-    """peak: dense FLOP/s by `bf16`, `fp16`, `fp8`. measured: share of the bf16 (fp16) and fp8 peak that a large product
-    alone reaches; is_measured: published, and not its maker's mean. memory: bytes. bandwidth: of it, bytes/s. link,
-    nic: one device's, in one direction, bytes/s, within its node and beyond. units: what tiles of a product are dealt
-    to."""
+    """peak: dense FLOP/s by `bf16`, `fp16`, `fp8`, `fp32`. measured: share of the bf16 (fp16) and fp8 peak that a large
+    product alone reaches; is_measured: published, and not its maker's mean. memory: bytes. bandwidth: of it, bytes/s.
+    link, nic: one device's, in one direction, bytes/s, within its node and beyond; inside, between: kinds of these
+    (links.toml). units: what tiles of a product are dealt to. mtbf: seconds between failures of one that stop a run,
+    None where nobody published it."""
 
     name: str
     title: str
@@ -37,57 +42,76 @@ class Device:
     nic: float
     per_node: int
     units: int
+    inside: str
+    between: str
+    mtbf: float | None
     source: str
 
     @property
     def peak_16(self) -> float:
-        """Of 16-bit products."""
-        return self.peak.get("bf16") or self.peak["fp16"]
+        """Of 16-bit products; of fp32 ones on a device that has no others."""
+        return self.peak.get("bf16") or self.peak.get("fp16") or self.peak["fp32"]
+
+    @property
+    def columns(self) -> dict[str, float]:
+        """What `work.DEVICE` names, and per_node."""
+        return {
+            "peak": self.peak_16, "measured": self.measured["bf16"], "measured_low": self.measured["fp8"],
+            "memory": self.memory, "bandwidth": self.bandwidth, "link": self.link, "nic": self.nic,
+            "units": float(self.units), "per_node": float(self.per_node),
+        }  # fmt: skip
+
+
+@functools.cache
+def tables() -> Mapping[str, Mapping[str, Any]]:
+    """The file's, by name; some lack NEEDED."""
+    return tomllib.loads(files("shoal.planning").joinpath("devices.toml").read_text(encoding="utf-8"))
 
 
 @functools.cache
 def catalogue() -> Mapping[str, Device]:
-    """All devices by name, in the order in which `published` looks through them."""
-    tables = tomllib.loads(files("shoal.planning").joinpath("devices.toml").read_text(encoding="utf-8"))
-    return {name: _device(name, table) for name, table in tables.items()}
+    """All whole devices by name, in the order in which `published` looks through them."""
+    return {name: of_table(name, table) for name, table in tables().items() if not missing(table)}
 
 
-def _device(name: str, table: Mapping[str, object]) -> Device:
+def missing(table: Mapping[str, Any]) -> list[str]:
+    """Of NEEDED."""
+    return [key for key in NEEDED if key not in table]
+
+
+def of_table(name: str, table: Mapping[str, Any]) -> Device:
+    """table: as in devices.toml, with all of NEEDED, and checked."""
     peak, told = table["peak"], table.get("measured", {})
-    assert isinstance(peak, dict)
-    assert isinstance(told, dict)
     vendor = str(table["vendor"])
     usual = {"bf16": _MEASURED.get(vendor, _ELSE), "fp8": _MEASURED_LOW.get(vendor, _MEASURED.get(vendor, _ELSE))}
 
-    def number(key: str) -> float:
-        value = table[key]
-        assert isinstance(value, int | float)
-        return float(value)
-
     return Device(
         name, str(table["title"]), vendor, {kind: 1e12 * rate for kind, rate in peak.items()}, {**usual, **told},
-        "bf16" in told, number("memory") * 2**30, number("bandwidth") * 1e9, number("link") * 1e9,
-        number("nic") * 1e9 / 8, int(number("per_node")), int(number("units")), str(table["source"]),
+        "bf16" in told, table["memory"] * 2.0**30, table["bandwidth"] * 1e9, table["link"] * 1e9,
+        table["nic"] * 1e9 / 8, table["per_node"], table["units"], table["inside"], table["between"],
+        3600.0 * table["mtbf"] if "mtbf" in table else None, str(table["source"]),
     )  # fmt: skip
 
 
 def device(name: str) -> Device:
-    """Of the catalogue. JobError with the nearest names for another one."""
+    """Of the catalogue. JobError with the nearest names for another one, or with what a file has to say of it."""
     found = catalogue().get(name.lower())
+    if found is None and name.lower() in tables():
+        lacks = ", ".join(missing(tables()[name.lower()]))
+        fix = f'measure it (`shoal doctor`) and describe it in a cluster file: [device.NAME], like = "{name.lower()}"'
+        raise JobError(f"the catalogue has no {lacks} of a {name.lower()}", fix=f"{fix}; see {HOW}")
     if found is None:
         near = difflib.get_close_matches(name.lower(), catalogue(), n=3) or list(catalogue())
         what = f"no device is called {name!r}"
-        raise JobError(what, fix=f"one of {', '.join(near)}; or describe it in a cluster file: docs/planning.md")
+        raise JobError(what, fix=f"one of {', '.join(near)}; or describe it in a cluster file: {HOW}")
     return found
 
 
 def published(text: str) -> Device | None:
     """The device that a published table names so, None where it is none of the catalogue."""
-    tables = _called()
-    return next((catalogue()[name] for name, called in tables.items() if called.search(text.lower())), None)
+    return next((catalogue()[name] for name, called in _called().items() if called.search(text.lower())), None)
 
 
 @functools.cache
 def _called() -> Mapping[str, re.Pattern[str]]:
-    tables = tomllib.loads(files("shoal.planning").joinpath("devices.toml").read_text(encoding="utf-8"))
-    return {name: re.compile(table["called"]) for name, table in tables.items()}
+    return {name: re.compile(tables()[name]["called"]) for name in catalogue()}

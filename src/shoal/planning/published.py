@@ -167,11 +167,7 @@ def _device(row: Row, device: Device) -> dict[str, float]:
     told = next((rate for words, rate in _NETWORKS if re.search(words, wires)), None)
     usual = _CLOUD.get(device.name)
     nic = device.nic if told is None and usual is None else (told or usual or 0.0) * 1e9 / 8
-    return {
-        "peak": device.peak_16, "measured": device.measured["bf16"], "measured_low": device.measured["fp8"],
-        "memory": device.memory, "bandwidth": device.bandwidth, "link": device.link, "nic": nic,
-        "units": float(device.units), "per_node": _or(_number(row, "gpus_per_node"), float(device.per_node)),
-    }  # fmt: skip
+    return device.columns | {"nic": nic, "per_node": _or(_number(row, "gpus_per_node"), float(device.per_node))}
 
 
 def _layout(row: Row, columns: dict[str, float], stack: Stack) -> dict[str, float]:
