@@ -37,7 +37,9 @@ def test_names(text: str, counts: dict[str, tuple[int, int]]):
 @pytest.mark.parametrize(
     ("text", "what", "fix"),
     [
-        ("h100", "is no cluster", "DEVICExCOUNT"),
+        ("h100", "'h100' does not say how many", "h100x8"),
+        ("h100x8+RTX4090", "does not say how many", "rtx4090x8"),
+        ("h 100", "is no cluster", "DEVICExCOUNT"),
         ("", "is no cluster", "DEVICExCOUNT"),
         ("h100x-8", "is no cluster", "DEVICExCOUNT"),
         ("h100x64+", "is no cluster", "DEVICExCOUNT"),
@@ -105,6 +107,11 @@ def test_between_sites_the_line_counts_whichever_comes_first():
     line = Link("internet", 1e8, pytest.approx(25e-3))
     assert found.link(a, b) == found.link(b, a) == line
     assert found.link(a, a) == a.between
+
+
+def test_a_link_of_which_only_the_latency_is_said_has_the_devices_bandwidth():
+    text = 'pool.a = { device = "h100", count = 8, between = { latency = "1 ms" } }'
+    assert parse(text).pools[0].between == Link("infiniband", 50e9, pytest.approx(1e-3))
 
 
 def test_columns_are_those_of_the_same_device_in_a_published_row():

@@ -127,6 +127,8 @@ def named(text: str) -> Cluster:
     """`h100x16384`, or several at one site: `h100x64+a100-80x32`. JobError where it is none."""
     pools: dict[str, Pool] = {}
     for part in text.lower().split("+"):
+        # rtx4090 is no device of that many.
+        require(part.strip() not in devices.tables(), f"{text!r} does not say how many", f"{part.strip()}x8")
         found = re.fullmatch(r"\s*(\S+)x(\d{1,12})\s*", part)
         if found is None:
             fix = "DEVICExCOUNT, like h100x64, or h100x64+a100-80x32; or a cluster file (.toml)"
