@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 
 from shoal.errors import JobError, RankError
 from shoal.launch import failure, roles
+from shoal.launch.local import Interrupted
 from shoal.launch.messages import Ended, Failed
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
@@ -38,11 +40,11 @@ class Start:
     def worker(self, number: int, ranks: int = 1, **args) -> Role:
         return self.role(f"worker {number}", "work", ranks, name=f"worker{number}", **args)
 
-    def __call__(self, *them: Role, restarts: int = 5):
+    def __call__(self, *them: Role, restarts: int = 5, superseded: Callable[[], bool] | None = None):
         """What the leader returned. Whatever comes out, nothing is left of the roles, and the idle ranks are."""
         idle = set(self.ranks.alive)
         try:
-            return roles.run(self.ranks, them, say=self.said.append, restarts=restarts)
+            return roles.run(self.ranks, them, say=self.said.append, restarts=restarts, superseded=superseded)
         finally:
             assert set(self.ranks.alive) == idle
             assert not [pid for pid in self.pids().values() if sockets.alive(pid)]
@@ -56,6 +58,31 @@ class Start:
 @pytest.fixture
 def start(ranks, tmp_path):
     return Start(ranks, tmp_path)
+
+
+def test_all_are_killed_when_the_job_is_another_one_by_now(start):
+    """It is asked while nobody says anything."""
+    asked = []
+
+    def superseded() -> bool:
+        asked.append(len(asked))
+        return (start.folder / "leader-0").exists() and (start.folder / "worker0.0-0").exists()
+
+    with pytest.raises(roles.Superseded):
+        start(start.role("coordinator", "lead", awaited=["nothing"]), start.worker(0), superseded=superseded)
+    assert len(asked) > 1
+    assert sorted(start.pids()) == ["leader-0", "worker0.0-0"]
+
+
+def test_who_was_asked_to_end_does_so_when_the_job_is_another_one_by_now(start):
+    """The signal comes while it is found out."""
+
+    def superseded() -> bool:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        start(start.role("coordinator", "lead", awaited=["nothing"]), superseded=superseded)
 
 
 def test_the_leaders_value_and_everybodys_seat(start):

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from shoal.data.prepared import META, Prepared
-from shoal.errors import DataError, JobError
+from shoal.errors import DataError, JobError, ShoalError
 from shoal.job import Job, parse, read_run, write
 from shoal.job.check import nearest
 from shoal.job.machine import FILES, MachineOptions, on_machine
@@ -31,6 +33,7 @@ JOB = "job.toml"
 
 def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -> None:
     """Takes one part in a run that another machine leads, until the run is over; a worker, or until a first signal.
+    Where the run is resumed meanwhile, the part begins anew, by the options that the run has then.
 
     folder: the run's, as this machine sees it. name: `worker 2`, `server 0`. own: what this machine has elsewhere, or
     otherwise, than the first. patience: seconds to wait for the run to begin. Raises JobError where there is no such
@@ -55,10 +58,45 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
                 if trial:
                     say(f"{name} of {folder}: the links between machines are tried")
                 leaves = name.startswith("worker ") and not trial
-                roles.run(ranks, [trying(part) if trial else part], say=say, on_signal=stopping if leaves else None)
-            if not trial:
+                ended = _ends(ranks, trying(part) if trial else part, say, stopping if leaves else None, start, folder)
+            if not ended:
+                say(f"the run was resumed on its first machine: {name} begins anew")
+            elif trial:
+                tried = start.nonce
+            else:
                 return
-            tried = start.nonce
+
+
+def _ends(
+    ranks: Ranks, part: Role, say: Callable[[str], None], stopping: Callable[[str], None] | None, start: Start,
+    folder: Path,
+) -> bool:  # fmt: skip
+    """Runs this part; False where it was killed because the run was resumed meanwhile.
+
+    As after kill -9 nothing is lost: a server's log has what it has acknowledged, and a gradient that was not is
+    computed again.
+    """
+    resumed = partial(_resumed, folder, start.nonce)
+    try:
+        roles.run(ranks, [part], say=say, on_signal=stopping, superseded=resumed)
+    except roles.Superseded:
+        return False
+    except ShoalError:
+        # Of a start that is over anything may fail.
+        if not resumed():
+            raise
+        return False
+    return True
+
+
+def _resumed(folder: Path, nonce: str) -> bool:
+    """Whether there is a later start of the run than this one, or the trial of links before it. Where nothing can be
+    read, the first machine is about to write it, or the folder is not there for a moment."""
+    for name in (START, TRIAL):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            if msgspec.json.decode((folder / FOLDER / name).read_bytes(), type=Start).nonce != nonce:
+                return True
+    return False
 
 
 def _part(folder: Path, name: str, own: MachineOptions, start: Start) -> Role:
@@ -73,10 +111,10 @@ def _part(folder: Path, name: str, own: MachineOptions, start: Start) -> Role:
     paths = {key: os.path.abspath(os.path.expanduser(path)) for key in ("data", *FILES) if (path := getattr(own, key))}
     job, number = on_machine(job, name, replace(own, **paths)), int(name.split()[1])
     _check_files(job)
-    told = {"folder": where, "job": write(job)}
+    told = {"folder": where, "job": write(job), "nonce": start.nonce}
     if name.startswith("server "):
         may_listen(job.server.host, "--host")
-        return shard(job, {**told, "nonce": start.nonce, "joined": True}, number)
+        return shard(job, {**told, "joined": True}, number)
     told["prepared"] = _prepared(folder, Path(start.prepared), paths.get("data", ""))
     return worker(job, {**told, "leaves": True, "micro_batch": own.micro_batch}, number)
 

@@ -25,6 +25,12 @@ _WITHIN, _RETURN = 60.0, 10.0
 # Seconds in which other ranks of a group may name the cause, when one has only lost its peers; and between asking
 # everybody to stop and killing them.
 _CAUSE, _GRACE = 1.0, 1.5
+# Seconds between two times that it is asked whether the job is another one by now.
+_LOOK = 1.0
+
+
+class Superseded(Exception):
+    """The job is another one by now; no process of its roles is left."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ def run(
     say: Callable[[str], None],
     on_signal: Callable[[str], None] | None = None,
     restarts: int = 5,
+    superseded: Callable[[], bool] | None = None,
 ) -> Any:
     """Starts all roles, the first of which leads; returns what (rank 0 of) the leader returned.
 
@@ -65,6 +72,8 @@ def run(
 
     The first SIGINT or SIGTERM goes to the leader alone, as SIGTERM, and on_signal is called with its name; the second
     kills all. Interrupted then, and if the leader is lost after the first, for it would not know that it shall stop.
+    superseded: asked every second whether the job is another one by now: all are killed then, and Superseded is raised;
+    after a first signal Interrupted, for there is nothing left that the leader could finish.
     No process of the roles is left in any case. The store of `ranks`, and idle ranks of theirs, stay.
     """
     assert len({role.name for role in roles}) == len(roles), "users know roles by their names"
@@ -73,7 +82,7 @@ def run(
     for role in roles:
         groups.append(_Group(ranks, role, first))
         first += role.ranks
-    job = _Job(ranks, groups, say, restarts)
+    job = _Job(ranks, groups, say, restarts, superseded)
     try:
         with Interrupts(ranks, on_signal, job.leader.numbers) as interrupts:
             try:
@@ -153,8 +162,12 @@ class _Group:
 class _Job:
     """All groups, the first of which leads."""
 
-    def __init__(self, ranks: Ranks, groups: list[_Group], say: Callable[[str], None], restarts: int):
+    def __init__(
+        self, ranks: Ranks, groups: list[_Group], say: Callable[[str], None], restarts: int,
+        superseded: Callable[[], bool] | None,
+    ):  # fmt: skip
         self.ranks, self.groups, self.leader, self.say, self.restarts = ranks, groups, groups[0], say, restarts
+        self._superseded, self._look = superseded, 0.0 if superseded else math.inf
         self.group_of = {number: group for group in groups for number in group.numbers}
 
     def lead(self, interrupts: Interrupts) -> Any:
@@ -162,12 +175,23 @@ class _Job:
         for group in self.groups:
             group.start()
         while not self.leader.done:
-            self._listen()
+            self._listen(self._look)
+            self._check(interrupts)
             for group in self.groups:
                 if cause := group.lost():
                     self._lost(group, cause, interrupts.first)
         self._let_return()
         return self.leader.value
+
+    def _check(self, interrupts: Interrupts) -> None:
+        """Raises Superseded where the job is another one by now."""
+        if self._superseded is None or (now := time.monotonic()) < self._look:
+            return
+        self._look = now + _LOOK
+        if self._superseded():
+            # A signal may have come while it was asked.
+            self.ranks.events(0)
+            raise Interrupted(interrupts.first) if interrupts.first else Superseded
 
     def end(self) -> None:
         """Asks all to end; whoever does not is killed by the caller. How they end is no failure any more."""

@@ -36,7 +36,8 @@ FOLDER, TRIAL, START = SERVER, "trial.json", "start.json"
 
 
 class Start(msgspec.Struct, frozen=True):
-    """job: TOML; of `auto`, only a codec for which links are being tried. nonce: of this start of the run."""
+    """job: TOML; of `auto`, only a codec for which links are being tried. nonce: of this start of the run, whose parts
+    find only each other."""
 
     job: str
     prepared: str
@@ -69,7 +70,7 @@ def run(
     files.replace(Path(folder) / FOLDER / START, msgspec.json.encode(start))
     if job.server.local_steps > 1 and job.server.mode not in ROUNDS and job.server.compensation == "none":
         say("warning: each push alone moves the weights with full momentum; --compensation delayed-nesterov shares it")
-    lead = {**here, "started": started, "minutes": minutes, "command": arguments["command"]}
+    lead = {**here, "nonce": nonce, "started": started, "minutes": minutes, "command": arguments["command"]}
     first = Role("coordinator", f"{_ROOM}.coordinate:main", lead)
     try:
         figures = roles.run(ranks, [first, *_roles(job, folder, start)], say=say, on_signal=stopping)
@@ -126,9 +127,9 @@ def trying(part: Role) -> Role:
 def _roles(job: Job, folder: str, start: Start) -> list[Role]:
     """All parts of the job that this machine starts, but for the coordinator."""
     assert job.layout is not None
-    told = {"folder": folder, "job": start.job}
+    told = {"folder": folder, "job": start.job, "nonce": start.nonce}
     shards = [
-        shard(job, {**told, "nonce": start.nonce}, number, copy)
+        shard(job, told, number, copy)
         for number in range(job.server.shards)
         for copy in range(job.server.copies)
         if f"server {number}" not in job.server.elsewhere

@@ -87,7 +87,10 @@ def test_a_worker_cuts_its_samples_as_its_machine_says(tiny, tmp_path, monkeypat
     monkeypatch.setattr(work.mesh, "build", build)
     for own in (4, 0):
         with pytest.raises(Stopped):
-            work.main(Seat(0, 1, 0, 1, None), folder="", job=write(job), prepared="", number=1, life=0, micro_batch=own)
+            work.main(
+                Seat(0, 1, 0, 1, None), folder="", job=write(job), prepared="", nonce="", number=1, life=0,
+                micro_batch=own,
+            )  # fmt: skip
     assert [layout.micro_batch for layout in told] == [4, job.layout.micro_batch]
     assert {layout.replicas for layout in told} == {1}
 

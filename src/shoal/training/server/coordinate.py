@@ -49,18 +49,19 @@ _ATTEMPTS, _LONGEST = 3, 600.0
 
 
 def main(
-    seat: Seat, *, folder: str, job: str, prepared: str, started: float, minutes: bool, command: list[str], life: int
-) -> dict[str, Any]:
+    seat: Seat, *, folder: str, job: str, prepared: str, nonce: str, started: float, minutes: bool, command: list[str],
+    life: int,
+) -> dict[str, Any]:  # fmt: skip
     """Leads a run to its end, and returns its figures. minutes: the job's length follows the workers' pace.
 
-    life: how often it was started before; then it goes on from its journal.
+    nonce: of this start of the run. life: how often it was started before; then it goes on from its journal.
     """
     stop, run = Stop(), Path(folder)
     given = read(run / "job.toml") if life else parse(job)
     with contextlib.ExitStack() as ending:
         show = ending.enter_context(Show(run))
         corpus = Prepared.load(Path(prepared))
-        station = ending.enter_context(plan.station(given, run, COORDINATOR, ()))
+        station = ending.enter_context(plan.station(given, run, COORDINATOR, (), nonce))
         journal = JournalFile(run / FOLDER)
         ending.callback(journal.close)
         if not journal.records:

@@ -74,7 +74,7 @@ def main(
         saver = ending.enter_context(
             Saver(run / "checkpoints", number, options.shards, given.checkpoint.keep, nonce=nonce, timeout=_PARTS)
         )
-        station = ending.enter_context(plan.station(given, run, machine.address, ("coordinator", "shard")))
+        station = ending.enter_context(plan.station(given, run, machine.address, ("coordinator", "shard"), nonce))
         station.listen(host)
         if cloned:
             join(machine, station, _CLONED)

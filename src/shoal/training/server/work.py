@@ -34,10 +34,11 @@ from shoal.training.worker import held_out
 
 
 def main(
-    seat: Seat, *, folder: str, job: str, prepared: str, number: int, life: int, leaves: bool = False,
+    seat: Seat, *, folder: str, job: str, prepared: str, nonce: str, number: int, life: int, leaves: bool = False,
     micro_batch: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
-    """Worker `number`, one rank of it, until there is nothing left to compute. life: how often it was started.
+    """Worker `number`, one rank of it, until there is nothing left to compute. nonce: of this start of the run. life:
+    how often it was started.
 
     leaves: it was started by `shoal join`: a signal asks it to leave the run, with all that it has computed, and not to
     end at once; and it says itself how it stands with the coordinator. micro_batch:
@@ -69,7 +70,7 @@ def main(
                 words=words,
                 leaving=lambda: stop.asked,
                 say=speaker() if leaves else None,
-                station=lambda me: plan.station(whole, run, me, ("coordinator", "shard")),
+                station=lambda me: plan.station(whole, run, me, ("coordinator", "shard"), nonce),
             )
         )
         apart = Apart(given, ranks, replica, objective) if given.server.local_steps > 1 else None

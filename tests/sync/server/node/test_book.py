@@ -23,6 +23,20 @@ def test_whoever_listens_anew_is_found_there(tmp_path: Path):
     assert book.find(COORDINATOR) is None, "torn"
 
 
+def test_parts_of_two_starts_of_a_run_do_not_find_each_other(tmp_path: Path):
+    """Who has no start of its own, as a reader, finds those of the coordinator's."""
+    before, after, reader = Book(tmp_path, "1"), Book(tmp_path, "2"), Book(tmp_path)
+    shard = Address("shard", 1, 0)
+    before.enter(COORDINATOR, "::1", 10)
+    before.enter(shard, "::1", 11)
+    assert [book.find(shard) is not None for book in (before, after, reader)] == [True, False, True]
+    after.enter(COORDINATOR, "::1", 20)
+    assert [book.find(COORDINATOR) is not None for book in (before, after, reader)] == [False, True, True]
+    assert [book.find(shard) is not None for book in (before, after, reader)] == [True, False, False]
+    after.enter(shard, "::1", 21)
+    assert [book.find(shard) is not None for book in (before, after, reader)] == [False, True, True]
+
+
 def test_a_runs_own_token_is_one_and_secret(ranks, tmp_path: Path):
     """Several processes ask for it at once."""
     tokens = set(ranks.run("tests.sync.server.node.cases:token", 4, folder=str(tmp_path)))

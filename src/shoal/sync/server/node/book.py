@@ -1,4 +1,8 @@
-"""Where everybody listens: one small file for each role in the run's folder, which all machines of a job share."""
+"""Where everybody listens: one small file for each role in the run's folder, which all machines of a job share.
+
+Whoever lives on when the run is resumed finds nobody of the later start, and is found by nobody: its options may be
+other ones, and what it holds may be no part of the run any more.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +13,43 @@ from pathlib import Path
 
 import msgspec
 
-from shoal.sync.server.messages import Address
+from shoal.sync.server.messages import COORDINATOR, Address
 
 FOLDER = "server"
 _TOKEN = "token"
 
 
 class Entry(msgspec.Struct, frozen=True):
+    """nonce: of the start of the run in which it listens; trials of links have none."""
+
     host: str
     port: int
+    nonce: str = ""
 
 
 class Book:
     """The addresses of the coordinator and of the copies of shards. Whoever listens enters itself, at each start."""
 
-    def __init__(self, run: Path):
-        """run: folder of the run."""
-        self.folder = run / FOLDER
+    def __init__(self, run: Path, nonce: str | None = None):
+        """run: folder of the run. nonce: of the start of the run in which this side takes part; None: of the
+        coordinator's, whichever that is."""
+        self.folder, self.nonce = run / FOLDER, nonce
 
     def enter(self, who: Address, host: str, port: int) -> None:
         """From now on `who` is found there."""
         self.folder.mkdir(parents=True, exist_ok=True)
         new = self.folder / f".{_name(who)}.{os.getpid()}"
-        new.write_bytes(msgspec.json.encode(Entry(host, port)))
+        new.write_bytes(msgspec.json.encode(Entry(host, port, self.nonce or "")))
         os.replace(new, self.folder / _name(who))
 
     def find(self, who: Address) -> Entry | None:
-        """None where it has never listened."""
+        """None where it has not listened in this start of the run."""
+        entry, nonce = self._read(who), self.nonce
+        if nonce is None and (lead := self._read(COORDINATOR)) is not None:
+            nonce = lead.nonce
+        return entry if entry is None or nonce is None or entry.nonce == nonce else None
+
+    def _read(self, who: Address) -> Entry | None:
         try:
             return msgspec.json.decode((self.folder / _name(who)).read_bytes(), type=Entry)
         except (FileNotFoundError, msgspec.DecodeError):
