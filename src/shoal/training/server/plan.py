@@ -99,7 +99,7 @@ def credentials(job: Job, run: Path) -> Credentials:
     return found if found.token else replace(found, token=own_token(run))
 
 
-def station(job: Job, run: Path, me: Address, calls: tuple[str, ...], nonce: str | None = None) -> Station:
+def station(job: Job, run: Path, me: Address, calls: tuple[str, ...], nonce: str | None) -> Station:
     """A mailbox for this role. nonce: of its start of the run, as in `Book`. JobError where token or TLS files cannot
     be read."""
     return Station(me, Book(run, nonce), credentials(job, run), stored(job.train.precision), calls)

@@ -62,7 +62,7 @@ def pull(run: Path, to: Path | None = None) -> Pulled:
     if to is not None and (to.exists() or to.is_symlink()):
         raise CheckpointError("is there already", where=str(to), fix="name another folder")
     try:
-        station = plan.station(job, run, Address("reader"), ("coordinator", "shard"))
+        station = plan.station(job, run, Address("reader"), ("coordinator", "shard"), nonce=None)
     except OSError as error:
         fix = "do it as the user whose run it is"
         raise JobError(f"the run's token cannot be read: {error.strerror}", where=str(run), fix=fix) from None
