@@ -96,6 +96,7 @@ def _nobody_joins(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         for path, content in before.items():
+            path.parent.mkdir(exist_ok=True)
             files.replace(path, content)
         raise
 
