@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shoal.planning import block, collectives, products
+from shoal.planning import block, closed, collectives, products
 from shoal.planning.block import Cost
 from shoal.planning.constants import CALL, HOP, Constants, Rates
 from shoal.planning.work import Array, Work
@@ -40,8 +40,7 @@ def cost(work: Work, constants: Constants) -> Step:
     stages = _stages(work, layer, head)
     batches = work.micro_batches
     steady = batches * stages.slowest
-    # Narayanan et al. 2021, section 2.2: filling and draining, a part of it for each of a rank's chunks.
-    bubble = np.where(work.pipeline > 1, (stages.all - stages.slowest) / work.chunks, 0.0)
+    bubble = np.where(work.pipeline > 1, closed.bubble(work.chunks, stages.slowest, stages.all), 0.0)
     messages = _messages(work, rates)
     data = _data(work, constants, rates, of_block)
     optimizer = _optimizer(work, rates)
@@ -114,16 +113,14 @@ def _fsdp(work: Work, constants: Constants, rates: Rates, of_block: Cost) -> tup
 
 
 def _messages(work: Work, rates: Rates) -> Array:
-    """Of a pipeline, on its critical path, by counting them in simulated schedules: 1F1B waits for two a micro-batch on
-    all ranks but the last; interleaved for those of filling and draining where sends are asynchronous, else for all."""
+    """Of a pipeline, on its critical path; of interleaved schedules that wait for what they send, all."""
     p, v, batches = work.pipeline, work.chunks, work.micro_batches
     size = block.tokens(work) * work.hidden * 2
     split = np.where((work.shards > 0) | (work.tensor > 1), work.tensor, 1.0)
     gathered = np.where((work.tensor > 1) & (work.shards == 0), size / rates.link, 0.0)
     one = size / split / rates.nic + HOP + gathered
-    plain = 2 * (p - 1) / p * batches + 2 * np.maximum(p - 2, 0)
-    chunked = np.where(work.overlaps_messages > 0, 2 * (p * v - 1), 2 * v * batches)
-    return np.where(p > 1, np.where(v == 1, plain, chunked) * one, 0.0)
+    counted = np.where((v > 1) & (work.overlaps_messages == 0), 2 * v * batches, closed.messages(p, v, batches))
+    return np.where(p > 1, counted * one, 0.0)
 
 
 def _owned(work: Work) -> Array:
