@@ -145,6 +145,13 @@ def test_closed_forms_of_one_stage_a_rank_with_one_that_differs(drawn, data):
     assert (case[3] * slowest + closed.bubble(1, slowest, every.sum(1)) >= simulated * (1 - 1e-10)).all()
 
 
+def test_a_dear_first_rank_of_1f1b_waits_for_nobody():
+    """What the others take of a micro-batch, 6 seconds, is less than the three forwards (backwards) that it is ahead."""
+    stages = np.array([4.0, 1.0, 1.0, 1.0])
+    taken = Seconds(stages, stages / 2, stages / 2)
+    assert closed.seconds("1f1b", 4, 1, 8, taken) == simulate("1f1b", 4, 1, 8, taken).seconds == 8 * 8
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(_cases(_PLAIN, rounds=6))
 def test_closed_forms_with_any_stages(drawn):
@@ -199,3 +206,16 @@ def test_cases_of_messages_alone():
     taken = Seconds(*[np.ones(4)] * 3)
     found = simulate("gpipe", 4, 1, 4, taken, np.array([0.0, 0.5])).seconds
     assert found == pytest.approx([21.0, 24.0])
+
+
+def test_the_table_of_the_page():
+    """Idle shares and activations that the page says are those of the simulation: 4 ranks, all passes a second."""
+    lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in _PAGE.read_text().splitlines()]
+    rows = {line[0]: line[1:] for line in lines if len(line) == 5 and line[0] in SCHEDULES and "%" in line[1]}
+    assert list(rows) == list(SCHEDULES)
+    for name, cells in rows.items():
+        chunks = SCHEDULES[name]
+        taken = Seconds(*[np.ones(4 * chunks)] * 3)
+        idle = [simulate(name, 4, chunks, micro_batches, taken).bubble[0] for micro_batches in (8, 16, 32)]
+        kept = [f"{n / chunks:g}" for n in schedules.live(name, 4, chunks, 16)]
+        assert cells == [*(f"{100 * share:.1f} %" for share in idle), " · ".join(kept)]

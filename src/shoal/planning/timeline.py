@@ -132,11 +132,11 @@ def seconds(
     message: Array | float = 0.0,
     waits: bool = False,
 ) -> Array:
-    """As `simulate(...).seconds`, from less than four micro-batches a rank: each more is taken to add as much as the
+    """As `simulate(...).seconds`, from at most three micro-batches a rank: each more is taken to add as much as the
     last ones did. Exact with equal stages and no messages; within 10 %, mostly too low, with stages of up to twice each
     other's cost and messages of up to half a stage's forward, drawn at random.
     """
-    less = 3 * ranks + micro_batches % ranks
+    less = 3 * ranks
     # The rounds of an interleaved schedule have other lengths where they do not come out even.
     uneven = schedule in ("interleaved", "interleaved_zero_bubble") and micro_batches % ranks
     if micro_batches <= less or uneven:
