@@ -146,7 +146,7 @@ def test_closed_forms_of_one_stage_a_rank_with_one_that_differs(drawn, data):
 
 
 def test_a_dear_first_rank_of_1f1b_waits_for_nobody():
-    """What the others take of a micro-batch, 6 seconds, is less than the three forwards (backwards) that it is ahead."""
+    """What the others take of a micro-batch, 6 seconds, is less than three of its forwards (backwards)."""
     stages = np.array([4.0, 1.0, 1.0, 1.0])
     taken = Seconds(stages, stages / 2, stages / 2)
     assert closed.seconds("1f1b", 4, 1, 8, taken) == simulate("1f1b", 4, 1, 8, taken).seconds == 8 * 8
