@@ -7,6 +7,8 @@ row with too little in it is skipped, by reason. Rows of a configuration that wa
 in no mean, unless the file is the fitted one itself: then all rows are of class `fitted`.
 mape, median, p90, bias: of step time, in percent. constant_mape: of the one utilisation of the peak that fits the
 fitted rows best. zero_shot_skill = 1 - mape / constant_mape; shape_skill: the same with both given their best factor.
+memory: of all rows that tell of a device's memory: median error in percent; false_fits: rows that ran out of it though
+1.1 times what is predicted is no more than there is, or that had in use more than 1.1 times what is predicted.
 regret: by how many percent the layout that is predicted fastest is slower than the one that was. overall: mean of
 tables with ten rows or more.
 --calibrate auto: of each table three rows, the quartiles by step time, are used to calibrate and are not scored; a CSV:
@@ -27,8 +29,8 @@ from typing import Any
 import numpy as np
 
 from shoal.errors import ShoalError
-from shoal.planning import constants, fit, published, score, step
-from shoal.planning.published import Published
+from shoal.planning import constants, fit, memory, published, score, step
+from shoal.planning.published import Filled, Published
 
 RERUN, FITTED = "rerun", "fitted"
 
@@ -43,6 +45,21 @@ def class_of(rows: Published, which: np.ndarray, fitted_devices: set[str]) -> st
     if (work.zero == 3).mean() > 0.5:
         return "fsdp"
     return "multi-node" if (work.devices > work.per_node).mean() > 0.5 else "single-node"
+
+
+def of_memory(rows: Filled) -> dict[str, Any]:
+    """rows: that have a figure to compare, so that a median of none is NaN."""
+    work, known = memory.cost(rows.work), np.isfinite(rows.measured)
+    totals = {kind: work.total(kind) / 2**30 for kind in memory.KINDS}
+    # What ran out of memory ran out of all of the device's.
+    predicted = np.where(rows.out, totals["device"], np.select([rows.kind == kind for kind in totals], totals.values()))
+    capacity = rows.work.memory / 2**30
+    wrong = np.where(rows.out, predicted * 1.1 <= capacity, known & (predicted * 1.1 < rows.measured))
+    errors = np.abs(score.percent(predicted[known], rows.measured[known]))
+    return {
+        "rows": int(known.sum()), "median": float(np.median(errors)) if known.any() else math.nan,
+        "false_fits": int(wrong.sum()),
+    }  # fmt: skip
 
 
 def quartiles(seconds: np.ndarray) -> np.ndarray:
@@ -102,7 +119,12 @@ def scored(asked: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
     overall = {"tables": len(counted), "rows": sum(t["rows"] for t in counted)}
     for name in ("mape", "median", "shape_skill", "coverage80"):
         overall[name] = float(np.nanmean([t[name] for t in counted])) if counted else math.nan
-    return {"overall": overall, "tables": tables, "skipped": dict(rows.skipped)}, per_row
+    return {
+        "overall": overall,
+        "tables": tables,
+        "memory": of_memory(rows.filled),
+        "skipped": dict(rows.skipped),
+    }, per_row
 
 
 def without_nan(value: Any) -> Any:
@@ -126,6 +148,10 @@ def shown(found: dict[str, Any]) -> str:
         f"mean of {overall['tables']} tables with {score.COUNTS} rows or more ({overall['rows']} rows): "
         f"{overall['mape']:.1f} %, median {overall['median']:.1f} %, coverage {overall['coverage80']:.2f}"
     )
+    of_all = found["memory"]
+    if of_all["rows"] or of_all["false_fits"]:
+        error = "" if math.isnan(of_all["median"]) else f"median error {of_all['median']:.1f} %, "
+        lines.append(f"memory: {of_all['rows']} rows, {error}{of_all['false_fits']} false fits")
     lines += [f"skipped: {count}: {reason}" for reason, count in found["skipped"].items()]
     return "\n".join(lines)
 

@@ -85,6 +85,22 @@ def test_a_row_with_too_little_is_skipped_and_says_why(tmp_path, row, reason):
     assert len(rows.seconds) == len(rows.work) == len(rows.rows) == 1
 
 
+@pytest.mark.parametrize(
+    ("row", "kind", "out"),
+    [
+        ({"peak_mem_gib": "60", "mem_kind": "device (nvidia-smi)"}, "device", False),
+        ({"peak_mem_gib": "60", "mem_kind": "max reserved"}, "reserved", False),
+        ({"peak_mem_gib": "60", "iteration_s": ""}, "allocated", False),
+        ({"peak_mem_gib": "OOM", "iteration_s": ""}, "allocated", True),
+        ({"iteration_s": "out of memory"}, "allocated", True),
+    ],
+)
+def test_what_a_row_tells_of_memory(tmp_path, row, kind, out):
+    """A row that tells none is not among them, whatever it says of steps."""
+    filled = published.read(file(tmp_path, row, {}, {"iteration_s": "", "mem_kind": ""})).filled
+    assert (filled.kind, filled.out, len(filled.work)) == (kind, out, 1)
+
+
 def test_of_the_fitted_file_898_rows_are_used():
     rows = published.read(published.FIT)
     assert len(rows.seconds) == 898

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.planning import constants, published, score, step
+from shoal.planning import constants, memory, published, score, step
 from tests.planning.test_published import ROW, file
 
 ROOT = Path(__file__).parents[2]
@@ -102,6 +102,25 @@ def test_a_table_that_the_model_made_has_no_error(tmp_path):
     assert told["mape"] < 8
 
 
+def test_memory_is_scored(tmp_path):
+    """Two rows with what the model says, one with a quarter more; and two that ran out of memory, an 8B model on one
+    device of 80 GB, which is no surprise, and a small one."""
+    one = {"mem_kind": "device (nvidia-smi)", "peak_mem_gib": "1"}
+    filled = published.read(file(tmp_path, one)).filled
+    known = float(memory.cost(filled.work).total("device")[0]) / 2**30
+    lone = {"num_gpus": "1", "tp": "1", "pp": "1", "iteration_s": ""}
+    path = file(
+        tmp_path,
+        {**one, "peak_mem_gib": repr(known)}, {**one, "peak_mem_gib": repr(known), "iteration_s": ""},
+        {**one, "peak_mem_gib": repr(1.25 * known)},
+        {**lone, "peak_mem_gib": "OOM"}, {**lone, "layers": "2", "vocab": "1000", "mem_kind": "out of memory"},
+    )  # fmt: skip
+    found = planner(path)
+    assert found["memory"] == {"rows": 3, "median": pytest.approx(0, abs=1e-6), "false_fits": 2}
+    assert found["skipped"] == {"out of memory: no time": 2, "no seconds, and no tokens/s": 1}
+    assert found["tables"][0]["rows"] == 2
+
+
 def test_what_was_fitted_is_told_apart(tmp_path):
     """A configuration of the fitted file is no test of the fit."""
     with published.FIT.open(newline="") as there:
@@ -116,6 +135,8 @@ def test_the_fitted_file_says_that_it_is():
     assert {table["class"] for table in found["tables"]} == {"fitted"}
     assert found["overall"]["mape"] < 6
     assert sum(found["skipped"].values()) == 45
+    assert found["memory"]["rows"] == 70
+    assert found["memory"]["median"] < 5
 
 
 @pytest.mark.nightly

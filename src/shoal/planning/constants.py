@@ -10,7 +10,7 @@ import functools
 import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ FILE = "constants.toml"
 # a collective's call within a node, and of one hop between nodes (NCCL, src/graph/tuning.cc: ring, simple protocol).
 WAVE, DEPTH, GAP, CALL, HOP = 0.8, 50.0, 2.5e-6, 14e-6, 9.6e-6
 
-SHARED, DEVICE, STACK = "shared", "device", "stack"
+SHARED, DEVICE, STACK, MEMORY = "shared", "device", "stack", "memory"
 _GROUPS = {
     DEVICE: {"rate": (1.0, 0.05), "low": (1.0, 0.05), "memory": (0.8, 0.15), "link": (0.75, 0.2), "nic": (0.8, 0.25)},
     STACK: {"host": (12e-6, 0.5), "fuse": (1.0, 0.3), "speed": (1.0, 0.07)},
@@ -41,6 +41,14 @@ class Constant(NamedTuple):
     value: float
     rows: int
     what: str = ""
+
+
+class OfMemory(NamedTuple):
+    """A constant of the memory model, without a prior. rows: that it was fitted on."""
+
+    value: float
+    rows: int
+    what: str
 
 
 @dataclass(frozen=True)
@@ -78,12 +86,23 @@ class Constants:
 
 @functools.cache
 def load() -> Constants:
-    tables = tomllib.loads(files("shoal.planning").joinpath(FILE).read_text(encoding="utf-8"))
+    """Those of time."""
+    tables = _tables()
     found = [Constant(SHARED, "", name, **told) for name, told in tables[SHARED].items()]
     for kind in (DEVICE, STACK):
         for group, constants in tables[kind].items():
             found += [Constant(kind, group, name, **told) for name, told in constants.items()]
     return Constants(tuple(found))
+
+
+@functools.cache
+def memory() -> dict[str, OfMemory]:
+    """Those of memory, two, by name: fragments, a factor of what is allocated; beside, GiB outside of the allocator."""
+    return {name: OfMemory(**told) for name, told in _tables()[MEMORY].items()}
+
+
+def _tables() -> dict[str, dict[str, Any]]:
+    return tomllib.loads(files("shoal.planning").joinpath(FILE).read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)

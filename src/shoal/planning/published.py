@@ -36,10 +36,22 @@ Row = dict[str, str]
 
 
 @dataclass(frozen=True)
+class Filled:
+    """Rows that tell of memory, also where they tell no time. measured: GiB of the fullest device, NaN where it ran out
+    of memory (`out`). kind: of `memory.KINDS`, (n,)."""
+
+    rows: list[Row]
+    work: Work
+    measured: Array
+    kind: Names
+    out: Flags
+
+
+@dataclass(frozen=True)
 class Published:
     """rows: of the file, those that can be scored. seconds: of a step, measured. memory: GiB of the fullest device,
     measured, NaN where none is told; kind: which memory. same: what makes two rows one configuration. known: the stack
-    is one whose description names it. skipped: rows by reason."""
+    is one whose description names it. skipped: rows by reason. filled: all rows that tell of memory."""
 
     rows: list[Row]
     work: Work
@@ -49,6 +61,7 @@ class Published:
     same: list[tuple[object, ...]]
     known: Flags
     skipped: Counter[str]
+    filled: Filled
 
     @property
     def table(self) -> Names:
@@ -78,12 +91,19 @@ def read(path: Path) -> Published:
         raise JobError(what, where=str(path), fix=f"columns as in {FIT.name}; needed: {', '.join(NEEDED)}")
     kept: list[Row] = []
     cases: list[_Case] = []
+    filling: list[tuple[Row, _Case, bool]] = []
     skipped: Counter[str] = Counter()
     for row in rows:
         row = {name: (value or "").strip() for name, value in row.items() if isinstance(name, str)}
         case = _case(row)
         if isinstance(case, str):
             skipped[case] += 1
+            continue
+        filled = _ran_out(row)
+        if filled or not math.isnan(case.memory):
+            filling.append((row, case, filled))
+        if math.isnan(case.seconds):
+            skipped["no seconds, and no tokens/s" if not filled else "out of memory: no time"] += 1
             continue
         kept.append(row)
         cases.append(case)
@@ -92,7 +112,7 @@ def read(path: Path) -> Published:
         kept, work.of_rows([c.columns for c in cases], names, classes),
         np.array([c.seconds for c in cases], dtype=np.float64), np.array([c.memory for c in cases], dtype=np.float64),
         [row.get("mem_kind", "") for row in kept], [c.same for c in cases], np.array([c.known for c in cases], bool),
-        skipped,
+        skipped, _filled(filling),
     )  # fmt: skip
 
 
@@ -105,6 +125,34 @@ class _Case:
     seconds: float
     memory: float
     same: tuple[object, ...]
+
+
+def _filled(found: list[tuple[Row, _Case, bool]]) -> Filled:
+    cases = [case for _, case, _ in found]
+    return Filled(
+        [row for row, _, _ in found],
+        work.of_rows([c.columns for c in cases], [c.device.name for c in cases], [c.stack.constants for c in cases]),
+        np.array([c.memory for c in cases], dtype=np.float64),
+        np.array([_kind(row.get("mem_kind", "")) for row, _, _ in found], dtype=np.str_),
+        np.array([out for _, _, out in found], dtype=bool),
+    )
+
+
+def _kind(said: str) -> str:
+    """Of `memory.KINDS`. Where a table does not say, what frameworks print as a peak: allocated."""
+    said = said.lower()
+    if "reserved" in said or "cached" in said:
+        return "reserved"
+    return "device" if re.search(r"device|nvidia-smi|smi", said) else "allocated"
+
+
+def _ran_out(row: Row) -> bool:
+    """Of memory: what stands where a measurement would, or in the notes where there is no measurement at all."""
+    measured = ("iteration_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "peak_mem_gib")
+    if any(_number(row, name) > 0 for name in measured):
+        return False
+    said = " ".join(row.get(name, "") for name in (*measured, "mem_kind", "notes")).lower()
+    return bool(re.search(r"\boom\b|out[ -]of[ -]memory", said))
 
 
 def _number(row: Row, name: str) -> float:
@@ -134,13 +182,13 @@ def _case(row: Row) -> _Case | str:
     sharded = bool(re.search(r"fsdp|zero-?3", f"{row.get('zero_stage_or_fsdp', '')} {row['software']}".lower()))
     stack, known = stacks.of(row["software"], sharded=sharded, flash_age=device.name.startswith(_NEW))
     columns = _model(row) | _device(row, device) | {name: float(getattr(stack, name)) for name in work.STACK}
+    if stack.kept_bf16 is not None and "bf16" in row.get("precision", "").lower():
+        columns["kept_bytes"] = stack.kept_bf16
     columns |= _layout(row, columns, stack)
     if columns["global_batch"] < columns["data"] * columns["micro_batch"]:
         return "global batch < replicas × micro-batch"
     # Printed seconds and tokens/s: what is said of the model counts before anything is padded.
     seconds = _seconds(row, columns)
-    if math.isnan(seconds):
-        return "no seconds, and no tokens/s"
     if stack.pads:
         whole = 128 * columns["tensor"]
         columns["vocab"] = math.ceil(columns["vocab"] / whole) * whole

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 class Stack:
     """kernels: that a dense block's forward pass launches; its backward pass twice as many. flash: 0 where attention
     scores go through memory, 1 FlashAttention, 2 its successors and cuDNN's. fused: bytes that element-wise operations
-    move, against the count in `block`. gradient_bytes: of one gradient when it is reduced; kept_bytes: while kept.
+    move, against the count in `block`. gradient_bytes: of one gradient when it is reduced; kept_bytes: while kept;
+    kept_bf16: in bf16, where that is another number.
 
     overlaps_data, overlaps_tensor, overlaps_messages: reduces gradients under backward, sums of a tensor group under
     products, a pipeline's messages under computing. shards: tensor groups share sequences where a table does not say.
@@ -35,13 +36,15 @@ class Stack:
     pads: bool = False
     interleaves: bool = False
     reduces_whole: bool = False
+    kept_bf16: float | None = None
 
 
 STACKS = {
     stack.name: stack
     for stack in (
         Stack("megatron-2021", 26, 0, 0.85, 4, 4, "megatron", pads=True, interleaves=True),
-        Stack("megatron-deepspeed", 26, 0, 0.85, 2, 2, "deepspeed", pads=True, reduces_whole=True),
+        # Its optimizer for bf16 adds gradients up in fp32, beside those of 16 bits.
+        Stack("megatron-deepspeed", 26, 0, 0.85, 2, 2, "deepspeed", pads=True, reduces_whole=True, kept_bf16=6),
         Stack("megatron-unfused", 38, 0, 1.0, 2, 4, "unfused", pads=True),
         Stack(
             "megatron-core", 16, 2, 0.75, 4, 4, "core",
