@@ -157,6 +157,14 @@ def test_a_v_keeps_no_more_than_its_papers_bound(ranks, batches):
     assert found == pytest.approx([max(kept) / 2])
 
 
+def test_a_v_goes_there_and_back():
+    """5 layers on 4 places are 2, 2, 1, 0: the first rank has the first place and the last, and both tables."""
+    one = of(layers=5, pipeline=2)
+    own = [float(memory.owned(one, np.array([rank]), "v")[0]) for rank in (0.0, 1.0)]
+    block = float(one.block_parameters[0])
+    assert own == [2 * block + 51200 * 1024, 3 * block]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 @pytest.mark.parametrize("batches", [5, 7])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
