@@ -14,6 +14,7 @@ from torch.distributed.pipelining import schedules
 
 from shoal.errors import JobError
 from shoal.planning import constants, memory, published, refit, stacks, work
+from shoal.planning import schedules as orders
 
 ONE = {
     "layers": 12, "hidden": 1024, "feed": 4096, "heads": 16, "key_heads": 16, "head_size": 64, "vocab": 51200,
@@ -171,10 +172,18 @@ def test_a_v_goes_there_and_back():
 def test_plain_pipelines_keep_what_their_orders_do(ranks, batches, schedule):
     """Orders by torch.distributed.pipelining, which has them for no fewer micro-batches than ranks."""
     kind = {"1f1b": schedules.Schedule1F1B, "gpipe": schedules.ScheduleGPipe}[schedule]
-    orders = kind._get_pipeline_order(SimpleNamespace(_num_stages=ranks, _n_microbatches=batches))
+    every = kind._get_pipeline_order(SimpleNamespace(_num_stages=ranks, _n_microbatches=batches))
     for rank in range(ranks):
         found = memory.in_flight(schedule, *(np.array([float(n)]) for n in (rank, ranks, 1, batches)))
-        assert found == [most_kept(orders[rank])]
+        assert found == [most_kept(every[rank])]
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+@pytest.mark.parametrize("chunks", [2, 3])
+def test_an_interleaved_zero_bubble_keeps_what_its_order_does(ranks, chunks):
+    kept = orders.live("interleaved_zero_bubble", ranks, chunks, 4 * ranks)
+    found = memory.in_flight("zero-bubble", *(np.array([float(n)]) for n in (0, ranks, chunks, 4 * ranks)))
+    assert found == pytest.approx([max(kept) / chunks])
 
 
 def test_no_more_micro_batches_are_kept_than_there_are():

@@ -92,9 +92,8 @@ def in_flight(schedule: str, rank: Array, ranks: Array, chunks: Array, batches: 
     """
     if schedule == "gpipe":
         return np.asarray(batches + 0 * ranks, dtype=np.float64)
-    if schedule == "v":
+    if schedule in ("zero-bubble", "v"):
         return np.minimum(batches, ranks)
-    rank = 0 * rank if schedule == "zero-bubble" else rank
     # Forward passes before the first backward one, and the one between.
     ahead = np.where(chunks > 1, 2 * (ranks - rank - 1) + (chunks - 1) * ranks, ranks - rank - 1)
     return np.minimum(batches, (ahead + 1) / chunks)
