@@ -16,7 +16,7 @@ import pytest
 
 from shoal.errors import JobError
 from shoal.job.server import ServerOptions
-from shoal.sync.server.wire import Credentials, FrameError, Listener, connect
+from shoal.sync.server.wire import Credentials, FrameError, Listener, NotLetIn, connect
 from shoal.sync.server.wire.handshake import answer, ask
 from shoal.sync.server.wire.stream import Stream
 from shoal.training.server.hold import served
@@ -94,12 +94,17 @@ def test_an_address_of_another_machine_or_a_port_that_is_taken():
 
 @pytest.mark.parametrize("token", ["", "another", TOKEN + " "])
 def test_a_wrong_token_is_refused_and_told_and_the_listener_goes_on(token: str):
-    with Listener(echo, credentials=TRUSTED) as listener:
+    refused = []
+    with Listener(echo, credentials=TRUSTED, refused=lambda *told: refused.append(told)) as listener:
         with pytest.raises(JobError, match="the listener refuses this side's job token") as caught:
             connect(*listener.address, credentials=Credentials(token), peer="server 0", timeout=20)
         assert caught.value.where == f"server 0 (127.0.0.1:{listener.address[1]})"
         reach(listener)
         assert eventually(lambda: listener.ended["wrong token"] == 1)
+    ((address, reason, what),) = refused
+    assert (address, reason) == ("127.0.0.1", "wrong token")
+    assert what.startswith("127.0.0.1:")
+    assert what.endswith(" does not know the job token")
 
 
 def test_the_worker_s_own_name_is_harmless_where_it_is_printed():
@@ -306,23 +311,32 @@ def relay(a: socket.socket, b: socket.socket, seen: bytearray) -> None:
 
 
 def test_a_certificate_that_the_authority_did_not_sign(files: Path):
-    with Listener(echo, credentials=tls(files, "one")) as listener:
+    refused: list[str] = []
+    with Listener(echo, credentials=tls(files, "one"), refused=lambda *told: refused.append(told[1])) as listener:
         # The worker's, which the listener refuses; and the listener's, which the worker does.
         for credentials in (tls(files, "stranger"), tls(files, "one", authority="stranger")):
             with pytest.raises(JobError, match="TLS failed"):
                 connect(*listener.address, credentials=credentials, timeout=20)
         reach(listener, tls(files, "two"))
+        assert eventually(lambda: refused == ["TLS", "TLS"])
 
 
 def test_tls_on_one_side_only(files: Path):
-    with Listener(echo, credentials=tls(files, "one")) as listener:
-        with pytest.raises(ConnectionError, match="both use TLS, or neither"):
+    refused: list[str] = []
+
+    def told(_: str, reason: str, __: str) -> None:
+        refused.append(reason)
+
+    with Listener(echo, credentials=tls(files, "one"), refused=told) as listener:
+        with pytest.raises(NotLetIn, match="both use TLS, or neither"):
             connect(*listener.address, credentials=TRUSTED, timeout=20)
         reach(listener, tls(files, "one"))
-    with Listener(echo, credentials=TRUSTED) as listener:
-        with pytest.raises(ConnectionError, match="both use TLS, or neither"):
+        assert eventually(lambda: refused == ["TLS"])
+    with Listener(echo, credentials=TRUSTED, refused=told) as listener:
+        with pytest.raises(NotLetIn, match="both use TLS, or neither"):
             connect(*listener.address, credentials=tls(files, "one"), timeout=20)
         reach(listener)
+        assert eventually(lambda: refused == ["TLS", "no greeting"])
 
 
 def test_nobody_stands_between_with_another_certificate_of_the_same_authority(files: Path):

@@ -52,3 +52,10 @@ def test_who_stops_the_run_is_told_what_that_waits_for_also_where_it_was_said_be
 def test_of_a_coordinator_that_was_started_again_nobody_comes_for_the_first_time():
     parts = Elsewhere(RUN, (SERVER,), 0.0, came=True)
     assert parts.news({SERVER}, {SERVER}, False, 1.0) == []
+
+
+def test_for_whom_a_trial_of_links_waits_is_said_again_and_again():
+    parts = Elsewhere(RUN, (SERVER,), 0.0, came=False, again=60.0)
+    told = [now for now in range(130) if parts.news(set(), {SERVER}, False, float(now))]
+    assert told == [5, 65, 125]
+    assert parts.news({SERVER}, {SERVER}, False, 130.0) == ["server 1 has come"]

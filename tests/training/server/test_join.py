@@ -72,7 +72,7 @@ def test_a_worker_and_a_server_join_and_end_with_the_run(ranks, tiny, tmp_path):
     commits = runs.audit(folder, 12 * 12)
     assert {key.worker for commit in commits for key in commit.keys} == {0, 1}, "both have worked"
     log = (folder / "log.txt").read_text()
-    assert [log.count(f"{part} has come") for part in elsewhere] == [1, 1]
+    assert [log.count(f"{part} has come") for part in elsewhere] == [2, 2], "to the trial, and to the run"
     codec = read(folder / "job.toml").sync.codec
     assert tries(folder) == [codec]
     assert codec in ("none", *CODECS)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
+from collections.abc import Collection, Iterator
+from queue import Queue
 
-from shoal.sync.server.node import trial
-from shoal.sync.server.node.trial import Here, Tried, Try, receive, send
-from shoal.sync.server.node.trial_lead import Gone, Lead, Unreached
-from shoal.sync.server.wire import Connection, connect
+import pytest
+import torch
+
+from shoal.device import peer_gone
+from shoal.errors import RankError
+from shoal.sync.server.node import trial, trial_lead
+from shoal.sync.server.node.trial import Here, Links, Tried, Try, attend, receive, send
+from shoal.sync.server.node.trial_lead import Gone, Lead, Unreached, choose
+from shoal.sync.server.wire import Connection, Listener, connect
 from shoal.sync.server.wire.frame import pack
 from tests.sync.server.peers import TRUSTED, in_thread, pair
 
@@ -78,3 +86,90 @@ def test_a_message_may_be_long_in_coming_but_not_in_between(monkeypatch):
             error = message.get(timeout=PATIENCE)
     assert isinstance(error, ConnectionError)
     assert "did not end it" in str(error)
+
+
+def test_while_it_waits_somebody_is_told_who_is_there(monkeypatch):
+    monkeypatch.setattr(trial_lead, "_LOOK", 0.05)
+    told: Queue[set[str]] = Queue()
+
+    def watch(here: Collection[str]) -> None:
+        told.put({*here})
+
+    with (
+        Lead(["worker 0", "server 0"], "127.0.0.1", TRUSTED, print, watch) as lead,
+        in_thread(lead.gather) as done,
+        contextlib.ExitStack() as ending,
+    ):
+        assert told.get(timeout=PATIENCE) == told.get(timeout=PATIENCE) == set()
+        for here in ({"worker 0"}, {"worker 0", "server 0"}):
+            (name,) = here - {"worker 0"} or here
+            part = ending.enter_context(connect(*lead.address, credentials=TRUSTED, name=name, timeout=PATIENCE))
+            send(part, Here())
+            while told.get(timeout=PATIENCE) != here:
+                pass
+        assert done.get(timeout=PATIENCE) is None
+
+
+def test_who_connects_and_does_not_say_that_it_is_there_is_told_and_let_go(monkeypatch):
+    monkeypatch.setattr(trial, "PATIENCE", 0.2)
+    said: Queue[str] = Queue()
+    with (
+        Lead(["worker 0"], "127.0.0.1", TRUSTED, said.put) as lead,
+        connect(*lead.address, credentials=TRUSTED, name="worker 0", timeout=PATIENCE) as part,
+    ):
+        assert "worker 0 (127.0.0.1:" in (line := said.get(timeout=PATIENCE))
+        assert "is connected, and has said nothing" in line
+        with pytest.raises(ConnectionError):
+            receive(part)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[tuple[str, int]]:
+    """Where a shard listens that lets workers in and then says nothing, as a process that was stopped."""
+    over = threading.Event()
+    with Listener(lambda connection: void(over.wait(PATIENCE)), credentials=TRUSTED) as listener:
+        yield listener.address
+        over.set()
+
+
+def void(_: object) -> None:
+    """Of what a thread returns."""
+
+
+def test_a_shard_that_is_silent_is_named_by_the_lead(monkeypatch):
+    """Not by the worker, which may be on a machine that nobody watches: it takes part on."""
+    monkeypatch.setattr(trial, "PATIENCE", 0.3)
+    with contextlib.ExitStack() as ending:
+        shard = ending.enter_context(silent())
+        lead = ending.enter_context(Lead(["worker 0", "server 0"], "127.0.0.1", TRUSTED))
+        links = ending.enter_context(Links("worker 0", TRUSTED, torch.float32))
+        server, worker = (
+            ending.enter_context(connect(*lead.address, credentials=TRUSTED, name=name, timeout=PATIENCE))
+            for name in ("server 0", "worker 0")
+        )
+        send(server, Here(*shard))
+        with in_thread(lambda: attend(worker, Here(), links)) as attended:
+            with in_thread(lambda: choose(lead, ["int8"], [1000], 1, True, print)) as chosen:
+                error = chosen.get(timeout=PATIENCE)
+            lead.end()
+            assert attended.get(timeout=PATIENCE) is None
+    assert isinstance(error, RankError)
+    assert error.what.startswith(f"while links were tried, server 0 (127.0.0.1:{shard[1]}) has not answered worker 0")
+    assert "stopped" in error.fix
+    assert not peer_gone(error), "nobody is started again for it"
+
+
+def test_a_worker_that_is_silent_is_said_and_then_named(monkeypatch):
+    for name in ("_SOON", "_ANSWER"):
+        monkeypatch.setattr(trial_lead, name, 0.2)
+    said: list[str] = []
+    with contextlib.ExitStack() as ending:
+        lead = ending.enter_context(Lead(["worker 0", "server 0"], "127.0.0.1", TRUSTED, said.append))
+        for name in ("worker 0", "server 0"):
+            part = ending.enter_context(connect(*lead.address, credentials=TRUSTED, name=name, timeout=PATIENCE))
+            send(part, Here())
+        with in_thread(lambda: choose(lead, ["int8"], [1000], 1, True, said.append)) as chosen:
+            error = chosen.get(timeout=PATIENCE)
+    assert isinstance(error, RankError)
+    assert error.what.startswith("while links were tried, worker 0 has not answered the coordinator for ")
+    assert said == ["links are tried: no answer for 0.2 s from worker 0"]

@@ -16,7 +16,6 @@ import msgspec
 import torch
 from torch import Tensor
 
-from shoal.errors import RankError
 from shoal.sync.codec import codec_of
 from shoal.sync.server.messages import Piece
 from shoal.sync.server.payload import from_bytes, to_bytes
@@ -57,11 +56,12 @@ class Try(Message, frozen=True):
 
 class Tried(Message, frozen=True):
     """seconds: that it took; less than 0 where a shard was lost. unreached: which worker cannot connect with which
-    shard, and why; empty where it can."""
+    shard, and why; empty where it can. silent: which shard is connected and has not answered whom."""
 
     turn: int
     seconds: float
     unreached: str = ""
+    silent: str = ""
 
 
 class Over(Message, frozen=True):
@@ -100,8 +100,7 @@ class Links:
         self._drop()
 
     def tried(self, order: Try) -> Tried:
-        """How long it took from the first number encoded to the last one decoded. RankError where a shard that is
-        connected does not answer."""
+        """How long it took from the first number encoded to the last one decoded."""
         if unreached := self._connect(order.shards):
             return Tried(order.turn, -1.0, unreached)
         try:
@@ -110,7 +109,9 @@ class Links:
             self._exchange(order, values)
             return Tried(order.turn, time.perf_counter() - began)
         except TimeoutError as error:
-            raise RankError(f"a server has not answered {self.name} for {PATIENCE:g} s: {error}") from None
+            # No error of this worker's, which may be on a machine that nobody watches: the lead tells it.
+            self._drop()
+            return Tried(order.turn, -1.0, silent=f"{error} has not answered {self.name} for {PATIENCE:g} s")
         except ConnectionError:
             self._drop()
             return Tried(order.turn, -1.0)
@@ -133,13 +134,16 @@ class Links:
         return ""
 
     def _exchange(self, order: Try, values: Sequence[Tensor]) -> None:
-        """All shards at a time, as in a push and a pull."""
+        """All shards at a time, as in a push and a pull. TimeoutError, whose message is the shard."""
         sent = [_written(order.codec, value, order.feedback) for value in values]
 
         def to_and_fro(connection: Connection, value: Tensor, payload: Tensor) -> list[Tensor]:
             header = _encoder.encode(Pushed(order.codec, value.numel(), order.times))
-            connection.send(header, [payload], timeout=PATIENCE)
-            frame = connection.receive(lambda _, lengths: [_bytes(n) for n in lengths], timeout=PATIENCE)
+            try:
+                connection.send(header, [payload], timeout=PATIENCE)
+                frame = connection.receive(lambda _, lengths: [_bytes(n) for n in lengths], timeout=PATIENCE)
+            except TimeoutError:
+                raise TimeoutError(connection.peer) from None
             message = _read(frame.header)
             encoded = isinstance(message, Pulled) and message.encoded
             return [buffer for buffer in frame.buffers if isinstance(buffer, Tensor)] if encoded else []
@@ -200,6 +204,11 @@ def attend(lead: Connection, here: Here, links: Links | None = None) -> None:
 
 def send(connection: Connection, message: Message) -> None:
     connection.send(_encoder.encode(message), timeout=PATIENCE)
+
+
+def receive_here(connection: Connection) -> Message:
+    """What a part says first, which it does at once. ConnectionError, TimeoutError."""
+    return _read(connection.receive(lambda header, lengths: None, timeout=PATIENCE).header)
 
 
 def receive(connection: Connection) -> Message:

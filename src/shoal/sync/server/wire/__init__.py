@@ -26,7 +26,10 @@ other threads find go through an `Outbox`. Tensors of a GPU go through pinned me
 from shoal.sync.server.wire.connection import Connection, Frame
 from shoal.sync.server.wire.credentials import Credentials
 from shoal.sync.server.wire.frame import FrameError, Limits
-from shoal.sync.server.wire.listener import Listener, connect
+from shoal.sync.server.wire.listener import BOTH_TLS, Listener, NotLetIn, connect
 from shoal.sync.server.wire.outbox import Outbox
 
-__all__ = ["Connection", "Credentials", "Frame", "FrameError", "Limits", "Listener", "Outbox", "connect"]
+__all__ = [
+    "BOTH_TLS", "Connection", "Credentials", "Frame", "FrameError", "Limits", "Listener", "NotLetIn", "Outbox",
+    "connect",
+]  # fmt: skip

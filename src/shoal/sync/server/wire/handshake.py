@@ -31,6 +31,9 @@ _VERDICT = struct.Struct("!B32s")
 _CLIENT, _SERVER = b"shlc", b"shls"
 _NAME = 64
 _WELCOME, _WRONG_TOKEN, _FULL = range(3)
+SAME_TOKEN = "give both sides the same token"
+SAME_PROGRAM = "start the same shoal on both sides"
+"""What to do about a side that is not let in."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ def ask(stream: Stream, token: str, name: str, fingerprint: bytes, deadline: flo
     magic, version, checked, _ = _HELLO.unpack(theirs)
     if magic != _SERVER or version != VERSION:
         found = "is no parameter server" if magic != _SERVER else f"speaks version {version}, this side {VERSION}"
-        raise JobError(f"what listens there {found}", where=stream.peer, fix="start the same shoal on both sides")
+        raise JobError(f"what listens there {found}", where=stream.peer, fix=SAME_PROGRAM)
     padded = name.encode()[:_NAME].ljust(_NAME, b"\0")
     said = ours + theirs + padded + fingerprint
     stream.write([memoryview(_PROOF.pack(padded, _code(token, "client", said)))], deadline)
@@ -68,7 +71,7 @@ def ask(stream: Stream, token: str, name: str, fingerprint: bytes, deadline: flo
         raise JobError("the listener has as many connections as it takes", where=stream.peer, fix="start fewer workers")
     if verdict != _WELCOME or not hmac.compare_digest(proof, _code(token, "server", said)):
         who = "the listener refuses this side's job token" if verdict else "the listener does not know the job token"
-        raise JobError(who, where=stream.peer, fix="give both sides the same token")
+        raise JobError(who, where=stream.peer, fix=SAME_TOKEN)
     return Session(_code(token, "client to server", said), _code(token, "server to client", said), bool(checked), name)
 
 

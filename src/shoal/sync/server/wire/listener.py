@@ -34,6 +34,15 @@ _AGAIN = 0.05
 _ENDING = 10.0
 
 Handle = Callable[[Connection], None]
+Refused = Callable[[str, str, str], None]
+
+BOTH_TLS = "give both sides TLS files, or none; each side's certificate is signed by the other's authority"
+"""What to do where TLS fails."""
+
+
+class NotLetIn(ConnectionError):
+    """The listener was reached and ended the connection before it had begun: one side uses TLS and the other does not,
+    or the listener is ending."""
 
 
 class Listener:
@@ -47,10 +56,14 @@ class Listener:
 
     def __init__(
         self, handle: Handle, *, host: str = "127.0.0.1", port: int = 0, credentials: Credentials | None = None,
-        limits: Limits | None = None, most: int = 256,
+        limits: Limits | None = None, most: int = 256, refused: Refused | None = None,
     ):  # fmt: skip
+        """refused: called with (address, reason, sentence) for each peer that is not let in, in that peer's thread.
+
+        reason: as of FrameError, or `TLS`.
+        """
         self.ended: Counter[str] = Counter()
-        self._handle, self._most = handle, most
+        self._handle, self._most, self._refused = handle, most, refused
         self._credentials, self._limits = credentials or Credentials(), limits or Limits()
         require_token(host, self._credentials)
         tls = self._credentials.tls
@@ -142,7 +155,7 @@ class Listener:
         end: Stream | Connection = stream
         why = "closed here"
         try:
-            end = connection = self._greet(stream)
+            end = connection = self._let_in(stream)
             self._handle(connection)
         except FrameError as error:
             why = error.reason
@@ -158,6 +171,17 @@ class Listener:
                 self.ended[why] += 1
                 self._admitted.discard(threading.current_thread())
                 del self._ends[threading.current_thread()]
+
+    def _let_in(self, stream: Stream) -> Connection:
+        try:
+            return self._greet(stream)
+        except ConnectionError as error:
+            reason, what = error.reason if isinstance(error, FrameError) else "", str(error)
+            if (cause := _tls_failure(error)) is not None:
+                reason, what = "TLS", f"TLS with {stream.peer} failed: {cause}"
+            if reason and self._refused is not None:
+                self._refused(stream.peer.rpartition(":")[0], reason, what)
+            raise
 
     def _greet(self, stream: Stream) -> Connection:
         deadline = time.monotonic() + _GREETING
@@ -190,7 +214,8 @@ def connect(
 
     name: how this side is called in the listener's errors (64 bytes), e.g. `worker 2`; peer: how the listener is in
     this side's, e.g. `server 0`. timeout: seconds for everything. limits: of frames in both directions.
-    JobError where the listener is another program or refuses, ConnectionError where it is not reached or goes away.
+    JobError where the listener is another program or refuses, ConnectionError where it is not reached or goes away
+    (NotLetIn: before anything was agreed on).
     """
     credentials, deadline = credentials or Credentials(), time.monotonic() + timeout
     address = f"{host}:{port}"
@@ -213,13 +238,17 @@ def connect(
 
 def _not_let_in(error: BaseException, peer: str) -> BaseException:
     """What to say of a connection that ended before it had begun."""
-    cause = error if isinstance(error, ssl.SSLError) else error.__cause__
-    if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
-        fix = "give both sides TLS files, or none; each side's certificate is signed by the other's authority"
-        return JobError(f"TLS failed: {cause}", where=peer, fix=fix)
+    if (cause := _tls_failure(error)) is not None:
+        return JobError(f"TLS failed: {cause}", where=peer, fix=BOTH_TLS)
     if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-        return ConnectionError(f"{error}, before it let this side in (both use TLS, or neither?)")
+        return NotLetIn(f"{error}, before it let this side in (both use TLS, or neither?)")
     return error
+
+
+def _tls_failure(error: BaseException) -> ssl.SSLError | None:
+    """What TLS did not agree to, where that is why the connection ended; that the other side has gone is nothing."""
+    cause = error if isinstance(error, ssl.SSLError) else error.__cause__
+    return cause if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError) else None
 
 
 def _reach(host: str, port: int, peer: str, deadline: float) -> socket.socket:
