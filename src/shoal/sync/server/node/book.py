@@ -64,7 +64,7 @@ def own_token(run: Path) -> str:
     """The token of a run whose job names none: the first to ask makes it. Readable to this user alone."""
     path = run / FOLDER / _TOKEN
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{_TOKEN}.{os.getpid()}")
+    new = path.with_name(f".{_TOKEN}.{secrets.token_hex(4)}")
     with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(secrets.token_hex(16))
     # Whole or not at all, and only if there is none.
