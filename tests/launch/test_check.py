@@ -311,7 +311,7 @@ def test_the_small_job_keeps_the_structure_and_fits_every_layout_that_the_job_fi
 def test_the_command_line_prints_a_table_or_json_and_exits_with_1(job, capsys, monkeypatch):
     source, cache = job.data.source[0], job.data.cache
     words = ["check", "--data", source, "--data.cache", cache, "--data.tokenizer", "bytes", "--data.sequence-length",
-             "64", "--train.global-batch", "24", "--check-steps", "2"]  # fmt: skip
+             "64", "--train.global-batch", "24", "--check-steps", "6"]  # fmt: skip
     assert main([*words, "--layout", "fsdp=2", "--layout=replicas=2", "--format", "json"]) == 0
     captured = capsys.readouterr()
     found = json.loads(captured.out)
