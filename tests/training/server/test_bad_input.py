@@ -169,5 +169,9 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path, frame
     assert told[0] == f"worker 9 has another model: another instead of {model} → {fix}"
     assert told[1] == f"worker 9 has another tokenizer: another instead of {tokenizer} → {fix}"
     assert told[2] == "the listener refuses this side's job token → give both sides the same token"
+    log = (run / "log.txt").read_text()
+    for sentence in told[:2]:
+        assert log.count(f"refused: {sentence.replace(' → ', '; ')}") == 1
+    assert log.count("does not know the job token; give both sides the same token") == 1
     assert figures["step"] >= 6
     assert {key.worker for record in runs.audit(run, figures["step"] * 12) for key in record.keys} == {0}
