@@ -72,7 +72,8 @@ def test_what_is_no_table_of_experts_is_passed_over():
     run's end."""
     rows = Rows(8, 0, 2, choices=1)
     table = ((3.0, 1.0, 4.4, 1.0),)
-    for clock, layers in enumerate([((1.0, 2.0, 3.0, 0.0), (1.0,)), ((), ()), ((1.0, 2.0),), table, table * 2], 1):
+    told = [((1.0, 2.0, 3.0, 0.0), (1.0,)), ((), ()), ((1.0, 2.0),), table, (*table, (0.0, 9.0, 90.0, 9.0))]
+    for clock, layers in enumerate(told, 1):
         rows.pushed(m.Push(Key(0, 0, clock), 0, 3.0, 6.0, Range(0, 2), m.Spent(experts=layers)))
         rows.take(commit(clock, 0, 2 * clock))
     row = rows.row()
