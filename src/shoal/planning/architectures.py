@@ -1,4 +1,4 @@
-"""config.json of families that shoal does not train but can plan: GPT-2 and its kind, and dense Llamas by other names."""
+"""config.json of families that shoal does not train but can plan: GPT-2's kind, and dense Llamas by other names."""
 
 from __future__ import annotations
 
@@ -44,11 +44,16 @@ def sizes(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind = config["model_type"]
     for key, values in _NEUTRAL.get(kind, {}).items():
         if config.get(key) not in values:
-            fix = f"set it to {'null' if values[-1] is None else values[-1]}: what it changes of the time is left out then"
+            other = "null" if values[-1] is None else str(values[-1]).lower()
+            fix = f"set {key} to {other} in a copy, and what it saves or costs is left out of the plan"
             raise ModelError(f"{key}={config[key]!r} cannot be planned", where=where, fix=fix)
+    odd = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if odd:
+        fix = "leave layer_types out in a copy, and what it saves or costs is left out of the plan"
+        raise ModelError(f"layer_types with {odd[0]!r} cannot be planned", where=where, fix=fix)
     found = {name: _size(config, key, where) for name, key in KINDS[kind].items()}
-    whole = {"sequence": _size(config, "seq_length", where) or 2048} if kind == "bloom" else {}
-    found |= whole
+    if kind == "bloom":
+        found["sequence"] = _size(config, "seq_length", where) or 2048
     optional = {"key_heads", "head_size"} | ({"feed"} if kind == "gpt2" else set())
     lacks = [KINDS[kind][name] for name, size in found.items() if size is None and name not in optional]
     if lacks:

@@ -188,7 +188,9 @@ def named(text: str) -> Shape:
     if path.is_file():
         return of_config(config.read_json(path), path.parent.name or path.name, str(path))
     if path.suffix == ".json":
-        raise JobError("there is no such file", where=text, fix="give a model's name, or the path of its config.json")
+        raise JobError(
+            "there is no such file", where=str(path), fix="give a model's name, or the path of its config.json"
+        )
     plain = difflib.get_close_matches(_plain(text.rpartition("/")[2]), _names(), n=3, cutoff=0.5)
     near = ", ".join(dict.fromkeys(_names()[one] for one in plain)) or ", ".join(tables())
     fix = f"one of {near}; or the path of a config.json"
