@@ -1,4 +1,4 @@
-"""What a run gets done of the time that it takes: checkpoints, failures, ranks that wait for the slowest; days, cost."""
+"""What a run gets done in its time: checkpoints, failures, ranks that wait for the slowest; days, cost."""
 
 from __future__ import annotations
 
