@@ -61,7 +61,8 @@ def joined(seed: int) -> Scenario:
         shares=scenario.shares + tuple(rng.choice((1, scenario.shares[0])) for _ in range(more)),
         starts=(0.0,) * own + tuple(rng.uniform(0.0, 8.0) for _ in range(more)),
         samples=scenario.samples + rng.randint(8, 20) * rules.micro_batch * scenario.shares[0],
-        faults=scenario.faults + (Fault(time, "worker", number, rng.randint(0, 8), rng.choice((0.1, 1.0, 5.0))),),
+        faults=(*scenario.faults, Fault(time, "worker", number, rng.randint(0, 8), rng.choice((0.1, 1.0, 5.0)))),
+        patience=2000.0,
     )
 
 

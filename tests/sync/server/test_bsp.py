@@ -17,7 +17,7 @@ from shoal.shard import Shard
 from shoal.sync.server.messages import COORDINATOR, Key, Piece, Range
 from shoal.sync.server.parameters import Parameters, blocks
 from shoal.sync.server.placement import place
-from shoal.sync.server.records import Begun, Committed, Entered, Opened
+from shoal.sync.server.records import Begun, Committed, Entered
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.staleness import token_schedule
 from shoal.sync.server.worker import Pushed
@@ -178,14 +178,15 @@ def test_from_the_next_whole_update_on_who_joins_is_in_the_mean(name, copies):
     faults = (Fault(11.0, "coordinator", effects=1),)
     network = {"copies": copies, "loss": 0.05, "double": 0.1, "delay": 0.1, "faults": faults}
     found, world = served(rules, Model(rules, OPTIMIZERS[name], shards=3), starts, **network)
-    more, members, workers = {}, 2, 2
+    more, members, workers, version = {}, 2, 2, 0
     for record in world.journal.history:
         if isinstance(record, Entered) and record.worker >= 2:
             members += 1
         if isinstance(record, Begun) and members > workers:
             workers = members
             more[version + 1] = workers
-        version = record.version if isinstance(record, Committed) else 0 if isinstance(record, Opened) else version
+        if isinstance(record, Committed):
+            version = record.version
     assert list(more.values()) == [3, 4], "each came while there was something to do"
     assert min(more) > 1
     assert world.hosts[COORDINATOR].life == 1, "the coordinator was killed once"

@@ -136,7 +136,7 @@ def _outcome(world: World, problem: LeastSquares) -> Outcome:
         updates=len(commits),
         updates_per_second=len(commits) / seconds,
         samples_per_second=scenario.samples / seconds,
-        wait=[seen.idle / max(seen.idle, seconds - start, 1e-9) for seen, start in zip(world.seen, starts, strict=True)],
+        wait=[s.idle / max(s.idle, seconds - start, 1e-9) for s, start in zip(world.seen, starts, strict=True)],
         staleness_mean=statistics.fmean(late),
         staleness_max=max(late),
         staleness=dict(sorted(Counter(late).items())),
