@@ -49,6 +49,23 @@ def schedule(seed: int) -> Scenario:
     )
 
 
+def joined(seed: int) -> Scenario:
+    """The same, longer, with one or two workers more that join on the way, and may be killed as any."""
+    scenario, rng = schedule(seed), random.Random(f"{seed} joined")
+    rules, own = scenario.rules, len(scenario.speeds)
+    more = rng.randint(1, 2)
+    number, time = own + rng.randrange(more), rng.uniform(2.0, 12.0)
+    return replace(
+        scenario,
+        speeds=scenario.speeds + tuple(rng.choice((0.3, 1.0, 2.0)) for _ in range(more)),
+        shares=scenario.shares + tuple(rng.choice((1, scenario.shares[0])) for _ in range(more)),
+        starts=(0.0,) * own + tuple(rng.uniform(0.0, 8.0) for _ in range(more)),
+        samples=scenario.samples + rng.randint(8, 20) * rules.micro_batch * scenario.shares[0],
+        faults=(*scenario.faults, Fault(time, "worker", number, rng.randint(0, 8), rng.choice((0.1, 1.0, 5.0)))),
+        patience=2000.0,
+    )
+
+
 def _faults(rng: random.Random, workers: int, shards: int) -> tuple[Fault, ...]:
     return tuple(_fault(rng, workers, shards) for _ in range(rng.choice((0, 1, 1, 2, 3))))
 

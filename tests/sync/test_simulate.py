@@ -25,7 +25,7 @@ from shoal.sync.simulate.machines import Machines
 from shoal.sync.simulate.outcome import simulate
 from shoal.sync.simulate.scenario import Fault, Scenario
 from shoal.sync.simulate.world import World
-from tests.sync.schedules import schedule
+from tests.sync.schedules import joined, schedule
 
 
 def wrong(scenario: Scenario, kind: type[Coordinator] = Coordinator) -> list[str]:
@@ -36,6 +36,24 @@ def wrong(scenario: Scenario, kind: type[Coordinator] = Coordinator) -> list[str
 def test_random_schedules(part):
     for seed in range(100 * part, 100 * part + 100):
         assert wrong(schedule(seed)) == [], f"schedule {seed}"
+
+
+def test_random_schedules_that_workers_join():
+    """In most of them what a worker computed that the job did not begin with is part of an update."""
+    took_part = 0
+    for seed in range(100):
+        world = World(joined(seed), Ledgers()).run()
+        assert violations(world) == [], f"schedule {seed}"
+        commits = [record for record in world.journal.history if isinstance(record, r.Committed)]
+        took_part += any(key.worker >= world.rules.workers for record in commits for key in record.keys)
+    assert took_part > 50
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("part", range(10))
+def test_ten_thousand_schedules_that_workers_join(part):
+    for seed in range(1000 + 1000 * part, 2000 + 1000 * part):
+        assert wrong(joined(seed)) == [], f"schedule {seed}"
 
 
 def test_a_copy_that_lacks_what_the_others_have_saved_is_refused_until_it_knows():

@@ -20,22 +20,25 @@ class JoinOptions(MachineOptions):
     """Takes a part in a run with a parameter server that another machine leads. Both see a folder, here /shared, that
     has the run, its prepared text and the job token; where that of the other is a copy, options here name it.
 
+    `worker` is one more than the run has: it gets the weights of now and samples of its own, and counts from then on.
     At a first Ctrl-C or SIGTERM a worker finishes the gradient that it is at, and leaves with all that it has computed.
 
     $ shoal train --sync server --workers 3 --server.host 10.0.0.1 --server.token /shared/job.token
           --server.elsewhere "worker 1" "worker 2" --data.cache /shared/cache --run-dir /shared/run
                                                                                on the first machine
     $ shoal join /shared/run "worker 1"                                        on the second
+    $ shoal join /shared/run worker                                            anywhere, any time: a fourth
     """
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Folder of the run, as this machine sees it."""
     part: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PART")] = ""
-    """`worker 1`, `server 0`: one of those that server.elsewhere names."""
+    """`worker 1`, `server 0`: one of those that server.elsewhere names. `worker`: one more than the run has, which gets
+    the first number that is free beyond them (`worker 3`: this one)."""
     wait: float = 60.0
     """Seconds to wait for the run to begin."""
     format: str = "text"
-    """`json` prints one JSON object as the last line on standard output: `run` and `part`."""
+    """`json` prints one JSON object as the last line on standard output: `run` and `part`, which has a number."""
 
 
 def run(args: list[str]) -> Answer:
@@ -47,5 +50,5 @@ def run(args: list[str]) -> Answer:
 
     from shoal.launch.join import join
 
-    join(Path(options.run), options.part, options, options.wait)
-    return Answer({"run": options.run, "part": options.part})
+    part = join(Path(options.run), options.part, options, options.wait)
+    return Answer({"run": options.run, "part": part})

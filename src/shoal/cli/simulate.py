@@ -17,7 +17,7 @@ from shoal.errors import JobError
 from shoal.job import Job, blame, read
 from shoal.job.check import at_least, one_of, positive, require
 from shoal.job.idle import OF_MODE, refuse_idle
-from shoal.job.server import ServerOptions, check_codec
+from shoal.job.server import OF_SO_MANY, ServerOptions, check_codec
 
 if TYPE_CHECKING:
     from shoal.sync.simulate.scenario import Fault
@@ -65,6 +65,8 @@ class SimulateOptions:
     --staleness pushes ahead of the slowest. `quorum`: the first --quorum gradients, one update."""
     workers: int = 4
     """Number of workers."""
+    join: str = ""
+    """Simulated seconds at which more workers join, with commas: `20,40`. --speeds and --share are of these, too."""
     speeds: str = "1"
     """Seconds that each worker computes on a micro-batch, with commas; one number = the same for all."""
     staleness: int = 4
@@ -88,7 +90,7 @@ class SimulateOptions:
     copies: int = 1
     """Of each shard; with 1 it keeps a log."""
     updates: int = 200
-    """Length: times a whole gradient of every worker."""
+    """Length: times a whole gradient of each of the --workers."""
     share: str = "2"
     """Micro-batches of each worker's gradient, with commas, e.g. fewer for a slow one; one number = the same for
     all."""
@@ -165,8 +167,13 @@ def run(args: list[str]) -> Answer:
         return _run_job(args)
     options = flags.parse(SimulateOptions, args, "shoal simulate")
     options.validate()
-    speeds, faults = _numbers("--speeds", options.speeds, options.workers), _faults(options)
-    shares = tuple(int(share) for share in _numbers("--share", options.share, options.workers))
+    joins = _numbers("--join", options.join, options.join.count(",") + 1) if options.join else ()
+    what = f"--join with --compensation {options.compensation}: servers go by the number of workers at the beginning"
+    require(not joins or options.compensation not in OF_SO_MANY, what, "another compensation, or leave out --join")
+    everybody = options.workers + len(joins)
+    faults = _faults(options, everybody)
+    speeds = _numbers("--speeds", options.speeds, everybody)
+    shares = tuple(int(share) for share in _numbers("--share", options.share, everybody))
 
     from shoal.job.optim import OptimOptions
     from shoal.sync.server.rules import Rules
@@ -177,10 +184,11 @@ def run(args: list[str]) -> Answer:
         _server(options), workers=options.workers, micro_batch=options.micro_batch, clip=options.clip,
         retry=options.retry, codec=options.codec,
     )  # fmt: skip
-    batch = sum(shares) * options.micro_batch
+    batch = sum(shares[: options.workers]) * options.micro_batch
     scenario = Scenario(
         rules, speeds, batch * options.updates, options.seed, options.servers, options.copies, shares,
         options.delay, options.jitter, options.drop, options.double, faults, options.patience,
+        starts=(0.0,) * options.workers + joins,
     )  # fmt: skip
     optim = OptimOptions(
         name=options.optimizer, lr=options.lr, momentum=options.momentum, schedule="constant", warmup=0.0,
@@ -276,7 +284,7 @@ def _numbers(flag: str, text: str, workers: int, who: str = "workers") -> tuple[
     return found
 
 
-def _faults(options: SimulateOptions) -> tuple[Fault, ...]:
+def _faults(options: SimulateOptions, workers: int) -> tuple[Fault, ...]:
     """`worker:1@5,coordinator@8` as faults."""
     from shoal.sync.simulate.scenario import Fault
 
@@ -286,7 +294,7 @@ def _faults(options: SimulateOptions) -> tuple[Fault, ...]:
         if parts is None:
             raise JobError(f"--kill: '{word}' is not who@when", fix="e.g. worker:1@5, shard:0@8 or coordinator@8")
         role, number, time, coordinator, its_time = parts.groups()
-        most = {"worker": options.workers, "shard": options.servers}.get(role, 1)
+        most = {"worker": workers, "shard": options.servers}.get(role, 1)
         require(int(number or 0) < most, f"--kill: there is no {role} {number}", f"0 to {most - 1}")
         found.append(Fault(float(time or its_time), role or coordinator, int(number or 0)))
     return tuple(found)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from shoal.errors import JobError
 from shoal.job.check import at_least, require
 from shoal.job.job import Job
+from shoal.job.server import OF_SO_MANY
 
 FILES = ("token", "certificate", "key", "authority")
 """Options of [server] that are paths of files, which each machine may have elsewhere."""
@@ -37,6 +38,15 @@ class MachineOptions:
     micro_batch: int = 0
     """Of a worker: sequences that a rank computes at a time, as fits this machine's memory; 0 = micro_batch of the
     layout. What it computes is the same."""
+
+
+def check_beyond(job: Job) -> None:
+    """Raises JobError where no worker can join beyond those of the job."""
+    assert job.layout is not None
+    compensation, workers = job.server.compensation, job.layout.replicas
+    what = f"server.compensation={compensation}: servers go by the {workers} workers of the job, no other can join"
+    fix = f"`shoal train --resume RUN --workers {workers + 1}` on the first machine, or another server.compensation"
+    require(compensation not in OF_SO_MANY, what, fix)
 
 
 def on_machine(job: Job, part: str, own: MachineOptions) -> Job:

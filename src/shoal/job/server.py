@@ -22,6 +22,9 @@ ROUNDS = ("bsp", "quorum")
 
 LEVELS = ("snapshot", "shard", "hogwild")
 COMPENSATIONS = ("none", "rate", "age", "dc", "delayed-nesterov", "look-ahead")
+OF_SO_MANY = ("look-ahead", "delayed-nesterov")
+"""Compensations for which servers go by the number of workers of the job: no other can join."""
+
 STRENGTHS = {"rate": 1.0, "age": 0.5, "dc": 0.04}
 """Compensations that can be stronger or weaker, and how strong they usually are."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from shoal.data.prepared import META, Prepared
 from shoal.errors import DataError, JobError, ShoalError
 from shoal.job import Job, parse, read_run, write
 from shoal.job.check import nearest
-from shoal.job.machine import FILES, MachineOptions, on_machine
+from shoal.job.machine import FILES, MachineOptions, check_beyond, on_machine
 from shoal.launch import roles
 from shoal.launch.ranks import Ranks
 from shoal.launch.roles import Role
@@ -29,18 +30,20 @@ from shoal.training.folder import DATA, LOCK
 # Seconds between two looks for a run that has not begun, and for what it is and whether somebody is at work on it.
 _AGAIN, _LOOK = 0.2, 1.0
 JOB = "job.toml"
+# What stands for a worker on top of those of the job; how one is named, and below what its number is.
+MORE, _NUMBER, _MOST = "worker", re.compile(r"worker (0|[1-9]\d{0,3})"), 1000
 
 
-def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -> None:
+def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -> str:
     """Takes one part in a run that another machine leads, until the run is over; a worker, or until a first signal.
-    Where the run is resumed meanwhile, the part begins anew, by the options that the run has then.
+    Where the run is resumed meanwhile, the part begins anew, by the options that the run has then. Its name.
 
-    folder: the run's, as this machine sees it. name: `worker 2`, `server 0`. own: what this machine has elsewhere, or
+    folder: the run's, as this machine sees it. name: `worker 2`, `server 0`; a worker beyond those of the job, or
+    `worker`, the first of these that nobody is, comes on top of them. own: what this machine has elsewhere, or
     otherwise, than the first. patience: seconds to wait for the run to begin. Raises JobError where there is no such
     run or part, or where something is missing here.
     """
-    say, tried = speaker(), ""
-    taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
+    say, tried, wanted = speaker(), "", name
 
     def stopping(signal: str) -> None:
         say(f"{signal}: {name} leaves the run after the gradient that it is at; again: at once")
@@ -49,9 +52,20 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
         ranks: Ranks | None = None
         while True:
             start = _wait(folder, patience, tried)
+<<<<<<< HEAD
             trial = parse(start.job).sync.codec == "auto"
             part = _part(folder, name, own, start)
             with alone(folder / FOLDER / f"{name.replace(' ', '-')}{LOCK}", taken, patience=1.0):
+=======
+            job = parse(start.job)
+            trial = job.sync.codec == "auto"
+            if trial and _beyond(job, wanted):
+                # The codec is chosen by the links of the job's own parts.
+                tried = start.nonce
+                continue
+            with _taken(folder, _names(folder, wanted, job)) as name:
+                part = _part(folder, name, own, start)
+>>>>>>> 91001f04f58cc919abdef72b750a5ae7aece91a1
                 if ranks is None:
                     ranks = Ranks(ENTRIES)
                     ending.callback(ranks.close)
@@ -64,7 +78,47 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
             elif trial:
                 tried = start.nonce
             else:
-                return
+                return name
+
+
+@contextlib.contextmanager
+def _taken(folder: Path, names: list[str]) -> Iterator[str]:
+    """Holds the first of these parts that nobody else has, and gives its name. JobError where there is none."""
+    for name in names:
+        last = name == names[-1]
+        taken = JobError(f"another process is {name} of this run", where=str(folder), fix="end that `shoal join` first")
+        with contextlib.ExitStack() as holding:
+            try:
+                # Where there are others to be had, nobody is waited for.
+                path = folder / FOLDER / f"{name.replace(' ', '-')}.lock"
+                holding.enter_context(alone(path, taken, patience=1.0 if last else 0.0))
+            except JobError:
+                if last:
+                    raise
+                continue
+            yield name
+            return
+
+
+def _names(folder: Path, wanted: str, job: Job) -> list[str]:
+    """The parts of the run that are meant, any of which another machine may take. JobError where there are none."""
+    assert job.layout is not None
+    if wanted == MORE:
+        return [f"worker {number}" for number in range(job.layout.replicas, _MOST)]
+    if wanted in job.server.elsewhere or _beyond(job, wanted):
+        return [wanted]
+    what = f"this run has no part '{wanted}' for another machine"
+    fix = "the run's first machine starts it, unless --server.elsewhere names it when the run is begun or resumed"
+    if job.server.elsewhere:
+        fix = nearest(wanted, list(job.server.elsewhere))
+    raise JobError(what, where=str(folder), fix=f"{fix}; or `shoal join {folder} {MORE}`, for a worker more")
+
+
+def _beyond(job: Job, name: str) -> bool:
+    """Whether this is a worker that comes on top of those of the job."""
+    assert job.layout is not None
+    number = _NUMBER.fullmatch(name)
+    return name == MORE or (number is not None and job.layout.replicas <= int(number[1]) < _MOST)
 
 
 def _ends(
@@ -100,14 +154,10 @@ def _resumed(folder: Path, nonce: str) -> bool:
 
 
 def _part(folder: Path, name: str, own: MachineOptions, start: Start) -> Role:
-    """This part of the run. JobError where it is none that another machine may take, or cannot be had here."""
+    """This part of the run. JobError where it cannot be had here."""
     job, where = parse(start.job), str(folder.absolute())
-    if name not in job.server.elsewhere:
-        what = f"this run has no part '{name}' for another machine"
-        fix = "the run's first machine starts it, unless --server.elsewhere names it when the run is begun or resumed"
-        if job.server.elsewhere:
-            fix = nearest(name, list(job.server.elsewhere))
-        raise JobError(what, where=str(folder), fix=fix)
+    if _beyond(job, name):
+        check_beyond(job)
     paths = {key: os.path.abspath(os.path.expanduser(path)) for key in ("data", *FILES) if (path := getattr(own, key))}
     job, number = on_machine(job, name, replace(own, **paths)), int(name.split()[1])
     _check_files(job)

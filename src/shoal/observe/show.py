@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -78,6 +79,11 @@ class Show:
             self._ending.callback(self._metrics.close)
         self._progress = Progress(self._console, steps, self._mfu, step)
         self._ending.callback(self._progress.close)
+
+    def compute_on(self, devices: int) -> None:
+        """From here on the run has so many."""
+        if self._progress is not None and self._mfu is not None:
+            self._mfu = self._progress.mfu = replace(self._mfu, devices=devices)
 
     def lengthen(self, steps: int) -> None:
         """The run now ends after `steps`."""

@@ -14,9 +14,10 @@ from shoal.job.optim import OptimOptions
 from shoal.optim.norm import sum_of_squares
 from shoal.optim.update import Update
 from shoal.shard import Shard
-from shoal.sync.server.messages import Key, Piece, Range
+from shoal.sync.server.messages import COORDINATOR, Key, Piece, Range
 from shoal.sync.server.parameters import Parameters, blocks
 from shoal.sync.server.placement import place
+from shoal.sync.server.records import Begun, Committed, Entered
 from shoal.sync.server.rules import Rules
 from shoal.sync.server.staleness import token_schedule
 from shoal.sync.server.worker import Pushed
@@ -87,15 +88,21 @@ class Model:
         return pushed, weight(samples), 0.0
 
 
-def one_process(rules: Rules, options: OptimOptions, fixed: Sequence[str] = ()) -> dict[str, Tensor]:
-    values = initial()
+def one_process(
+    rules: Rules, options: OptimOptions, fixed: Sequence[str] = (), more: dict[int, int] | None = None
+) -> dict[str, Tensor]:
+    """more: from which version on there are how many workers, where that changes."""
+    values, workers, start = initial(), rules.workers, 0
     learned = sorted(SHAPES.keys() - {*fixed})
     held = [Shard(name, SHAPES[name], (0,) * len(SHAPES[name]), values[name]) for name in learned]
     update = Update(held, options, STEPS)
     rate = token_schedule(options, rules.workers * SHARE, STEPS)
-    for step in range(STEPS):
-        start = step * rules.workers * SHARE
-        parts = [Range(start + rank * SHARE, start + (rank + 1) * SHARE) for rank in range(rules.workers)]
+    step, end = 0, STEPS * rules.workers * SHARE
+    while start < end:
+        step += 1
+        workers = (more or {}).get(step, workers)
+        firsts = [first for rank in range(workers) if (first := start + rank * SHARE) < end]
+        parts = [Range(first, min(first + SHARE, end)) for first in firsts]
         for shard in held:
             shard.grad = gradient(shard.name, shard.local, parts[0])
             for part in parts[1:]:
@@ -104,13 +111,15 @@ def one_process(rules: Rules, options: OptimOptions, fixed: Sequence[str] = ()) 
         norm = math.sqrt(sum(sum_of_squares([shard]).item() for shard in held)) / tokens
         clip = min(1.0, rules.clip / norm) if rules.clip else 1.0
         update.apply(clip / tokens, rate(start))
+        start = parts[-1].stop
     return values
 
 
-def served(rules: Rules, problem: Model, **network) -> tuple[dict[str, Tensor], World]:
+def served(rules: Rules, problem: Model, starts: tuple[float, ...] = (), **network) -> tuple[dict[str, Tensor], World]:
+    workers = len(starts) or rules.workers
     scenario = Scenario(
-        rules, tuple(0.5 + 0.3 * rank for rank in range(rules.workers)), rules.workers * SHARE * STEPS,
-        shards=problem.shards, shares=(SHARE,) * rules.workers, jitter=1.0, **network,
+        rules, tuple(0.5 + 0.3 * rank for rank in range(workers)), rules.workers * SHARE * STEPS,
+        shards=problem.shards, shares=(SHARE,) * workers, jitter=1.0, starts=starts, **network,
     )  # fmt: skip
     world = World(scenario, problem).run()
     assert world.finished
@@ -159,6 +168,30 @@ def test_also_when_frames_are_lost_doubled_and_late_and_servers_die(seed):
         found, world = served(rules, model, copies=copies, **network)
         assert equal(found, one_process(rules, OPTIMIZERS["adamw"]))
         assert world.hosts[next(iter(world.hosts))].life == 1, "the coordinator was killed once"
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_from_the_next_whole_update_on_who_joins_is_in_the_mean(name, copies):
+    """Two more than the job has, in the midst of updates; messages get lost, and the coordinator dies after that."""
+    rules, starts = Rules("bsp", workers=2, clip=0.7, lease=60.0), (0.0, 0.0, 4.0, 13.0)
+    faults = (Fault(11.0, "coordinator", effects=1),)
+    network = {"copies": copies, "loss": 0.05, "double": 0.1, "delay": 0.1, "faults": faults}
+    found, world = served(rules, Model(rules, OPTIMIZERS[name], shards=3), starts, **network)
+    more, members, workers, version = {}, 2, 2, 0
+    for record in world.journal.history:
+        if isinstance(record, Entered) and record.worker >= 2:
+            members += 1
+        if isinstance(record, Begun) and members > workers:
+            workers = members
+            more[version + 1] = workers
+        if isinstance(record, Committed):
+            version = record.version
+    assert list(more.values()) == [3, 4], "each came while there was something to do"
+    assert min(more) > 1
+    assert world.hosts[COORDINATOR].life == 1, "the coordinator was killed once"
+    assert equal(found, one_process(rules, OPTIMIZERS[name], more=more))
+    assert not equal(found, one_process(rules, OPTIMIZERS[name], more={at + 1: n for at, n in more.items()}))
 
 
 class EachClipped(Parameters):

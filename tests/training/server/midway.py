@@ -8,14 +8,18 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from shoal.sync.server import journal
 from shoal.sync.server import messages as m
+from shoal.sync.server import records as r
 from shoal.sync.server.messages import Address
 from shoal.sync.server.node.other import Other
 from shoal.sync.server.node.station import Station
 from shoal.sync.server.wire.stream import Stream
+from shoal.training.server import work
 from tests.launch import sockets
 
 # Bytes at one time, from which on a transfer has a middle.
@@ -90,3 +94,21 @@ def _named(name: str) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@contextmanager
+def awaiting(folder: Path, worker: int) -> Iterator[None]:
+    """Its fourth gradient is not begun before this worker has joined, as the journal says; its lease goes on."""
+    real, gradients = work._batches, count(1)
+
+    def batches(*given: Any) -> Any:
+        fourth = next(gradients) == 4
+        while fourth:
+            records = journal.decode((folder / "server/journal").read_bytes())[0]
+            if any(isinstance(record, r.Entered) and record.worker == worker for record in records):
+                break
+            time.sleep(0.05)
+        return real(*given)
+
+    with mock.patch.object(work, "_batches", batches):
+        yield

@@ -94,13 +94,14 @@ def hold(
 
 def work(
     seat: Seat, *, network: dict[str, Any] | None = None, rows: bool = True, stops: int = 0, apart: int = 0,
-    torn: list[list[Any]] | None = None, notes: bool = False, **args: Any,
+    torn: list[list[Any]] | None = None, notes: bool = False, awaits: int = 0, **args: Any,
 ) -> Any:  # fmt: skip
     """Writes down every answer that this worker gets: `worker incarnation clock accepted version`.
 
     Where there is a codec, also the sum of what each rank encodes, each gradient divided by its tokens: `name@row`.
     rows: False where it pulls all rows of embeddings, also where those of its tokens are enough. stops, apart,
     torn: see `midway`, in its first life, torn in its first lives. notes: what `noted` writes down, too.
+    awaits: the number of a worker without which it does not begin its fourth gradient.
     """
     real = Worker._answered
 
@@ -131,6 +132,8 @@ def work(
             ending.enter_context(midway.apart(apart))
         if torn and args["life"] < len(torn):
             ending.enter_context(midway.torn(*torn[args["life"]]))
+        if awaits:
+            ending.enter_context(midway.awaiting(Path(args["folder"]), awaits))
         ending.enter_context(mock.patch.object(Worker, "_answered", answered))
         ending.enter_context(mock.patch.object(Encoder, "encode", encoded))
         ending.enter_context(_bad(network, f"worker {args['number']}"))

@@ -17,7 +17,7 @@ class Record(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Opened(Record, frozen=True):
     """The first record: of which job this is the journal, from which version and which samples on.
 
-    watermark, exceptions: as in `Samples.state`. started: enough workers had joined. epoch: as in Primaries.
+    watermark, exceptions: as in `Samples.state`. started: all workers of the job had joined. epoch: as in Primaries.
     """
 
     job: str

@@ -14,7 +14,8 @@ class Rules:
 
     mode: str = "bsp"
     workers: int = 1
-    """Nothing begins before so many workers have joined; later they may come and go."""
+    """Nothing begins before so many workers have joined, those with the lowest numbers; later they may come and go,
+    and others may join beyond them."""
     staleness: int = 4
     """ssp: clocks that a worker may be ahead of the slowest one; a clock is one push."""
     max_staleness: int | None = None

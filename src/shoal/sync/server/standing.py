@@ -74,7 +74,9 @@ class Standing:
             entered = self.members[record.worker] = Member.of(record, self.now + self.rules.lease)
             entered.peers = len(self.members) - 1
             self.incarnations[record.worker] = record.incarnation
-            self.started = self.started or len(self.members) >= self.rules.workers
+            # Who joins beyond the job's own workers takes the place of none of them.
+            own = sum(worker < self.rules.workers for worker in self.members)
+            self.started = self.started or own >= self.rules.workers
         elif isinstance(record, r.Left):
             self._left(record.worker)
         elif isinstance(record, r.Anew):

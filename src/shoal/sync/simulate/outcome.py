@@ -31,7 +31,8 @@ class Outcome:
     updates_per_second: float
     samples_per_second: float
     wait: list[float]
-    """Of each worker: the share of the time between its push and the beginning of its next gradient."""
+    """Of each worker, from when it joined: the share of the time between its push and the beginning of its next
+    gradient."""
     staleness_mean: float
     """Commits between pull and commit, over the accepted pushes."""
     staleness_max: int
@@ -124,7 +125,7 @@ def _outcome(world: World, problem: LeastSquares) -> Outcome:
         for staleness, samples in zip(record.staleness, record.samples, strict=True)
         if samples != NOTHING
     ]
-    seconds = world.committed[-1]
+    seconds, starts = world.committed[-1], scenario.starts or (0.0,) * len(world.seen)
     computed = sum(seen.computed for seen in world.seen)
     rejected = sum(seen.wasted for seen in world.seen)
     firsts = world.hosts[COORDINATOR].machine.at.copies.primaries()
@@ -135,7 +136,7 @@ def _outcome(world: World, problem: LeastSquares) -> Outcome:
         updates=len(commits),
         updates_per_second=len(commits) / seconds,
         samples_per_second=scenario.samples / seconds,
-        wait=[min(1.0, seen.idle / seconds) for seen in world.seen],
+        wait=[s.idle / max(s.idle, seconds - start, 1e-9) for s, start in zip(world.seen, starts, strict=True)],
         staleness_mean=statistics.fmean(late),
         staleness_max=max(late),
         staleness=dict(sorted(Counter(late).items())),

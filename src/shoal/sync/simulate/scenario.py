@@ -35,7 +35,8 @@ class Scenario:
     messages overtake each other). loss, double: share of messages. patience: simulated seconds after which it is given
     up. copies: of each shard; shards of one copy keep a log. shares: none = 1 each. arrivals: of a store that grows,
     seconds and how many of the samples there are from then on, in order; none = all from the beginning. saves: share of
-    commits that there is to be a checkpoint of, while none is on its way.
+    commits that there is to be a checkpoint of, while none is on its way. starts: seconds at which each worker is
+    started, with 0 of the first `rules.workers`; none = all at the beginning.
     """
 
     rules: Rules
@@ -53,6 +54,7 @@ class Scenario:
     patience: float = 10_000.0
     arrivals: tuple[tuple[float, int], ...] = ()
     saves: float = 0.0
+    starts: tuple[float, ...] = ()
 
     def arrived(self, time: float) -> tuple[int, bool]:
         """How many samples there are by then, and whether more will come."""

@@ -90,8 +90,11 @@ class World:
             for copy in range(scenario.copies):
                 others = tuple(range(1, scenario.copies)) if copy == 0 else ()
                 self.hosts[Address("shard", shard, copy)] = _Host(self.machines.shard(shard, copy, others))
-        for number in range(len(scenario.speeds)):
-            self._start_worker(number, _Host(None))
+        for number, time in enumerate(scenario.starts or [0.0] * len(scenario.speeds)):
+            if time > 0:
+                self._at(time, self._on_first_start, number)
+            else:
+                self._start_worker(number, _Host(None))
         for fault in scenario.faults:
             self._at(fault.time, self._on_fault, fault)
         for time, _ in scenario.arrivals:
@@ -398,7 +401,8 @@ class World:
         if fault.role == "coordinator":
             address = COORDINATOR
         elif fault.role == "worker":
-            address = self.live_workers[fault.number]
+            # Of one that has not been started yet there is nothing to kill.
+            address = self.live_workers.get(fault.number, Address("worker", fault.number, -1))
         else:
             address = self._a_copy(fault)
         if not self._up(address):
@@ -449,6 +453,11 @@ class World:
         # A coordinator that is not there has no connections that could break.
         if host.up:
             self._do(COORDINATOR, host, host.machine.lost(address, self.now))
+
+    def _on_first_start(self, number: int) -> None:
+        self.seen[number].since = self.now
+        self._start_worker(number, _Host(None))
+        self._on_tick(self.live_workers[number])
 
     def _on_start(self, address: Address) -> None:
         if address is COORDINATOR:

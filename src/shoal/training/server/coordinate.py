@@ -37,6 +37,7 @@ from shoal.training.length import Length
 from shoal.training.loop import MOST_SKIPPED
 from shoal.training.server import plan
 from shoal.training.server.begin import opened_at
+from shoal.training.server.comings import Comings
 from shoal.training.server.elsewhere import Elsewhere
 from shoal.training.server.growth import Growth, Reached
 from shoal.training.server.rows import Rows
@@ -86,9 +87,8 @@ def main(
         world = given.layout.world if given.layout else 1
         environment.record(run, environment.collect(device.of_rank(0), world, command), show.say)
         peak = matmul_peak(device.of_rank(0), given.train.precision)
-        show.begin(
-            lead.rows.step, given.train.steps, world, peak, flops_per_token(given.model, given.data.sequence_length)
-        )
+        flops = flops_per_token(given.model, given.data.sequence_length)
+        show.begin(lead.rows.step, given.train.steps, lead.devices, peak, flops)
         known = {row["step"] for row in metrics.read(run)}
         for row in lead.before:
             if row["step"] not in known:
@@ -128,9 +128,13 @@ class _Lead:
         self._attempts, self._asked = 0, 0.0
         self._glance: m.Noted | None = None
         self._since_save = 0
+<<<<<<< HEAD
         # Workers that this coordinator has seen go.
         self._lost: set[int] = set()
         self.refusals = Refusals(show.say)
+=======
+        self._comings = Comings(job.layout, job.server.lease)
+>>>>>>> 91001f04f58cc919abdef72b750a5ae7aece91a1
         self._elsewhere = Elsewhere(run, job.server.elsewhere, time.monotonic(), came=again)
         reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
@@ -174,6 +178,11 @@ class _Lead:
 
     def _rate(self, samples: int) -> float:
         return token_schedule(plan.optim(self.job), self.job.train.global_batch, self.job.train.steps)(samples)
+
+    @property
+    def devices(self) -> int:
+        """Ranks of all workers, with those that have joined beyond them."""
+        return self._comings.devices(self.machine.at)
 
     # Checkpoints.
 
@@ -247,19 +256,11 @@ class _Lead:
         elif isinstance(record, r.Rejected):
             if record.reason == "not finite":
                 self._not_finite(record)
-        elif isinstance(record, r.Left) and record.why in ("lost", "expired"):
-            self._lost.add(record.worker)
-            why = "its connection broke" if record.why == "lost" else f"silent for {self.machine.rules.lease:g} s"
-            self.show.say(f"worker {record.worker} is given up ({why}); the others go on")
-        elif isinstance(record, r.Left) and record.why == "left" and not self.machine.at.over:
-            self._lost.add(record.worker)
-            self.show.say(f"worker {record.worker} has left")
-        elif (
-            isinstance(record, r.Entered)
-            and record.worker in self._lost
-            and not self._elsewhere.waits(f"worker {record.worker}")
-        ):
-            self.show.say(f"worker {record.worker} has joined again")
+        elif isinstance(record, r.Entered | r.Left):
+            waited_for = self._elsewhere.waits(f"worker {record.worker}")
+            if news := self._comings.news(record, self.machine.at, waited_for):
+                self.show.say(news)
+            self.show.compute_on(self.devices)
 
     def _not_finite(self, record: r.Rejected) -> None:
         what = f"loss or gradient of worker {record.key.worker} is not finite; the update was not applied"

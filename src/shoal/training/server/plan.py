@@ -44,10 +44,14 @@ def share(job: Job, worker: int) -> int:
 
 
 def step_share(job: Job, worker: int) -> int:
-    """Micro-batches that a worker computes a gradient from: as its `replica_share` is."""
+    """Micro-batches that a worker computes a gradient from: as its `replica_share` is.
+
+    One that joins beyond the job's own workers computes as many as the one of these that computes fewest.
+    """
     assert job.layout is not None
     shares = job.layout.shares
-    return pushed_batch(job) * shares[worker] // sum(shares) // unit(job)
+    part = shares[worker] if worker < len(shares) else min(shares)
+    return pushed_batch(job) * part // sum(shares) // unit(job)
 
 
 def optim(job: Job) -> OptimOptions:

@@ -26,8 +26,10 @@ class Rows:
     """
 
     def __init__(self, global_batch: int, used: int, workers: int, choices: int = 0):
-        """used: samples, by the time that this begins. choices: experts of each token."""
+        """used: samples, by the time that this begins. workers: of the job. choices: experts of each token."""
         self.global_batch, self.workers, self.choices = global_batch, workers, choices
+        # Those that have joined beyond the job's workers, and take part.
+        self._beyond: set[int] = set()
         self.step = used // global_batch
         self._used, self._version = used, 0
         # The latest of each worker, which has one at a time.
@@ -90,7 +92,12 @@ class Rows:
             grants = record.grants if isinstance(record, r.Begun) else (record,)
             # A rest is granted no samples.
             self._begun.update({each.key.worker: each.key for each in grants if each.samples.stop > each.samples.start})
+        elif isinstance(record, r.Entered):
+            self._beyond |= {record.worker} if record.worker >= self.workers else set()
+        elif isinstance(record, r.Anew):
+            self._beyond.clear()
         elif isinstance(record, r.Left):
+            self._beyond.discard(record.worker)
             begun = self._begun.pop(record.worker, None)
             if begun is not None and record.why != "left":
                 self._given_up[begun] = self._of(begun)
@@ -169,6 +176,8 @@ class Rows:
         seconds = now - self._since if self._since is not None else 0.0
         self._since, self.step = now, step
         spent = [each for of_worker in self._spent.values() for each in of_worker]
+        # Who has left meanwhile has had its part in this.
+        workers = len({*range(self.workers), *self._beyond, *self._spent})
         row = {
             "step": step,
             "loss": self._loss / self._tokens if self._tokens else float("nan"),
@@ -178,8 +187,8 @@ class Rows:
             "tokens_per_second": self._tokens / seconds if seconds else float("nan"),
             "seconds": seconds,
             "memory_gib": max((each.memory_gib for each in spent), default=0.0),
-            "compute_s": sum(each.computed + each.wasted for each in spent) / self.workers,
-            "communication_s": sum(each.waited for each in spent) / self.workers,
+            "compute_s": sum(each.computed + each.wasted for each in spent) / workers,
+            "communication_s": sum(each.waited for each in spent) / workers,
             "sent_bytes": sum(each.sent for each in spent),
             "received_bytes": sum(each.received for each in spent),
             "version": self._version,
