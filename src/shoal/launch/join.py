@@ -52,11 +52,6 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
         ranks: Ranks | None = None
         while True:
             start = _wait(folder, patience, tried)
-<<<<<<< HEAD
-            trial = parse(start.job).sync.codec == "auto"
-            part = _part(folder, name, own, start)
-            with alone(folder / FOLDER / f"{name.replace(' ', '-')}{LOCK}", taken, patience=1.0):
-=======
             job = parse(start.job)
             trial = job.sync.codec == "auto"
             if trial and _beyond(job, wanted):
@@ -65,7 +60,6 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
                 continue
             with _taken(folder, _names(folder, wanted, job)) as name:
                 part = _part(folder, name, own, start)
->>>>>>> 91001f04f58cc919abdef72b750a5ae7aece91a1
                 if ranks is None:
                     ranks = Ranks(ENTRIES)
                     ending.callback(ranks.close)
@@ -90,7 +84,7 @@ def _taken(folder: Path, names: list[str]) -> Iterator[str]:
         with contextlib.ExitStack() as holding:
             try:
                 # Where there are others to be had, nobody is waited for.
-                path = folder / FOLDER / f"{name.replace(' ', '-')}.lock"
+                path = folder / FOLDER / f"{name.replace(' ', '-')}{LOCK}"
                 holding.enter_context(alone(path, taken, patience=1.0 if last else 0.0))
             except JobError:
                 if last:

@@ -128,13 +128,8 @@ class _Lead:
         self._attempts, self._asked = 0, 0.0
         self._glance: m.Noted | None = None
         self._since_save = 0
-<<<<<<< HEAD
-        # Workers that this coordinator has seen go.
-        self._lost: set[int] = set()
         self.refusals = Refusals(show.say)
-=======
         self._comings = Comings(job.layout, job.server.lease)
->>>>>>> 91001f04f58cc919abdef72b750a5ae7aece91a1
         self._elsewhere = Elsewhere(run, job.server.elsewhere, time.monotonic(), came=again)
         reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
