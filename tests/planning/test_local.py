@@ -176,7 +176,7 @@ def test_odd_sizes_and_what_lies_between_operators_are_added():
 @pytest.mark.parametrize(
     ("layout", "kind", "calls", "size"),
     [
-        # 1 MiB first, and the rest at once; two small sums besides.
+        # One bucket, and two small sums.
         ("replicas=2", "all_reduce", 3, 4 * count(MODEL) + 128),
         ("replicas=2,micro_batch=1", "all_reduce", 3, 4 * count(MODEL) + 128),
         ("fsdp=2,zero=3,micro_batch=2", "reduce_scatter", 2 * 5, 2 * 4 * count(MODEL)),
@@ -190,6 +190,15 @@ def test_what_ranks_exchange(layout: str, kind: str, calls: int, size: int):
     latency, each = 1e-3, 1e-8
     found = local.predict(in_layout(layout), machine(precision(mac=NOTHING), **{kind: line(latency, each)}))
     assert found.parts["exchange"] == pytest.approx(calls * latency + each * size, rel=1e-6)
+
+
+def test_gradients_leave_in_buckets():
+    """A quarter of a MiB each, the last one less."""
+    job = replace(in_layout("replicas=2"), sync=replace(JOB.sync, bucket_mib=0.25))
+    buckets = -(-4 * count(MODEL) // 2**18)
+    assert buckets > 2
+    known = machine(precision(mac=NOTHING), all_reduce=line(1e-3))
+    assert local.predict(job, known).parts["exchange"] == pytest.approx(1e-3 * (buckets + 2))
 
 
 def test_the_update_is_of_what_a_rank_has():
