@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from shoal.cli.calibrate import CalibrateOptions
 from shoal.cli.data import AppendVerb, DataVerb, TextOptions
 from shoal.cli.doctor import DoctorOptions
 from shoal.cli.flags import docstrings
@@ -35,7 +36,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str, Any], None]
     return put
 
 
-_VERBS = [AppendVerb, DataVerb, DoctorOptions, Generate, PullOptions, ReportOptions, RunsOptions, TextOptions]
+_VERBS = [
+    AppendVerb,
+    CalibrateOptions,
+    DataVerb,
+    DoctorOptions,
+    Generate,
+    PullOptions,
+    ReportOptions,
+    RunsOptions,
+    TextOptions,
+]
 
 
 @pytest.mark.parametrize("options", _VERBS)

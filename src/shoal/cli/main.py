@@ -21,6 +21,7 @@ VERBS = {
     "ckpt": "show, verify and reshard checkpoints; to and from Hugging Face's format",
     "pull": "the weights of a run with a parameter server, while it trains",
     "simulate": "what a sync does to speed, bytes and waiting, on simulated machines",
+    "calibrate": "measure this machine, to predict what runs on it",
     "doctor": "what this machine has, how fast it is, and what is wrong with it",
     "report": "write a run's report.html again",
     "runs": "list the runs in a folder",
