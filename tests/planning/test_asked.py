@@ -80,6 +80,11 @@ def test_absurd_sizes(wanted: Wanted, what: str):
     assert what in refused.value.what
 
 
+def test_fp8_is_for_devices_that_have_it():
+    with pytest.raises(JobError, match="a100-80 has no peak in fp8"):
+        asked.of_model("llama3-8b", cluster.named("a100-80x8"), Wanted(precision="fp8"))
+
+
 def test_doubles_have_no_speed():
     job = replace(Job(), train=replace(Job().train, precision="fp64"))
     with pytest.raises(JobError, match=r"train\.precision=fp64"):

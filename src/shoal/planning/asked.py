@@ -95,6 +95,8 @@ def _question(shape: Shape, where: Cluster, wanted: Wanted) -> Question:
         require(number <= MOST, f"{name}={number} is more than {MOST}", "give a smaller number")
     precision = wanted.precision or "bf16"
     one_of("--precision", precision, PRECISIONS)
+    lacking = [pool.device.name for pool in where.pools if precision == "fp8" and "fp8" not in pool.device.peak]
+    require(not lacking, f"--precision=fp8: {' and '.join(lacking)} has no peak in fp8", "--precision bf16")
     length, positions = wanted.sequence or shape.sequence, shape.positions
     what = f"--sequence={length} is more than the {positions} positions that {shape.name} has learned"
     require(not positions or length <= positions, what, f"--sequence {positions} or less")

@@ -138,8 +138,6 @@ def explained(plan: Plan, number: int) -> str:
 
 def compared(before: Answer, after: Answer) -> str:
     """Of two clusters, the best plans."""
-    if not before.plans:
-        return "Nothing to compare with: no layout fits the cluster as it is."
     one, other = before.plans[0], after.plans[0]
     rate = other.tokens_per_second / one.tokens_per_second
     text = f"{_seconds(one.seconds)} -> {_seconds(other.seconds)} a step: {rate:.2f} times the tokens/s"
