@@ -114,6 +114,7 @@ def test_layouts_that_the_job_refuses_are_not_shown(plain, tmp_path: Path, capsy
         (["--cluster", "h100x8"], "no model is named"),
         (["--model", "llama3-8b"], "no cluster is named"),
         (["llama3-8b", "--cluster", "h100x8"], "a model is named by --model llama3-8b"),
+        ([*SMALL[1:], "--what-if", "devices=2x", "network=0.5x"], "several changes have commas between them"),
         ([RECIPE, "--model", "gpt2", "--cluster", "h100x8"], "a job and --model are both given"),
         (["--model", "lama3-8b", "--cluster", "h100x8"], "llama3-8b"),
         (["--model", "no/such/config.json", "--cluster", "h100x8"], "no/such/config.json"),

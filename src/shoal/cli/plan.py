@@ -16,6 +16,8 @@ from shoal.job.check import at_least
 if TYPE_CHECKING:
     from shoal.planning.plan import Question
 
+_LISTED = "several changes have commas between them: --what-if devices=2x,network=0.5x"
+
 
 @dataclass(frozen=True)
 class PlanOptions:
@@ -100,10 +102,11 @@ def _none(word: str) -> bool:
 def _job(options: PlanOptions) -> Job | None:
     """What is planned is named, once."""
     example = "shoal plan --model llama3-8b --cluster h100x64"
+    if options.job and not options.job.endswith(".toml"):
+        named = f"a model is named by --model {options.job}"
+        raise JobError(f"{options.job} is no job (.toml)", fix=_LISTED if "=" in options.job else named)
     if options.job and options.model:
         raise JobError("a job and --model are both given", fix="leave out one of them")
-    if options.job and not options.job.endswith(".toml"):
-        raise JobError(f"{options.job} is no job (.toml)", fix=f"a model is named by --model {options.job}")
     if not options.job and not options.model:
         raise JobError("no model is named", fix=f"{example}; or a job: shoal plan job.toml --cluster h100x64")
     if not options.cluster:
