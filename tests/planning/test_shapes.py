@@ -77,8 +77,10 @@ def test_operations_are_those_that_transformers_runs(name: str) -> None:
     """It computes all of attention's square, of which a causal mask hides half, and a product for its rotations."""
     config, length = cut(name), 64
     shape = shapes.of_config(config, name, "here")
+    # A whole mask: it would look into a tensor to make one. BLOOM looks at none, and makes positions from it.
+    mask = {} if name.startswith("bloom") else {"attention_mask": torch.zeros(1, 1, length, length, device="meta")}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        built(config)(torch.zeros(1, length, dtype=torch.long, device="meta"), use_cache=False)
+        built(config)(torch.zeros(1, length, dtype=torch.long, device="meta"), use_cache=False, **mask)
     hidden = shape.layers * shape.heads * (shape.head_size + shape.value_size) * length**2
     ours = shape.flops_per_token(length) * length / 3 + hidden
     assert counter.get_total_flops() == pytest.approx(ours, rel=1e-6)
@@ -182,3 +184,11 @@ def test_what_is_not_there_or_not_known_yet_is_said(tmp_path: Path) -> None:
         assert refused.value.where == str(tmp_path / "config.json")
     with pytest.raises(JobError, match=r"vocab_size is not known"):
         shapes.of_options(ModelOptions())
+
+
+def test_the_page_lists_all_models() -> None:
+    page = (Path(__file__).parents[2] / "docs/planning-models.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        shape = shapes.named(name)
+        sizes = f"{shape.parameters / 1e9:.2f} | {shape.active / 1e9:.2f} | {shape.layers} | {shape.hidden}"
+        assert f"| `{name}` | {sizes} | {shape.sequence} |" in page
