@@ -55,6 +55,13 @@ def test_a_table_that_is_too_wide_is_two():
     assert together == cells(whole)
 
 
+def test_small_numbers_are_written_out():
+    small = replace(QUESTION, sequence=64, global_batch=64)
+    assert "= 4,096 tokens, bf16" in show.title(small)
+    assert "8.03 B parameters" in show.title(small)
+    assert "12.9 B a token" in show.title(asked.of_model("mixtral-8x7b", cluster.named("h100x8"), Wanted()))
+
+
 def test_the_sentences():
     priced = replace(QUESTION, cluster=asked.cluster_of("h100x8", 2.0), tokens=1e12)
     text = show.remarks(priced, answer(replace(ONE, cost=10.0), replace(PIPE, cost=20.0)))
@@ -78,7 +85,7 @@ def test_the_peak_of_mfu_is_the_devices():
     each = QUESTION.shape.flops_per_token(QUESTION.sequence)
     rate = 0.4 * 8 * 989e12 / each
     text = show.remarks(QUESTION, answer(replace(ONE, tokens_per_second=rate)))
-    assert "(8 devices × 989 TFLOP/s, the data sheet's bf16 peak)" in text
+    assert "(8 devices × 989 TFLOP/s, the bf16 peak in the catalogue or the cluster's file)" in text
 
 
 def test_where_time_and_memory_go():

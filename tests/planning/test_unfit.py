@@ -10,7 +10,7 @@ import pytest
 from shoal.errors import JobError
 from shoal.planning import asked, cluster, devices, unfit
 from shoal.planning.asked import Wanted
-from shoal.planning.plan import Question
+from shoal.planning.plan import Answer, Question
 from tests.planning import plans
 
 
@@ -78,3 +78,19 @@ def test_what_no_layout_can_share():
 def test_what_nothing_helps():
     question = asking("llama3-8b", "h100x8", sequence=2**26 - 1, global_batch=8)
     assert refusal(question).fix.startswith("a smaller model")
+
+
+def test_where_one_change_alone_is_not_enough(monkeypatch: pytest.MonkeyPatch):
+    """With 40 GiB or less nothing fits, and what does needs two devices or more."""
+
+    def search(question: Question, best: int = 10) -> Answer:
+        (pool,) = question.cluster.pools
+        found = plans.plan("replicas=1", 1.0, gib=60.0, capacity=pool.device.memory / 2**30)
+        fits = pool.device.memory > 40 * 2**30 and pool.count > 1
+        return Answer((found,) if fits else (), 0.0, 1, int(fits), None if fits else found)
+
+    monkeypatch.setattr(unfit, "search", search)
+    fix = refusal(asking("llama3-8b", "l4x1")).fix
+    count, name = re.fullmatch(r"(\d+) (\S+) would do \(\d+ GiB each\)", fix).groups()
+    assert (int(count), devices.device(name).vendor) == (2, "NVIDIA")
+    assert devices.device(name).memory > 40 * 2**30

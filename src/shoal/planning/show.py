@@ -115,7 +115,8 @@ def _mfu(question: Question, plan: Plan) -> str:
     peak = each * plan.tokens_per_second / (devices * plan.mfu)
     return (
         f"MFU = tokens/s × {si(each, 'FLOP')} a token (forward and backward; computing again does not count) "
-        f"÷ ({counted(devices, 'device')} × {si(peak, 'FLOP/s')}, the data sheet's {question.precision} peak)."
+        f"÷ ({counted(devices, 'device')} × {si(peak, 'FLOP/s')}, "
+        f"the {question.precision} peak in the catalogue or the cluster's file)."
     )
 
 
@@ -171,8 +172,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
 
 def _large(count: float) -> str:
     """`8.03 B`, as parameters and tokens are counted."""
-    suffix, scale = next(((s, n) for s, n in _COUNTS if count >= n), ("", 1.0))
-    return f"{count / scale:.3g} {suffix}".rstrip()
+    found = next(((suffix, scale) for suffix, scale in _COUNTS if count >= scale), None)
+    return f"{count / found[1]:.3g} {found[0]}" if found else f"{count:,.0f}"
 
 
 def _largest(parts: Any) -> list[tuple[str, float]]:

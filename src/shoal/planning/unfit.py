@@ -40,17 +40,26 @@ def refusal(question: Question, answer: Answer) -> JobError:
 
 
 def _changes(question: Question) -> Iterator[str]:
-    """What would make it fit, each by itself, tried."""
+    """What would make it fit, each by itself, tried; where nothing does by itself, another device in another number."""
     pool = question.cluster.pools[0]
-    count = _smallest(question)
+    count, device, length = _smallest(question), _larger_device(question), _shorter(question)
     if count:
         yield f"{count} {pool.device.name} would do, the smallest of the clusters tried (of full nodes)"
-    else:
-        yield "a smaller model: no larger cluster of this device that was tried would do"
-    if device := _larger_device(question):
+    if device:
         yield f"as many {device.name} ({device.memory / _GIB:.4g} GiB each)"
-    if length := _shorter(question):
+    if length:
         yield f"--sequence {length}"
+    if not (count or device or length):
+        yield _another(question) or "a smaller model: no larger cluster and no larger device that was tried would do"
+
+
+def _another(question: Question) -> str:
+    """The smallest cluster of the first of the larger devices of which any does."""
+    for device in _larger_devices(question):
+        one = replace(question.cluster, pools=(cluster.usual(device.name, device, 1),))
+        if count := _smallest(replace(question, cluster=one)):
+            return f"{count} {device.name} would do ({device.memory / _GIB:.4g} GiB each)"
+    return ""
 
 
 def _batch(question: Question) -> str:
@@ -91,13 +100,21 @@ def _sizes(question: Question) -> list[int]:
     return [count for count in (*parts, *nodes) if pool.count < count <= _MOST][:_CLUSTERS]
 
 
+def _larger_devices(question: Question) -> list[devices.Device]:
+    """Of the catalogue, one of each size of memory: of the same maker first, then those with least memory."""
+    own = question.cluster.pools[0].device
+    larger = {
+        (d.vendor != own.vendor, d.memory): d
+        for d in reversed(list(devices.catalogue().values()))
+        if d.memory > own.memory
+    }
+    return [larger[key] for key in sorted(larger)][:_DEVICES]
+
+
 def _larger_device(question: Question) -> devices.Device | None:
-    """Of the catalogue, that with the least memory of which as many would do, of the same maker if there is one."""
+    """The first of these of which as many would do."""
     pool = question.cluster.pools[0]
-    larger = [device for device in devices.catalogue().values() if device.memory > pool.device.memory]
-    larger.sort(key=lambda device: (device.vendor != pool.device.vendor, device.memory))
-    tried = {(device.vendor, device.memory): device for device in reversed(larger)}
-    for device in sorted(tried.values(), key=lambda d: (d.vendor != pool.device.vendor, d.memory))[:_DEVICES]:
+    for device in _larger_devices(question):
         try:
             other = cluster.usual(pool.name, device, pool.count)
         except JobError:  # its nodes would not be full
