@@ -24,7 +24,7 @@ class PlanOptions:
     """Searches for the fastest layout of a model on a cluster, and predicts step time, memory and cost. Runs nothing.
 
     $ shoal plan --model llama3-70b --cluster h100x512
-    $ shoal plan --model mixtral-8x7b --cluster clusters/a100-80-256.toml --global-batch 1024 --explain
+    $ shoal plan --model gpt3-175b --cluster clusters/a100-80-256.toml --global-batch 1024 --explain
     $ shoal plan --model llama3-8b --cluster h100x64 --price 2.50 --tokens 1T --what-if devices=2x,network=0.5x
     $ shoal plan recipes/quickstart.toml --cluster clusters/laptops.toml --out job.toml
 
