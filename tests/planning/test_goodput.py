@@ -43,6 +43,7 @@ def test_no_other_interval_is_better(mtbf):
     assert best.training > max(others)
     tried = [goodput.goodput(20.0, 100.0, mtbf, every).training for every in np.geomspace(1, 2 * mtbf, 3000)]
     assert best.training == pytest.approx(max(tried), abs=2e-4)
+    assert best.interval == pytest.approx(np.geomspace(1, 2 * mtbf, 3000)[np.argmax(tried)], rel=0.01)
 
 
 def test_rare_failures_are_youngs():

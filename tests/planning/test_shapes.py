@@ -109,6 +109,18 @@ def test_columns_are_those_of_a_candidate() -> None:
     assert (found["experts"], found["dense_layers"], found["latent"], found["head_size"]) == (256, 3, 1, 192)
 
 
+# Experts and latent attention, where candidates have columns for them.
+PLANNED = [name for name in NAMES if "experts" in work.MODEL or name in DENSE]
+
+
+@pytest.mark.parametrize("name", PLANNED)
+def test_a_candidates_operations_are_the_models(name: str) -> None:
+    shape, batch, length = shapes.named(name), 4, 4096
+    row = dict.fromkeys(work.COLUMNS, 1.0) | shape.columns | {"global_batch": batch, "sequence": length}
+    found = work.of_rows([row], ["h100"], ["shoal"]).model_flops[0]
+    assert found == pytest.approx(shape.flops_per_token(length) * batch * length, rel=1e-12)
+
+
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_the_file_that_transformers_writes_is_the_same_model(name: str, tmp_path: Path) -> None:
     window = {"sliding_window": None} if name.startswith("mi") else {}

@@ -24,13 +24,15 @@ CODECS = {"coarse": Coarse, "lowrank": partial(LowRank, 2)}
 
 
 def survive(
-    seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: str = "", share: str = ""
-) -> dict[str, Any]:
+    seat: meshes.Seat, victim: int, at: int, steps: int, behind: int = -1, codec: str = "", share: str = "",
+    since: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Trains; `victim` is killed in step `at`, in the middle of its backward pass; the others go on without it.
 
     behind: a member that is cut off before its update, while the victim dies only after its own. codec: of `CODECS`;
     gradients go through it, with feedback; then `kept` is what is kept, right after the loss, of what it lost, and
-    `known` what is the same on all. share: of the batch, each replica's.
+    `known` what is the same on all. share: of the batch, each replica's. since: optimizers have seen all updates but as
+    many as their member's number, when the victim dies.
     """
     torch.set_num_threads(1)
     parts = _parts(seat, steps, codec, share)
@@ -40,6 +42,8 @@ def survive(
     step = 0
     while step < steps:
         batches = cases.rank_batches(parts.mesh, step, 0)
+        if since and step == at and parts.mesh.world == 3:
+            parts.update.since = seat.member
         try:
             parts.sync.begin(step)
             tally = parts.replica.gradients(batches, _dying(parts, seat, victim, step == at and behind < 0))
@@ -71,7 +75,7 @@ def survive(
     parts.mesh.close()
     return {
         "losses": losses, "ledger": ledger, "worlds": worlds, "weights": weights, "view": number, "kept": kept,
-        "known": known,
+        "known": known, "since": parts.update.since, "counts": parts.update._counts[0].item(),
     }  # fmt: skip
 
 

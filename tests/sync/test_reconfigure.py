@@ -44,6 +44,14 @@ def test_a_survivor_that_had_finished_the_broken_step_brings_the_others_along(ra
             )
 
 
+def test_survivors_agree_on_what_their_optimizers_have_seen(ranks):
+    """As that of whoever is furthest has: the state is that one's."""
+    results = ranks.run("tests.sync.cases:survive", 3, lost={0}, victim=0, at=3, steps=5, since=True)
+    survivors = [result for result in results if result is not None]
+    assert [(result["since"], result["counts"]) for result in survivors] == [(1, 4.0)] * 2
+    assert survivors[0]["weights"] == survivors[1]["weights"]
+
+
 @pytest.mark.parametrize(
     ("codec", "behind"),
     [

@@ -108,6 +108,15 @@ def test_a_fragment_on_its_way_is_hidden_by_computing(tiny, tmp_path):
     assert later.seconds == pytest.approx(24 * (1 + later.wait[0] / (1 - later.wait[0])))
 
 
+def test_what_would_arrive_after_the_last_step_is_not_sent(tiny, tmp_path):
+    """Of two fragments, at steps 2, 6 and 4, 8; the first one's rest at the end. With a delay of two, not at step 2,
+    and what would leave at step 8 stays."""
+    sync = {**LOCAL, "fragments": 2, "delay": 2, "bucket_mib": 25.0}
+    job = tiny(tmp_path / "run", train=SHORT, sync=sync)
+    sent = simulation(job, 0.1, 0.1).outcome.sent_bytes
+    assert sent == pytest.approx([2 * 4 * count(replace(job.model, vocab_size=257))] * 2, rel=0.01)
+
+
 def test_the_table_and_the_answer(arguments, capsys: pytest.CaptureFixture):
     words = [
         "simulate", *arguments[1:], "--sync", "local", "--sync.every", "2", "--layout", "replicas=2", "--steps", "4",

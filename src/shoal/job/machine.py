@@ -29,7 +29,8 @@ class MachineOptions:
     """PEM file with the certificates by which all machines' are signed; empty = the path on the first machine
     (server.authority)."""
     host: str = ""
-    """Of a server: address of this machine on which it listens; empty = server.host of the job."""
+    """Of a server: address of this machine on which it listens; empty = server.host of the job. A worker listens to
+    nobody."""
     threads: int = 0
     """Of a worker on CPU: threads of each rank; 0 = run.threads of the job, and where that is 0 this machine's cores /
     ranks of the worker."""
@@ -52,6 +53,8 @@ def on_machine(job: Job, part: str, own: MachineOptions) -> Job:
     for name in ("data", "threads", "micro_batch"):
         what = f"--{name.replace('_', '-')} has no effect with {part}: it is of workers"
         require(part.startswith("worker ") or not getattr(own, name), what, "leave it out")
+    what = f"--host has no effect with {part}: it is of servers, a worker connects with them and listens to nobody"
+    require(part.startswith("server ") or not own.host, what, "leave it out")
     files = {name: path for name in FILES if (path := getattr(own, name))}
     for name in files:
         if not getattr(job.server, name):

@@ -24,7 +24,7 @@ from shoal.launch.server import ENTRIES, FOLDER, START, TRIAL, Start, may_listen
 from shoal.observe import commands, result
 from shoal.observe.hold import alone, held
 from shoal.observe.log import speaker
-from shoal.training.folder import DATA
+from shoal.training.folder import DATA, LOCK
 
 # Seconds between two looks for a run that has not begun, and for what it is and whether somebody is at work on it.
 _AGAIN, _LOOK = 0.2, 1.0
@@ -51,7 +51,7 @@ def join(folder: Path, name: str, own: MachineOptions, patience: float = 60.0) -
             start = _wait(folder, patience, tried)
             trial = parse(start.job).sync.codec == "auto"
             part = _part(folder, name, own, start)
-            with alone(folder / FOLDER / f"{name.replace(' ', '-')}.lock", taken, patience=1.0):
+            with alone(folder / FOLDER / f"{name.replace(' ', '-')}{LOCK}", taken, patience=1.0):
                 if ranks is None:
                     ranks = Ranks(ENTRIES)
                     ending.callback(ranks.close)

@@ -17,7 +17,7 @@ from shoal.checkpoint.manifest import Manifest
 from shoal.errors import LayoutError
 from shoal.job.shares import written
 from shoal.mesh import Mesh, View, build
-from shoal.optim.update import Update
+from shoal.optim.update import Update, counts
 from shoal.parallel.flat import Flat
 from shoal.parallel.replica import Replica, Tally
 from shoal.shard import Shard, State
@@ -154,18 +154,20 @@ class AllReduce:
         self.mesh = build(layout, self.mesh.seat, view, self.mesh.timeout)
         self._waits = Waits(self.mesh)
         self.replica.move(self.mesh)
-        done = torch.zeros(self.mesh.world, dtype=torch.int64, device=self.mesh.device)
-        done[self.mesh.rank] = self.update.done
-        self.mesh.wait(dist.all_reduce(done, group=self.mesh.everyone, async_op=True))
+        # Of each rank: updates that its weights have had, and those of them that its optimizer has not seen.
+        told_R2 = torch.zeros(self.mesh.world, 2, dtype=torch.int64, device=self.mesh.device)
+        told_R2[self.mesh.rank] = torch.tensor([self.update.done, self.update.since])
+        self.mesh.wait(dist.all_reduce(told_R2, group=self.mesh.everyone, async_op=True))
+        source = int(told_R2[:, 0].argmax())
+        done, since = told_R2[source].tolist()
         # What whoever is behind has sent in the broken step is in the weights that it gets now.
-        self._settle(applied=self.update.done < int(done.max()))
+        self._settle(applied=self.update.done < done)
         if self._encoded is not None and self._encoded.feedback is not None:
             self._encoded.feedback.keep_sums()
-        if done.min() < done.max():
+        if bool((told_R2 != told_R2[source]).any()):
             for shard in (*self.replica.held(), *self.update.state(), *self._common()):
-                source = int(done.argmax())
                 self.mesh.wait(dist.broadcast(shard.local, source, group=self.mesh.everyone, async_op=True))
-            self.update.restore({**self.update.values(), "updates": int(done.max())})
+            self.update.restore(counts(done, since))
         return self.mesh
 
     @contextmanager

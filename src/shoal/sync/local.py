@@ -110,8 +110,10 @@ class Local:
     def _come_together(self, stop: bool) -> tuple[Outer | None, bool, bool]:
         """What is due after this step, as `Exchange.arrive` tells it."""
         step, exchange = self._step + 1, self.exchange
-        for index in self.rounds.starts(step):
-            exchange.leave(index)
+        if step < self.update.steps or not self.rounds.delay:
+            # After the last step, nothing that left now would arrive.
+            for index in self.rounds.starts(step):
+                exchange.leave(index)
         for index in self.rounds.turns(step):
             if index in exchange.travelling:
                 exchange.turn(index)

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from shoal.data.prepare import Prepared
+from shoal.errors import CheckpointError
 from shoal.job import Job, write
 from shoal.observe import files
 
@@ -18,6 +19,8 @@ DATA = "data.json"
 PULLED = "pulled.json"
 # Of a run with a parameter server: journal and logs, as `shoal.sync.server.node.book` names it.
 SERVER = "server"
+# Of files in it, one for each part that has joined, held as long as that lives.
+LOCK = ".lock"
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -32,11 +35,19 @@ def fill(folder: Path, job: Job, prepared: Prepared) -> None:
 
 
 def set_aside(folder: Path, say: Callable[[str], None]) -> None:
-    """Of a run that goes on without a server: journal and logs do not follow from its checkpoints any more. OSError."""
+    """Of a run that goes on without a server: journal and logs do not follow from its checkpoints any more.
+
+    Raises CheckpointError where they cannot be moved: a later resume with a server would go on from them.
+    """
     if (folder / SERVER).is_dir():
         before = folder / f"{SERVER}-before"
         shutil.rmtree(before, ignore_errors=True)
-        (folder / SERVER).rename(before)
+        try:
+            (folder / SERVER).rename(before)
+        except OSError as error:
+            what = f"journal and logs of the run's server cannot be set aside in {before.name}: {error.strerror}"
+            fix = f"mv {folder / SERVER} elsewhere, or remove {before}; then resume"
+            raise CheckpointError(what, where=str(folder), fix=fix) from None
         say(f"it goes on from its checkpoint; what a server has journalled since is set aside in {before}")
 
 

@@ -71,8 +71,8 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
         if chosen:
             _go_on(loop, run, Path(chosen))
         if ranks.rank == 0:
+            folders.set_aside(run, show.say)
             with _keeping_the_old(show.say):
-                folders.set_aside(run, show.say)
                 folders.fill(run, parts.job, corpus)
             environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
         precision = parts.job.train.precision

@@ -20,7 +20,7 @@ from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece
 from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.client import Client
 from shoal.sync.server.node.station import Station
-from shoal.sync.server.wire import Credentials
+from shoal.sync.server.wire import Credentials, connect
 from shoal.sync.server.wire.frame import pack
 from shoal.sync.server.wire.handshake import Session
 from shoal.sync.server.worker import Worker
@@ -149,6 +149,10 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path, frame
         try:
             while runs.steps(run) < 3:
                 time.sleep(0.01)
+            shard = Book(run).find(Address("shard"))
+            assert shard is not None
+            with pytest.raises(JobError, match="refuses this side's job token"):
+                connect(shard.host, shard.port, credentials=Credentials("another of enough bytes"), timeout=60.0)
             began = runs.steps(run)
             grown.update(fuzz(run, frames))
             while runs.steps(run) < began + 3:
@@ -169,5 +173,10 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path, frame
     assert told[0] == f"worker 9 has another model: another instead of {model} → {fix}"
     assert told[1] == f"worker 9 has another tokenizer: another instead of {tokenizer} → {fix}"
     assert told[2] == "the listener refuses this side's job token → give both sides the same token"
+    log = (run / "log.txt").read_text()
+    for sentence in told[:2]:
+        assert log.count(f"refused: {sentence.replace(' → ', '; ')}") == 1
+    refused = [line for line in log.splitlines() if line.endswith("know the job token; give both sides the same token")]
+    assert [" server 0: refused: 127.0.0.1:" in line for line in refused] == [False, True], "both listen"
     assert figures["step"] >= 6
     assert {key.worker for record in runs.audit(run, figures["step"] * 12) for key in record.keys} == {0}

@@ -15,6 +15,7 @@ from shoal.mesh import Seat
 from shoal.sync.server import journal
 from shoal.sync.server import records as r
 from shoal.sync.server.node.journal_file import JournalFile
+from shoal.training import folder
 from shoal.training.server import begin, plan
 
 
@@ -48,6 +49,27 @@ def test_a_journal_that_does_not_hold_any_more_goes(run):
     start, path = run
     start(copies=2)
     assert not path.exists()
+
+
+def test_who_has_joined_keeps_its_lock(run):
+    """Or another process could take the same part; all else of an earlier start goes, folders too."""
+    start, path = run
+    (path.parent / "worker-1.lock").touch()
+    (path.parent / "shard-0").mkdir()
+    held = (path.parent / "worker-1.lock").stat().st_ino
+    start(copies=2)
+    assert (path.parent / "worker-1.lock").stat().st_ino == held
+    assert {each.name for each in path.parent.iterdir()} == {"worker-1.lock", "plan.json"}
+
+
+def test_a_run_does_not_go_on_without_a_server_beside_its_journal(run):
+    """Or another resume, with a server, would go on from that."""
+    here = run[1].parent
+    (here.parent / "server-before").touch()
+    with pytest.raises(CheckpointError, match="cannot be set aside in server-before: Not a directory") as caught:
+        folder.set_aside(here.parent, print)
+    assert f"remove {here.parent / 'server-before'}" in caught.value.fix
+    assert run[1].is_file()
 
 
 def test_a_damaged_journal_is_named(run):

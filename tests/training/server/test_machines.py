@@ -150,6 +150,7 @@ def _seat(part: Role) -> tuple[int, int, int]:
         ("server 0", ["--data", "empty"], "--data has no effect with server 0", "leave it out"),
         ("server 0", ["--micro-batch", "2"], "--micro-batch has no effect with server 0", "leave it out"),
         ("server 0", ["--threads", "2"], "--threads has no effect with server 0", "leave it out"),
+        ("worker 1", ["--host", "127.0.0.1"], "--host has no effect with worker 1: it is of servers", "leave it out"),
     ],
 )
 def test_what_a_machine_lacks_or_has_in_vain_is_said_before_it_takes_part(

@@ -67,6 +67,20 @@ def test_how_experts_were_used_is_of_all_commits_and_of_no_rejected_gradient():
     assert "balance_loss" not in after, "of these nobody has told"
 
 
+def test_what_is_no_table_of_experts_is_passed_over():
+    """Rows of unequal lengths, of a model with other layers or fewer experts, or of none: a worker's mistake, not the
+    run's end."""
+    rows = Rows(8, 0, 2, choices=1)
+    table = ((3.0, 1.0, 4.4, 1.0),)
+    told = [((1.0, 2.0, 3.0, 0.0), (1.0,)), ((), ()), ((1.0, 2.0),), table, (*table, (0.0, 9.0, 90.0, 9.0))]
+    for clock, layers in enumerate(told, 1):
+        rows.pushed(m.Push(Key(0, 0, clock), 0, 3.0, 6.0, Range(0, 2), m.Spent(experts=layers)))
+        rows.take(commit(clock, 0, 2 * clock))
+    row = rows.row()
+    assert row is not None
+    assert (row["balance_loss"], row["dropped_share"], row["busiest_load"]) == (1.1, 0.25, 1.5)
+
+
 def test_rows_of_a_journal_are_those_that_a_coordinator_would_have_told_and_the_next_one_goes_on():
     told = [commit(1, 0, 0), commit(2, 1, 2), commit(3, 0, 4)]
     lived, born = Rows(4, 0, 2), Rows(4, 0, 2)

@@ -50,7 +50,7 @@ def main(seat: Seat, *, folder: str, job: str) -> None:
         used = Standing(plan.rules(given), copies, None, records, 0.0).samples.used
         refuse_fewer(run, used // given.train.global_batch, given)
     if not fits and here.exists():
-        shutil.rmtree(here)
+        _clear(here)
         if newest > start:
             say(f"{newest - start:,} updates since the checkpoint are computed again: shards are other ones now")
     elif fits and newest > start:
@@ -67,6 +67,16 @@ def check(seat: Seat, *, folder: str, job: str) -> None:
     """Raises what `main` would of the newest checkpoint, before a codec is chosen. Writes nothing."""
     given = parse(job)
     _start(Path(folder), replace(given, sync=replace(given.sync, codec="none")), lambda text: None)
+
+
+def _clear(here: Path) -> None:
+    """Leaves the locks of `shoal join`, which are of parts that live on and begin anew: under another file of that name
+    somebody else could take the same part."""
+    for path in here.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.suffix != folders.LOCK:
+            path.unlink()
 
 
 def _anew(here: Path) -> None:

@@ -18,6 +18,7 @@ from shoal.mesh import Seat
 from shoal.models.spec import count, flops_per_token
 from shoal.observe import environment, metrics
 from shoal.observe.peak import matmul_peak
+from shoal.observe.screen import visible
 from shoal.observe.show import Show
 from shoal.sync.server import messages as m
 from shoal.sync.server import records as r
@@ -26,6 +27,7 @@ from shoal.sync.server.messages import COORDINATOR, Address
 from shoal.sync.server.node.book import FOLDER
 from shoal.sync.server.node.conduct import Conductor
 from shoal.sync.server.node.journal_file import JournalFile
+from shoal.sync.server.node.refusals import Refusals
 from shoal.sync.server.node.station import Station
 from shoal.sync.server.samples import Samples
 from shoal.sync.server.staleness import token_schedule
@@ -46,6 +48,9 @@ from shoal.training.worker import length_of
 _LOG_BYTES, _LOG_LEAST, _LOG_MOST = 1 << 30, 4, 256
 # How often the last checkpoint is asked for, and seconds after which it is again though no shard was lost.
 _ATTEMPTS, _LONGEST = 3, 600.0
+
+# Of why somebody is refused, characters that are said: what they tell of themselves may be in it.
+_WHY = 300
 
 
 def main(
@@ -88,7 +93,7 @@ def main(
         for row in lead.before:
             if row["step"] not in known:
                 show.keep(row)
-        station.listen(given.server.host)
+        station.listen(given.server.host, lead.refusals)
         stop.listen()
         finished = lead.run_on()
         show.end(lead.rows.step, None)
@@ -125,6 +130,7 @@ class _Lead:
         self._since_save = 0
         # Workers that this coordinator has seen go.
         self._lost: set[int] = set()
+        self.refusals = Refusals(show.say)
         self._elsewhere = Elsewhere(run, job.server.elsewhere, time.monotonic(), came=again)
         reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
@@ -146,8 +152,9 @@ class _Lead:
         self._kept = self.machine.version if self.machine.version == self.machine.at.opened.version else -1
         self._times = min(_LOG_MOST, max(_LOG_LEAST, _LOG_BYTES // (4 * count(job.model))))
         self._conductor = Conductor(
-            self.machine, station, journal, written=self._written, noted=self._noted, gone=self._gone
-        )
+            self.machine, station, journal, written=self._written, noted=self._noted, gone=self._gone,
+            refused=self._turned_away,
+        )  # fmt: skip
 
     def run_on(self) -> bool:
         """Until the samples are used up, or somebody asks it to stop; whether it was the former. All is saved then.
@@ -214,6 +221,10 @@ class _Lead:
         """With a shard, its part of what is being saved may be lost."""
         if address.role == "shard":
             self._saving = None
+
+    def _turned_away(self, address: Address, message: m.Refused) -> None:
+        why = visible(message.why)[:_WHY]
+        self.refusals.tell(f"{address.role} {address.number}", why, why, message.fix)
 
     def _was_saved(self, message: m.Saved) -> None:
         """The first shard's is of the whole checkpoint."""

@@ -25,6 +25,7 @@ from shoal.sync import saved
 from shoal.sync.server import messages as m
 from shoal.sync.server.messages import Chain
 from shoal.sync.server.node.book import FOLDER
+from shoal.sync.server.node.refusals import Refusals
 from shoal.sync.server.node.serve import Serving, join
 from shoal.sync.server.node.shard_log import ShardLog, only_one
 from shoal.sync.server.parameters import Parameters
@@ -75,12 +76,12 @@ def main(
             Saver(run / "checkpoints", number, options.shards, given.checkpoint.keep, nonce=nonce, timeout=_PARTS)
         )
         station = ending.enter_context(plan.station(given, run, machine.address, ("coordinator", "shard"), nonce))
-        station.listen(host)
+        say = speaker(None if joined else run)
+        station.listen(host, Refusals(lambda text: say(f"server {number}: {text}")))
         if cloned:
             join(machine, station, _CLONED)
         part = _Part(number, held, saver)
-        say = speaker() if joined else None
-        Serving(machine, station, log, save=part.save, poll=part.poll, say=say).run()
+        Serving(machine, station, log, save=part.save, poll=part.poll, say=say if joined else None).run()
 
 
 def served(level: str, host: str, credentials: Credentials) -> str:

@@ -136,14 +136,22 @@ class Rows:
             if (said := self._of(key)) is not None:
                 self._spent.setdefault(key.worker, []).append(said.spent)
                 self._drifts += [said.spent.drift**2] if said.spent.drift else []
-                if said.spent.experts:
-                    totals_NX = torch.tensor(said.spent.experts, dtype=torch.float64)
-                    self._experts = added(self._experts, Use(totals_NX, self.choices))
+                self._add_experts(said.spent.experts)
         # What was being summed when its worker was given up is in the next commit, or never in one.
         for key, push in self._given_up.items():
             if key not in record.keys:
                 self._lose(key, push)
         self._given_up.clear()
+
+    def _add_experts(self, rows: tuple[tuple[float, ...], ...]) -> None:
+        """Passes over what is no table, or another one than others have told: workers are of one model, but what they
+        say of themselves is not to end the run."""
+        shape = (len(rows), len(rows[0])) if rows else (0, 0)
+        known = self._experts.totals_NX.shape if self._experts is not None else shape
+        if not rows or any(len(row) != shape[1] for row in rows) or shape != known or shape[1] < 3:
+            return
+        totals_NX = torch.tensor(rows, dtype=torch.float64)
+        self._experts = added(self._experts, Use(totals_NX, self.choices))
 
     def _lose(self, key: m.Key, push: m.Push | None) -> None:
         self._lost += 1

@@ -53,8 +53,8 @@ class Peers:
                 return event
         raise AssertionError(f"no {kind.__name__}")
 
-    def join(self, incarnation: int, pulls: float = 0.0) -> m.Join:
-        """Lets the worker in, until it has weights of version 0 and samples 0 … 3. pulls: seconds that they take."""
+    def join(self, incarnation: int, pulling: Callable[[], None] = lambda: None) -> m.Join:
+        """Lets the worker in, until it has weights of version 0 and samples 0 … 3. pulling: called before they come."""
         sender, join, _ = self.hear(self.lead, m.Join)
         assert isinstance(join, m.Join)
         assert sender.copy == join.nonce
@@ -65,7 +65,7 @@ class Peers:
         asker, pull, _ = self.hear(self.shard, m.Pull)
         assert isinstance(pull, m.Pull)
         assert (pull.key, pull.pieces) == (key, PIECES)
-        time.sleep(pulls)
+        pulling()
         self.shard.send(asker, m.Pulled(key, 0, 0, PIECES), (WEIGHTS,))
         return join
 
@@ -171,17 +171,37 @@ def test_without_a_coordinator_it_gives_up_in_the_end(peers, monkeypatch):
         client.close()
 
 
+class Clock:
+    """The time of a client, which passes at once when the test says so."""
+
+    def __init__(self) -> None:
+        self._later, self._looks = 0.0, 0
+
+    def monotonic(self) -> float:
+        self._looks += 1
+        return time.monotonic() + self._later
+
+    def passes(self, client: Client, seconds: float) -> None:
+        """Returns when the client has seen it in a whole turn of its thread, or has given up."""
+        self._later += seconds
+        seen, deadline = self._looks + 3, time.monotonic() + PATIENCE
+        while self._looks < seen and client._error is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
 def test_neither_a_long_pull_nor_a_long_gradient_is_silence_of_the_coordinator(peers, monkeypatch):
     """It has nothing to say to a worker that is at one; when that has pushed, there is time to answer."""
-    monkeypatch.setattr(silence, "ALONE", 2.0)
+    clock = Clock()
+    monkeypatch.setattr("shoal.sync.server.node.client.time", clock)
     client = peers.client()
     try:
-        peers.join(0, pulls=2.5)
+        peers.join(0, pulling=lambda: clock.passes(client, 2 * silence.ALONE))
         assert client.wait("computing", timeout=PATIENCE) == "computing"
-        time.sleep(2.5)
+        clock.passes(client, 2 * silence.ALONE)
         assert push(client, Key(0, 0, 0))
         sender, _, _ = peers.hear(peers.lead, m.Push)
-        time.sleep(0.3)
+        clock.passes(client, 0.5 * silence.ALONE)
         peers.lead.send(sender, m.Answer(Key(0, 0, 0), True, 1, 0))
         assert client.wait("asking", timeout=PATIENCE) == "asking"
     finally:

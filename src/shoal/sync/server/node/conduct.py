@@ -22,16 +22,16 @@ class Conductor:
 
     written: is given each record, once it is in the journal; noted: messages that the coordinator itself has no use
     for (`Noted`, `Saved`, and each `Push` and `Hello` before it is handled), with who
-    said them. gone: told of whom the connection was lost with.
+    said them. gone: told of whom the connection was lost with; refused: of who is told that it cannot take part.
     """
 
     def __init__(
         self, machine: Coordinator, station: Station, journal: JournalFile, *,
         written: Callable[[r.AnyRecord], None], noted: Callable[[Address, m.AnyMessage], None],
-        gone: Callable[[Address], None],
+        gone: Callable[[Address], None], refused: Callable[[Address, m.Refused], None],
     ):  # fmt: skip
         self.machine, self.station, self.journal = machine, station, journal
-        self._written, self._noted, self._gone = written, noted, gone
+        self._written, self._noted, self._gone, self._refused = written, noted, gone, refused
         self._ticked = time.monotonic()
 
     def run(self, step: Callable[[], bool]) -> None:
@@ -66,6 +66,8 @@ class Conductor:
             self._tell(records)
         for effect in effects:
             if isinstance(effect, Send):
+                if isinstance(effect.message, m.Refused):
+                    self._refused(effect.to, effect.message)
                 self.station.send(effect.to, effect.message)
 
     def _tell(self, records: Sequence[r.AnyRecord]) -> None:

@@ -26,19 +26,23 @@ class Refusals:
 
     def __init__(self, say: Callable[[str], None]):
         self._say, self._lock = say, threading.Lock()
-        # When what was said of which address.
+        # When what was said of whom.
         self._said: dict[tuple[str, str], float] = {}
 
     def __call__(self, address: str, reason: str, what: str) -> None:
+        self.tell(address, reason, what, _FIXES[reason])
+
+    def tell(self, who: str, reason: str, what: str, fix: str) -> None:
+        """Of somebody who proved to know the token, or of an address. reason: in a word or two, to tell it by."""
         with self._lock:
-            text = self.news(address, reason, what, time.monotonic())
+            text = self.news(who, reason, what, fix, time.monotonic())
         if text:
             self._say(text)
 
-    def news(self, address: str, reason: str, what: str, now: float) -> str:
-        """What is to be said of it; empty where that was said of this address within a minute. now: seconds."""
+    def news(self, who: str, reason: str, what: str, fix: str, now: float) -> str:
+        """What is to be said of it; empty where that was said of the same one within a minute. now: seconds."""
         self._said = {key: at for key, at in self._said.items() if now - at < _AGAIN}
-        if (address, reason) in self._said or len(self._said) >= _MOST:
+        if (who, reason) in self._said or len(self._said) >= _MOST:
             return ""
-        self._said[address, reason] = now
-        return f"refused: {what}; {_FIXES[reason]}"
+        self._said[who, reason] = now
+        return f"refused: {what}; {fix}"

@@ -30,12 +30,13 @@ class Serving:
         """log: of a shard of one copy. poll: what has become of saves since it was last asked. say: of `Silence`."""
         self.machine, self.station, self.log, self._save, self._poll = machine, station, log, save, poll
         self._ticked = float("-inf")
-        self._greeted = False
+        # The coordinator has answered: since its latest loss, and ever.
+        self._greeted = self._known = False
         self._whole = time.monotonic()
         self._silence = Silence(f"server {machine.number}", station.book, say, self._whole)
 
     def run(self) -> None:
-        """JobError where this copy cannot take part."""
+        """JobError where this copy cannot take part: the coordinator refuses what it holds, or does not let it in."""
         self._hello()
         while True:
             event = self.station.next(self.machine.retry / 4)
@@ -74,12 +75,14 @@ class Serving:
         if isinstance(event, Lost):
             # Whoever it was comes back by itself; to a coordinator that does, this side says hello again.
             if event.address == COORDINATOR:
+                if event.error is not None and not self._known:
+                    raise event.error
                 self._greeted = False
             self.machine.lost(event.address)
             return
         sender, message, tensors = event
         if sender == COORDINATOR:
-            self._greeted = True
+            self._greeted = self._known = True
         if isinstance(message, m.Clone):
             self._do(self.machine.give(message.copy))
             return

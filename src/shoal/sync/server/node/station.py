@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -18,11 +19,23 @@ from shoal.sync.server.messages import Address
 from shoal.sync.server.node import frames
 from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.pool import Pool
-from shoal.sync.server.wire import Connection, Credentials, FrameError, Listener, Outbox, connect
+from shoal.sync.server.wire import (
+    BOTH_TLS,
+    Connection,
+    Credentials,
+    FrameError,
+    Listener,
+    NotLetIn,
+    Outbox,
+    connect,
+)
 from shoal.sync.server.wire.connection import Frame
+from shoal.sync.server.wire.listener import Refused
 
 # Seconds between two looks at the book for somebody who cannot be reached; and for how long one tries.
 _AGAIN, _PATIENCE = 0.2, 10.0
+# Seconds in which a listener may let nobody in because it is just ending.
+_SHUT = 3.0
 # Seconds for one frame: this, and what its bytes take on a slow line.
 _FRAME, _SLOWEST = 60.0, 50_000
 # Seconds that a thread waits for a frame before it waits again, and for one that has begun.
@@ -66,6 +79,8 @@ class Station:
         self._lock = threading.Lock()
         self._listener: Listener | None = None
         self._closed = False
+        # Somebody has let this side in: what a listener does not agree to has nothing to do with this side's options.
+        self._let_in = False
         # Of connections that have ended.
         self._sent = self._received = 0
 
@@ -75,9 +90,9 @@ class Station:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def listen(self, host: str) -> None:
-        """Lets others connect, and says in the book where."""
-        self._listener = Listener(self._serve, host=host, credentials=self.credentials)
+    def listen(self, host: str, refused: Refused | None = None) -> None:
+        """Lets others connect, and says in the book where. refused: told of who is not let in, as by `Listener`."""
+        self._listener = Listener(self._serve, host=host, credentials=self.credentials, refused=refused)
         self.book.enter(self.me, *self._listener.address)
 
     def next(self, timeout: float) -> Event | None:
@@ -159,7 +174,7 @@ class Station:
         """The thread of somebody whom this side calls."""
         error: JobError | None = None
         connection = None
-        deadline = time.monotonic() + _PATIENCE
+        deadline, shut = time.monotonic() + _PATIENCE, math.inf
         while connection is None and not peer.closed and time.monotonic() < deadline:
             try:
                 entry = self.book.find(to)
@@ -171,13 +186,20 @@ class Station:
             except JobError as found:
                 error = found
                 break
+            except NotLetIn as found:
+                shut = min(shut, time.monotonic())
+                if time.monotonic() - shut > _SHUT and not self._let_in:
+                    what = f"the {to.role} does not let this side in: {found}"
+                    error = JobError(what, where=str(self.book.folder.parent), fix=BOTH_TLS)
+                    break
             except OSError:
-                pass
+                shut = math.inf
             if connection is None:
                 time.sleep(_AGAIN)
         if connection is None:
             self._forget(to, peer, error)
         else:
+            self._let_in = True
             with connection:
                 self._talk(to, peer, connection)
 
