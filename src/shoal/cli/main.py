@@ -20,6 +20,7 @@ VERBS = {
     "generate": "continue a text with a trained model",
     "ckpt": "show, verify and reshard checkpoints; to and from Hugging Face's format",
     "pull": "the weights of a run with a parameter server, while it trains",
+    "plan": "the fastest layout of a model on a cluster: step time, memory, cost, predicted",
     "simulate": "what a sync does to speed, bytes and waiting, on simulated machines",
     "calibrate": "measure this machine, to predict what runs on it",
     "doctor": "what this machine has, how fast it is, and what is wrong with it",

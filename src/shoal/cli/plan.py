@@ -1,0 +1,122 @@
+"""`shoal plan`: the layouts of a model on a cluster, the fastest first, before anything is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from shoal.cli import answer, flags
+from shoal.errors import JobError
+from shoal.job import Job, read
+from shoal.job.check import at_least
+
+if TYPE_CHECKING:
+    from shoal.planning.plan import Question
+
+_LISTED = "several changes have commas between them: --what-if devices=2x,network=0.5x"
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """Searches for the fastest layout of a model on a cluster, and predicts step time, memory and cost. Runs nothing.
+
+    $ shoal plan --model llama3-70b --cluster h100x512
+    $ shoal plan --model gpt3-175b --cluster clusters/a100-80-256.toml --global-batch 1024 --explain
+    $ shoal plan --model llama3-8b --cluster h100x64 --price 2.50 --tokens 1T --what-if devices=2x,network=0.5x
+    $ shoal plan recipes/quickstart.toml --cluster clusters/laptops.toml --out job.toml
+
+    What the columns mean, and what is not predicted: docs/planning.md. Describing a cluster: docs/clusters.md.
+    """
+
+    job: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="[JOB.toml]")] = ""
+    """TOML file of options, whose model, batch, sequence length and precision are planned, in place of --model."""
+    model: str = ""
+    """A model's name (`llama3-70b`, `gpt3-175b`, `deepseek-v3`, ...: docs/planning-models.md), or a Hugging Face
+    config.json."""
+    cluster: str = ""
+    """A file (docs/clusters.md), or so many devices: `h100x64`, `a100-80x512`."""
+    global_batch: int = 0
+    """Sequences of a step; 0 = the job's, or by rule: 4 Mi tokens (half a Mi below 1 B parameters), and no less than
+    1,024 for each device."""
+    sequence: int = 0
+    """Tokens of a sequence; 0 = the job's, or what the model was trained with."""
+    precision: str = ""
+    """`bf16`, `fp16`, `fp32` or `fp8`; empty = the job's, or bf16."""
+    tokens: str = ""
+    """To train on, e.g. `300B` or `15T`: says how many days that takes, and with a price its cost."""
+    price: float = 0.0
+    """Of one device for an hour, in your currency; 0 = as the cluster's file says, if it does."""
+    best: int = 10
+    """Layouts to show."""
+    what_if: str = ""
+    """Plans a changed cluster too, with the same batch, and compares: `devices=2x` (or a number), `device=h200`,
+    `network=0.5x` (between nodes), `link=2x` (within a node), `memory=2x`, `price=2.50`; several with commas."""
+    explain: int = 0
+    """Of so many plans, where time and memory go; `--explain` alone is 1."""
+    out: str = ""
+    """Writes the first plan's layout into this job.toml: one that is there keeps all else, a new one is whole."""
+    format: str = "text"
+    """`json` prints one JSON object as the last line on standard output: `seconds`, `plans`, with --what-if `what_if`
+    too (docs/planning.md)."""
+
+
+def run(args: list[str]) -> answer.Answer:
+    """Prints a table."""
+    options = flags.parse(PlanOptions, _with_number(args), "shoal plan")
+    job = _job(options)
+    at_least("--best", options.best, 1)
+    at_least("--explain", options.explain, 0)
+
+    from shoal.planning import answered, show, written
+
+    if options.out:
+        written.require_toml(Path(options.out))
+    question = _question(options, job)
+    found = answered.plans(question, options.best, job)
+    print(answered.text(question, found, options.explain))
+    result = show.result(found)
+    if options.what_if:
+        other, after = answered.instead(question, options.what_if, options.best, job)
+        print(f"\n{answered.text(other, after, options.explain)}\n\n{show.compared(found, after)}")
+        result["what_if"] = {"change": options.what_if} | show.result(after)
+    if options.out:
+        print(f"\n{written.of_layout(options.out, question, found.plans[0], options.model)}")
+        result["out"] = options.out
+    return answer.Answer(result)
+
+
+def _with_number(args: list[str]) -> list[str]:
+    """`--explain` without one is `--explain 1`."""
+    following = [*args[1:], ""]
+    pairs = zip(args, following, strict=True)
+    return [w for word, after in pairs for w in ([word, "1"] if word == "--explain" and _none(after) else [word])]
+
+
+def _none(word: str) -> bool:
+    return not word or word.startswith("--") or word.endswith(".toml")
+
+
+def _job(options: PlanOptions) -> Job | None:
+    """What is planned is named, once."""
+    example = "shoal plan --model llama3-8b --cluster h100x64"
+    if options.job and not options.job.endswith(".toml"):
+        named = f"a model is named by --model {options.job}"
+        raise JobError(f"{options.job} is no job (.toml)", fix=_LISTED if "=" in options.job else named)
+    if options.job and options.model:
+        raise JobError("a job and --model are both given", fix="leave out one of them")
+    if not options.job and not options.model:
+        raise JobError("no model is named", fix=f"{example}; or a job: shoal plan job.toml --cluster h100x64")
+    if not options.cluster:
+        raise JobError("no cluster is named", fix=f"{example}; or a file: docs/clusters.md")
+    return read(options.job) if options.job else None
+
+
+def _question(options: PlanOptions, job: Job | None) -> Question:
+    from shoal.planning import asked
+
+    where = asked.cluster_of(options.cluster, options.price)
+    wanted = asked.Wanted(options.sequence, options.global_batch, options.precision, options.tokens)
+    return asked.of_job(job, where, wanted) if job else asked.of_model(options.model, where, wanted)

@@ -1,0 +1,103 @@
+"""What is asked of the search, and what it answers: layouts, each with what is predicted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from shoal.job.layout import Layout
+from shoal.planning.cluster import Cluster
+
+if TYPE_CHECKING:
+    from shoal.planning.shapes import Shape
+
+# What a part of a step is called in a sentence.
+_CALLED = {
+    "compute": "computing", "tensor": "exchanges of the tensor group", "context": "exchanges of the context group",
+    "fsdp": "gathering and scattering of fsdp", "expert": "exchanges of the experts", "bubble": "pipeline bubble",
+    "messages": "messages of the pipeline", "data": "reducing of gradients", "optimizer": "the optimizer",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout and what is predicted of it.
+
+    layout: whole, so that a job can have it as it is. chunks: stages that a rank of its pipeline has, 1 without one.
+    seconds: of a step; low, high: four in five measurements lie between. tokens_per_second: of all devices;
+    per_device: of one. mfu: FLOPs of the model (none for what is computed again) over the devices' peak at the
+    question's precision. memory: bytes on the fullest device by part, which add up to its total. capacity: bytes that
+    a device has. parts: seconds by part, which add up to `seconds`. bubble, exposed: shares of the step in which a
+    device waits for its pipeline, and for communication. limit: what the step's time is limited by. cost: of all
+    devices for 1e9 tokens, in the cluster's currency; None without a price. days: to the token target; None without.
+    """
+
+    layout: Layout
+    chunks: int
+    seconds: float
+    low: float
+    high: float
+    tokens_per_second: float
+    per_device: float
+    mfu: float
+    memory: Mapping[str, float]
+    capacity: float
+    parts: Mapping[str, float]
+    bubble: float
+    exposed: float
+    limit: str
+    cost: float | None
+    days: float | None
+
+    @property
+    def total(self) -> float:
+        """Bytes on the fullest device."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Question:
+    """sequence: tokens of one. global_batch: sequences of a step. precision: bf16, fp16, fp32 or fp8. stack: of
+    `stacks.STACKS`. tokens: how many to train on, None if not told."""
+
+    shape: Shape
+    cluster: Cluster
+    sequence: int
+    global_batch: int
+    precision: str = "bf16"
+    stack: str = "shoal"
+    tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """plans: the best first. seconds: that the search took. candidates, fitting: layouts that were compared, and of
+    them those that fit. nearest: where none fits, the one that is least too large."""
+
+    plans: tuple[Plan, ...]
+    seconds: float
+    candidates: int
+    fitting: int
+    nearest: Plan | None
+
+
+def why(first: Plan, second: Plan) -> str:
+    """One sentence: the part of a step of which the better plan saves most against the other one."""
+    saved = {name: second.parts.get(name, 0.0) - first.parts.get(name, 0.0) for name in {**first.parts, **second.parts}}
+    part = max(saved, key=lambda name: saved[name])
+    one, other = first.layout, second.layout
+    if saved[part] <= 0:
+        return f"{one} wins over {other} because it is simpler, at a step that is no slower"
+    difference = second.seconds - first.seconds
+    beginning = f"{one} wins over {other} because it spends {_told(saved[part])} less of a step on {_CALLED[part]}"
+    if difference <= 0:
+        return f"{beginning}, and is simpler at about the same step time"
+    lost = min(saved, key=lambda name: saved[name])
+    if saved[lost] < -0.1 * saved[part]:
+        beginning += f", though {_told(-saved[lost])} more on {_CALLED[lost]}"
+    return f"{beginning}; the step takes {_told(difference)} less"
+
+
+def _told(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.1 else f"{1e3 * seconds:.3g} ms"

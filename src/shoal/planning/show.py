@@ -1,0 +1,202 @@
+"""An answer of the search as text: a ranked table, why the first wins, what limits it, where time and memory go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from shoal.job.layout import AXES, Layout
+from shoal.observe.units import counted, short, si
+from shoal.planning.plan import Answer, Plan, Question, why
+
+_GIB = 2.0**30
+# A layout of which this share of the memory or more is predicted to be used may not fit, or be slowed by its allocator.
+_NEAR = 0.85
+_COUNTS = (("T", 1e12), ("B", 1e9), ("M", 1e6))
+
+
+def layout_of(layout: Layout) -> str:
+    """Its axes and what is shared along them; the rest has columns of its own."""
+    parts = [f"{axis}={n}" for axis in AXES if (n := getattr(layout, axis)) > 1] or ["replicas=1"]
+    parts += [f"expert={layout.expert}"] if layout.expert > 1 else []
+    parts += [f"zero={layout.zero}"] if layout.sharers > 1 else []
+    parts += [f"context_by={layout.context_by}"] if layout.context > 1 and layout.context_by != "ring" else []
+    return ",".join(parts)
+
+
+def schedule_of(plan: Plan) -> str:
+    """`–` without a pipeline; `interleaved ×4`: stages on each rank."""
+    if plan.layout.pipeline == 1:
+        return "–"
+    return plan.layout.schedule + (f" ×{plan.chunks}" if plan.chunks > 1 else "")
+
+
+def title(question: Question) -> str:
+    """What is planned, in two lines."""
+    shape, where = question.shape, question.cluster
+    tokens = question.global_batch * question.sequence
+    batch = f"a step of {counted(question.global_batch, 'sequence')} × {counted(question.sequence, 'token')}"
+    devices = " + ".join(f"{pool.count:,} {pool.device.title}" for pool in where.pools)
+    active = f" ({_large(shape.active)} a token)" if shape.active < shape.parameters else ""
+    return (
+        f"{shape.name}: {_large(shape.parameters)} parameters{active}, on {where.name}: {devices}\n"
+        f"{batch} = {_large(tokens)} tokens, {question.precision}"
+    )
+
+
+def table(question: Question, answer: Answer, width: int | None = None) -> str:
+    """Of the plans, the best first; columns of which nothing is known are left out. Where it is wider than `width`
+    characters, it is two: layouts, and what is predicted of them."""
+    columns: list[tuple[str, Callable[[Plan], str] | None]] = [
+        ("layout", lambda p: layout_of(p.layout)),
+        ("micro-batch", lambda p: str(p.layout.micro_batch or "whole")),
+        ("schedule", schedule_of if any(p.layout.pipeline > 1 for p in answer.plans) else None),
+        ("recompute", lambda p: p.layout.recompute),
+        ("step", lambda p: _seconds(p.seconds)),
+        ("80 %", lambda p: f"{_seconds(p.low)} to {_seconds(p.high)}"),
+        ("tok/s/device", lambda p: _three(p.per_device)),
+        ("MFU %", lambda p: f"{100 * p.mfu:.1f}"),
+        ("GiB", lambda p: _three(p.total / _GIB)),
+        ("free %", lambda p: f"{100 * (1 - p.total / p.capacity):.0f}"),
+        ("bubble %", lambda p: f"{100 * p.bubble:.1f}"),
+        ("exposed %", lambda p: f"{100 * p.exposed:.1f}"),
+        ("cost/1e9", _known(answer, "cost")),
+        ("days", _known(answer, "days")),
+    ]
+    kept = [(name, cell) for name, cell in columns if cell is not None]
+    rows = [[name for name, _ in kept], *([cell(plan) for _, cell in kept] for plan in answer.plans)]
+    ranks = ["#", *(str(n) for n, _ in enumerate(answer.plans, 1))]
+    whole = _aligned([[rank, *row] for rank, row in zip(ranks, rows, strict=True)], left=1)
+    if width is None or whole.index("\n") <= width:
+        return whole
+    cut = next(n for n, (name, _) in enumerate(kept) if name == "step")
+    figures = _aligned([[rank, *row[cut:]] for rank, row in zip(ranks, rows, strict=True)], left=None)
+    layouts = _aligned([[rank, *row[:cut]] for rank, row in zip(ranks, rows, strict=True)], left=1)
+    return f"{figures}\n\n{layouts}"
+
+
+def _known(answer: Answer, name: str) -> Callable[[Plan], str] | None:
+    """A column, where all plans have a value."""
+    if any(getattr(plan, name) is None for plan in answer.plans):
+        return None
+    return lambda plan: _three(getattr(plan, name))
+
+
+def remarks(question: Question, answer: Answer) -> str:
+    """Below the table: why the first wins, what limits it, what the columns mean, and what is not told."""
+    best = answer.plans[0]
+    found = [f"{why(best, answer.plans[1])}." if len(answer.plans) > 1 else "No other layout fits."]
+    found.append(f"What limits it: {best.limit}.")
+    if best.total > _NEAR * best.capacity:
+        found.append(
+            f"Its memory is nearly full ({100 * best.total / best.capacity:.0f} % predicted): what its allocator does "
+            "near the end is not predicted, and slows steps down."
+        )
+    found.append(_mfu(question, best))
+    if question.cluster.price is None:
+        found.append("No cost: the cluster has no price (--price, or `price` of a pool in its file; of a device-hour).")
+    elif best.cost is not None:
+        of = (
+            f"for {_large(question.tokens)} tokens: {_three(best.cost * question.tokens / 1e9)}"
+            if question.tokens
+            else ""
+        )
+        found.append(f"cost/1e9: of all devices for 1e9 tokens, in the currency of the price; {of}".rstrip("; ") + ".")
+    share = f"{answer.fitting:,} of {answer.candidates:,} layouts fit, with 10 % of their memory to spare"
+    found.append(f"{share}; found in {short(answer.seconds)}. Columns: docs/planning.md.")
+    return "\n".join(found)
+
+
+def _mfu(question: Question, plan: Plan) -> str:
+    """Its formula and peak."""
+    each, devices = question.shape.flops_per_token(question.sequence), question.cluster.count
+    if not plan.mfu:
+        return "No MFU: it is not predicted."
+    peak = each * plan.tokens_per_second / (devices * plan.mfu)
+    return (
+        f"MFU = tokens/s × {si(each, 'FLOP')} a token (forward and backward; computing again does not count) "
+        f"÷ ({counted(devices, 'device')} × {si(peak, 'FLOP/s')}, "
+        f"the {question.precision} peak in the catalogue or the cluster's file)."
+    )
+
+
+def explained(plan: Plan, number: int) -> str:
+    """Where a plan's time and memory go, largest first."""
+    time = [[name, _seconds(part), f"{100 * part / plan.seconds:.1f} %"] for name, part in _largest(plan.parts)]
+    memory = [
+        [name, f"{_three(part / _GIB)} GiB", f"{100 * part / plan.capacity:.1f} %"]
+        for name, part in _largest(plan.memory)
+    ]
+    total = [["together", _seconds(plan.seconds), "100 %"]]
+    full = [["together", f"{_three(plan.total / _GIB)} GiB", f"{100 * plan.total / plan.capacity:.1f} %"]]
+    return (
+        f"{number}: {plan.layout}\n"
+        f"limited by {plan.limit}\n\n"
+        f"a step\n{_aligned(time + total, left=0)}\n\n"
+        f"memory of the fullest device, of {_three(plan.capacity / _GIB)} GiB\n{_aligned(memory + full, left=0)}"
+    )
+
+
+def compared(before: Answer, after: Answer) -> str:
+    """Of two clusters, the best plans."""
+    one, other = before.plans[0], after.plans[0]
+    rate = other.tokens_per_second / one.tokens_per_second
+    text = f"{_seconds(one.seconds)} -> {_seconds(other.seconds)} a step: {rate:.2f} times the tokens/s"
+    text += f", {other.per_device / one.per_device:.2f} times a device's"
+    if one.cost and other.cost:
+        text += f", {other.cost / one.cost:.2f} times the cost of a token"
+    moved = "the same layout" if one.layout == other.layout else f"{one.layout} -> {other.layout}"
+    return f"{text}; {moved}."
+
+
+def result(answer: Answer) -> dict[str, Any]:
+    """For scripts: docs/planning.md says what each key is."""
+    return {
+        "seconds": answer.seconds, "candidates": answer.candidates, "fitting": answer.fitting,
+        "plans": [_plan(plan) for plan in answer.plans],
+    }  # fmt: skip
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    layout = plan.layout
+    return {
+        "layout": str(layout), "micro_batch": layout.micro_batch, "schedule": layout.schedule,
+        "recompute": layout.recompute, "chunks": plan.chunks, "step_seconds": plan.seconds, "low_seconds": plan.low,
+        "high_seconds": plan.high, "tokens_per_second": plan.tokens_per_second,
+        "tokens_per_second_per_device": plan.per_device, "mfu": plan.mfu, "memory_gib": plan.total / _GIB,
+        "capacity_gib": plan.capacity / _GIB, "margin": 1 - plan.total / plan.capacity, "bubble": plan.bubble,
+        "exposed": plan.exposed, "limit": plan.limit, "cost_per_1e9_tokens": plan.cost, "days": plan.days,
+        "parts_seconds": dict(plan.parts), "parts_gib": {name: part / _GIB for name, part in plan.memory.items()},
+    }  # fmt: skip
+
+
+def _large(count: float) -> str:
+    """`8.03 B`, as parameters and tokens are counted."""
+    found = next(((suffix, scale) for suffix, scale in _COUNTS if count >= scale), None)
+    return f"{count / found[1]:.3g} {found[0]}" if found else f"{count:,.0f}"
+
+
+def _largest(parts: Any) -> list[tuple[str, float]]:
+    """Those that are there, the largest first."""
+    return sorted(((name, part) for name, part in parts.items() if part), key=lambda item: -item[1])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:,.0f} s" if value >= 1000 else short(value)
+
+
+def _three(value: float) -> str:
+    """Three digits, never as a power of ten."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _aligned(rows: Sequence[Iterable[str]], left: int | None) -> str:
+    """Columns as wide as they need, to the right but for that one."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+    def line(row: list[str]) -> str:
+        aligned = (c.ljust(w) if n == left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(aligned).rstrip()
+
+    return "\n".join(map(line, cells))

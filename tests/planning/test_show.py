@@ -1,0 +1,118 @@
+"""Plans as text and for scripts: which columns, sentences and keys there are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from shoal.planning import asked, cluster, show
+from shoal.planning.asked import Wanted
+from shoal.planning.plan import Answer
+from tests.planning.plans import plan
+
+QUESTION = asked.of_model("llama3-8b", cluster.named("h100x8"), Wanted())
+ONE = plan("replicas=2,fsdp=4,zero=1,micro_batch=2", 2.0)
+PIPE = plan("pipeline=8,micro_batch=1,schedule=interleaved,recompute=block", 3.0, chunks=4)
+
+
+def answer(*plans) -> Answer:
+    return Answer(plans, 0.25, 100, 40, None)
+
+
+def cells(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in text.splitlines()]
+
+
+def test_columns_of_which_nothing_is_known_are_left_out():
+    head, row = cells(show.table(QUESTION, answer(ONE)))
+    assert head == [
+        "#", "layout", "micro-batch", "recompute", "step", "80 %", "tok/s/device", "MFU %", "GiB", "free %", "bubble %",
+        "exposed %",
+    ]  # fmt: skip
+    assert row == [
+        "1", "replicas=2,fsdp=4,zero=1", "2", "none", "2 s", "1.6 s to 2.5 s", "50,000", "40.0", "40", "50", "25.0",
+        "12.5",
+    ]  # fmt: skip
+    head, one, two = cells(show.table(QUESTION, answer(replace(ONE, cost=12.5, days=1234.0), replace(PIPE, cost=1.0))))
+    assert "days" not in head, "not known of all"
+    assert (head[-1], one[-1], two[-1]) == ("cost/1e9", "12.5", "1")
+    assert (head[3], one[3], two[3]) == ("schedule", "–", "interleaved ×4")
+
+
+def test_lines_of_a_table_are_aligned():
+    lines = show.table(QUESTION, answer(ONE, PIPE)).splitlines()
+    assert {line.rindex(" %") for line in lines[:1]} == {len(lines[0]) - 2}
+    assert len(set(map(len, lines))) == 1
+
+
+def test_a_table_that_is_too_wide_is_two():
+    found = answer(ONE, PIPE)
+    whole = show.table(QUESTION, found)
+    width = len(whole.splitlines()[0])
+    assert show.table(QUESTION, found, width) == whole
+    figures, layouts = (cells(half) for half in show.table(QUESTION, found, width - 1).split("\n\n"))
+
+    together = [[*layout, *figure[1:]] for layout, figure in zip(layouts, figures, strict=True)]
+    assert together == cells(whole)
+
+
+def test_small_numbers_are_written_out():
+    small = replace(QUESTION, sequence=64, global_batch=64)
+    assert "= 4,096 tokens, bf16" in show.title(small)
+    assert "8.03 B parameters" in show.title(small)
+    assert "12.9 B a token" in show.title(asked.of_model("mixtral-8x7b", cluster.named("h100x8"), Wanted()))
+
+
+def test_the_sentences():
+    priced = replace(QUESTION, cluster=asked.cluster_of("h100x8", 2.0), tokens=1e12)
+    text = show.remarks(priced, answer(replace(ONE, cost=10.0), replace(PIPE, cost=20.0)))
+    assert "wins over" in text
+    assert "What limits it: compute." in text
+    assert "for 1 T tokens: 10,000." in text
+    assert "40 of 100 layouts fit" in text
+    assert "No cost" not in text
+    alone = show.remarks(QUESTION, answer(ONE))
+    assert "No other layout fits." in alone
+    assert "No cost: the cluster has no price" in alone
+
+
+def test_a_nearly_full_device_is_warned_of():
+    assert "nearly full (90 % predicted)" in show.remarks(QUESTION, answer(plan("fsdp=8", 1.0, gib=72.0)))
+    assert "nearly full" not in show.remarks(QUESTION, answer(plan("fsdp=8", 1.0, gib=60.0)))
+
+
+def test_the_peak_of_mfu_is_the_devices():
+    """tokens/s of all devices at 40 % of 8 × 989 TFLOP/s."""
+    each = QUESTION.shape.flops_per_token(QUESTION.sequence)
+    rate = 0.4 * 8 * 989e12 / each
+    text = show.remarks(QUESTION, answer(replace(ONE, tokens_per_second=rate)))
+    assert "(8 devices × 989 TFLOP/s, the bf16 peak in the catalogue or the cluster's file)" in text
+
+
+def test_where_time_and_memory_go():
+    rows = cells(show.explained(ONE, 1))
+    assert ["compute", "1.5 s", "75.0 %"] in rows
+    assert rows.index(["compute", "1.5 s", "75.0 %"]) < rows.index(["bubble", "500 ms", "25.0 %"])
+    assert ["together", "2 s", "100 %"] in rows
+    assert ["weights", "30 GiB", "37.5 %"] in rows
+    assert ["together", "40 GiB", "50.0 %"] in rows
+    assert not any("expert" in row[0] for row in rows if row), "what takes no time"
+
+
+def test_for_scripts():
+    found = show.result(answer(PIPE, ONE))
+    first, _ = found["plans"]
+    wanted = {
+        "layout", "micro_batch", "schedule", "recompute", "step_seconds", "tokens_per_second_per_device", "mfu",
+        "memory_gib", "limit",
+    }  # fmt: skip
+    assert wanted <= set(first)
+    assert (first["layout"], first["step_seconds"], first["memory_gib"]) == (str(PIPE.layout), 3.0, 40.0)
+    assert (first["schedule"], first["recompute"], first["cost_per_1e9_tokens"]) == ("interleaved", "block", None)
+    assert found["seconds"] == 0.25
+
+
+def test_two_clusters_are_compared():
+    after = replace(PIPE, tokens_per_second=2 * ONE.tokens_per_second, per_device=ONE.per_device, cost=5.0)
+    text = show.compared(answer(replace(ONE, cost=10.0)), answer(after))
+    assert "2.00 times the tokens/s, 1.00 times a device's, 0.50 times the cost" in text
+    assert "the same layout" in show.compared(answer(ONE), answer(replace(ONE, seconds=1.0)))
