@@ -88,6 +88,8 @@ MORE = [
     "server:mode=asp,local_steps=50,compensation=delayed-nesterov,shards=4/none",
 ]
 TIMED = 20
+# As tc reads it; without a unit it would be bits/s.
+RATE = r"(?i)(?=.*[1-9])\d+(\.\d+)?[kmg]bit"
 _DAY = 86400.0
 
 
@@ -422,6 +424,10 @@ def options() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.steps % asked.every:
         parser.error("--every does not divide --steps")
+    if asked.workers < 2:
+        parser.error("--workers is less than 2: there is nobody to send to")
+    if not re.fullmatch(RATE, asked.rate):
+        parser.error(f"--rate {asked.rate}: a number and its unit, e.g. 10mbit, 1gbit")
     if asked.server_hosts < 0:
         parser.error("--server-hosts is less than 0")
     if asked.methods == ["all"]:

@@ -150,6 +150,17 @@ def test_all_are_the_usual_methods_and_more(monkeypatch, capsys, tmp_path):
         network.options()
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [("--workers", "1", "nobody to send to"), ("--rate", "100", "its unit"), ("--rate", "0mbit", "its unit")],
+)
+def test_a_network_of_nobody_or_of_no_rate_is_refused(option, value, why, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["network.py", "--rate", "1Gbit", option, value])
+    with pytest.raises(SystemExit):
+        network.options()
+    assert why in capsys.readouterr().err
+
+
 def test_a_run_with_hosts_for_servers_is_measured_by_itself(monkeypatch, tmp_path):
     """And on loopback, where there are none, it is the same run."""
     made: list[tuple[int, str]] = []

@@ -204,3 +204,12 @@ def test_a_report_that_cannot_be_written_is_said_in_a_sentence(tmp_path, monkeyp
     (tmp_path / "job.toml").write_text(write(Job()))
     assert main(["report", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}: cannot write the report: No space left on device")
+
+
+@pytest.mark.parametrize("part", [["worker 12"], ["worker", "12"]])
+def test_a_part_is_one_word_or_two(part, stand_in, capsys):
+    joined = []
+    stand_in("shoal.launch.join", "join", lambda folder, name, own, wait: joined.append((folder, name, own.threads)))
+    assert main(["join", "runs/a", *part, "--threads", "2", "--format", "json"]) == 0
+    assert joined == [(Path("runs/a"), "worker 12", 2)]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["part"] == "worker 12"

@@ -32,9 +32,14 @@ class JoinOptions(MachineOptions):
 
     run: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="RUN")] = ""
     """Folder of the run, as this machine sees it."""
+<<<<<<< HEAD
     part: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="PART")] = ""
     """`worker 1`, `server 0`: one of those that server.elsewhere names. `worker`: one more than the run has, which gets
     the first number that is free beyond them (`worker 3`: this one)."""
+=======
+    part: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PART")] = ()
+    """`worker 1`, `server 0`: one of those that server.elsewhere names, in quotes or as two words."""
+>>>>>>> 1fc75f6742d7cc695957157fab51b6c62068e56c
     wait: float = 60.0
     """Seconds to wait for the run to begin."""
     format: str = "text"
@@ -47,8 +52,13 @@ def run(args: list[str]) -> Answer:
     if not options.run or not options.part:
         raise JobError("a run and a part of it are to be named", fix="shoal join RUN 'worker 1'")
     positive("--wait", options.wait)
+    part = " ".join(options.part)
 
     from shoal.launch.join import join
 
+<<<<<<< HEAD
     part = join(Path(options.run), options.part, options, options.wait)
+=======
+    join(Path(options.run), part, options, options.wait)
+>>>>>>> 1fc75f6742d7cc695957157fab51b6c62068e56c
     return Answer({"run": options.run, "part": part})

@@ -247,5 +247,6 @@ def test_a_shard_that_does_not_answer_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "_PATIENCE", 0.5)
     with Live(tmp_path, 30.0) as job, job.reader() as station:
         job.machines[1].pulls.pull = lambda sender, message, version: []
-        with pytest.raises(RankError, match=r"server shard 1 has not answered for"):
+        with pytest.raises(RankError, match=r"server shard 1 has not answered for") as caught:
             Reader(station).read()
+        assert "for whom it waits" in caught.value.fix

@@ -24,6 +24,7 @@ _TRIES = 10
 # Seconds between two questions to the coordinator, those without a commit after which training stands still, and those
 # without a byte after which somebody is given up.
 _TICK, _STILL, _PATIENCE = 0.5, 2.0, 60.0
+_ASK_THE_RUN = "the run says for whom it waits (its screen, RUN/log.txt): start that, then try again"
 
 
 class Read(NamedTuple):
@@ -73,7 +74,7 @@ class Reader:
             event = self._station.next(_TICK)
             if (seen := self._seen(event)) is not None:
                 return seen
-        raise RankError(f"the coordinator has not answered for {_PATIENCE:.0f} s")
+        raise RankError(f"the coordinator has not answered for {_PATIENCE:.0f} s", fix=_ASK_THE_RUN)
 
     def _seen(self, event: Event | None) -> m.Seen | None:
         """The coordinator's answer, if it is that. Where its connection broke, it may be starting again: asks again."""
@@ -118,7 +119,8 @@ class Reader:
                 bytes_received, since = received, now
             elif now - since > _PATIENCE:
                 missing = min(set(range(len(seen.primaries))) - found.keys())
-                raise RankError(f"server shard {missing} has not answered for {_PATIENCE:.0f} s")
+                what = f"server shard {missing} has not answered for {_PATIENCE:.0f} s"
+                raise RankError(what, fix=_ASK_THE_RUN)
         return Read(version, [found[shard] for shard in sorted(found)])
 
 
