@@ -74,10 +74,10 @@ def stage(work: Work, rank: Array, schedule: str = "1f1b") -> Memory:
 
 
 def owned(work: Work, rank: Array, schedule: str = "1f1b") -> Array:
-    """Weights of a rank's stages on one rank of the tensor group, before ZeRO or FSDP shard them. Output layers share
-    the embedding's weights where a stage has both, but not in gated models: most of those keep two."""
+    """Weights of a rank's stages on one rank of the tensor group, before ZeRO or FSDP shard them. Output layers that
+    are tied share the embedding's weights where a stage has both."""
     begins, ends = _ends(work, rank, schedule)
-    both = begins & ends & (work.gated == 0)
+    both = begins & ends & (work.tied > 0)
     tables = begins.astype(np.float64) + ends - both
     blocks = _layers(work, rank, schedule) * work.block_parameters
     return np.asarray((blocks + tables * work.vocab * work.hidden) / work.tensor, dtype=np.float64)

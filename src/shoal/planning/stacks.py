@@ -19,7 +19,8 @@ class Stack:
     overlaps_data, overlaps_tensor, overlaps_messages: reduces gradients under backward, sums of a tensor group under
     products, a pipeline's messages under computing. shards: tensor groups share sequences where a table does not say.
     pads: the vocabulary, to a multiple of 128 for each tensor rank. interleaves: a pipeline's chunks, where a table
-    does not say how many. reduces_whole: gradients of sharded optimizers by all-reduce. constants: those of a class.
+    does not say how many. reduces_whole: gradients of sharded optimizers by all-reduce.
+    shares_context: ZeRO spreads over the context axis too. constants: those of a class.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Stack:
     pads: bool = False
     interleaves: bool = False
     reduces_whole: bool = False
+    shares_context: bool = False
     kept_bf16: float | None = None
 
 
