@@ -36,7 +36,7 @@ DEVICE = ("peak", "measured", "measured_low", "memory", "bandwidth", "link", "ni
 # Of the software: see `stacks.Stack`.
 STACK = (
     "kernels", "flash", "fused", "gradient_bytes", "kept_bytes", "overlaps_data", "overlaps_tensor",
-    "overlaps_messages", "reduces_whole", "shares_context",
+    "overlaps_messages", "reduces_whole", "shares_context", "gathers_once", "tiles",
 )  # fmt: skip
 COLUMNS = (*MODEL, *LAYOUT, *DEVICE, *STACK)
 
@@ -74,6 +74,11 @@ class Work:
         """Ranks over which ZeRO spreads, at every stage: FSDP's, and those of the context axis where the stack does so.
         Further replicas reduce beside."""
         return self.fsdp * np.where(self.shares_context > 0, self.context, 1.0)
+
+    @property
+    def stage_zero(self) -> Array:
+        """ZeRO's stage while a step runs: 2 instead of 3 where the stack gathers a pipeline's stages once a step."""
+        return np.where((self.gathers_once > 0) & (self.pipeline > 1), np.minimum(self.zero, 2.0), self.zero)
 
     @property
     def expert_sharers(self) -> Array:
@@ -125,7 +130,7 @@ class Work:
 def complete(row: Mapping[str, float]) -> dict[str, float]:
     """A row with what a dense model, not laid out by experts, has in columns that it lacks. Of these, models without a
     gate tie the output layer to the embedding, and most gated ones do not."""
-    usual = dict.fromkeys(MODEL[MODEL.index("experts") :], 0.0) | {"expert": 1.0, "shares_context": 0.0}
+    usual = dict.fromkeys(MODEL[MODEL.index("experts") :], 0.0) | {"expert": 1.0} | dict.fromkeys(STACK[-3:], 0.0)
     usual |= {"tied": float(row["gated"] == 0), "dense_layers": row["layers"], "value_size": row["head_size"]}
     return {name: row.get(name, usual[name]) if name in usual else row[name] for name in COLUMNS}
 
