@@ -28,7 +28,8 @@ def computing(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Ar
     some = work.experts > 0
     own = np.where(some, work.experts / work.expert, 1.0)
     m_T = rows(work)
-    each_T = np.where(some, np.maximum(m_T / own, 1.0), 1.0)
+    # Rows of an expert are filled up to a whole tile, as grouped products do: how many there are is chance.
+    each_T = np.where(some, np.ceil(np.maximum(m_T / own, 1.0) / 64) * 64, 1.0)
     tokens = np.where(some, m_T / IMBALANCE / np.maximum(work.chosen, 1), 1.0)
     up, inner = work.expert_feed * (1 + work.gated), np.where(some, work.expert_feed, 1.0)
     shapes = (

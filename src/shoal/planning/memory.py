@@ -127,7 +127,8 @@ def of_block(work: Work, *, routed: bool = False) -> tuple[Array, Array, Array]:
 
     Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", table 2, by operators: of
     each token 2 bytes of what enters products, 1 of a dropout's mask. FlashAttention keeps 4 a head and token.
-    routed: of a block with experts: what enters theirs, their inner values, and what they give, of each token that chose them.
+    routed: of a block with experts: what enters theirs, their inner values, and what they give, for each token that
+    chose them.
     """
     t, h = work.tensor, work.hidden
     tokens = block.tokens(work)

@@ -175,7 +175,7 @@ def _case(row: Row) -> _Case | str:
         if not _number(row, name) > 0:
             return f"no {name}"
     if _number(row, "ep") > 1:
-        return "experts: not modelled yet"
+        return "experts: how many is not told"
     device = devices.published(row["gpu"])
     if device is None:
         return f"unknown device {row['gpu']!r}"
