@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from shoal.job.layout import Layout
 from shoal.job.model import ModelOptions
 from shoal.models import decoder, spec
-from shoal.planning import collectives, constants, memory, stacks, step, work
+from shoal.planning import collectives, constants, memory, published, stacks, step, work
 from shoal.planning.constants import Rates
 from tests.planning.test_memory import ONE
 
@@ -158,3 +158,11 @@ def test_shoals_kernels_are_those_that_its_block_calls():
 
     told = stacks.STACKS["shoal"].kernels + 2
     assert told == pytest.approx(calls(2) - calls(1), rel=0.2)
+
+
+def test_published_rows_have_the_predictions_that_they_had_before_there_were_experts():
+    """Sums over all rows, of the models as they were without the columns of this file. A refit changes the first."""
+    rows = published.read(published.FIT)
+    assert step.cost(rows.work, constants.load()).seconds.sum() == pytest.approx(44890.88542554452, rel=1e-12)
+    assert memory.cost(rows.filled.work).allocated.sum() == pytest.approx(3242099515392.0, rel=1e-12)
+    assert rows.work.model_flops.sum() == pytest.approx(8.2726302002193e20, rel=1e-12)
