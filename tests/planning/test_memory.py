@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules
 
 from shoal.errors import JobError
+from shoal.job.layout import SCHEDULES
 from shoal.planning import constants, memory, published, refit, stacks, work
 from shoal.planning import schedules as orders
 
@@ -49,10 +50,10 @@ def layouts(draw):
 
 
 @settings(deadline=None, max_examples=200)
-@given(layouts(), st.sampled_from(memory.SCHEDULES))
+@given(layouts(), st.sampled_from(list(SCHEDULES)))
 def test_ranks_together_have_the_models_bytes(layout, schedule):
     """A replica's ranks, whatever axis they share by; and a table more where input and output are apart."""
-    if schedule == "v":
+    if schedule in orders.V_SHAPED:
         layout["chunks"] = 1
     one = of(**layout)
     summed = Counter()
@@ -63,7 +64,7 @@ def test_ranks_together_have_the_models_bytes(layout, schedule):
             ranks = layout["tensor"] * (layout["fsdp"] if layout["zero"] >= stage else 1)
             summed[name] += float(getattr(found, name)[0]) * ranks
     block = 2 * 1024 * 1024 + 2 * 1024 * layout["key_heads"] * 64 + (3 if layout["gated"] else 2) * 1024 * 4096
-    apart = layout["gated"] or (layout["pipeline"] > 1 and schedule != "v")
+    apart = layout["gated"] or (layout["pipeline"] > 1 and schedule not in orders.V_SHAPED)
     parameters = layout["layers"] * block + (2 if apart else 1) * 51200 * 1024
     assert summed["weights"] == pytest.approx(2 * parameters)
     assert summed["gradients"] == pytest.approx(layout["kept_bytes"] * parameters)
@@ -71,9 +72,9 @@ def test_ranks_together_have_the_models_bytes(layout, schedule):
 
 
 @settings(deadline=None, max_examples=200)
-@given(layouts(), st.sampled_from(memory.SCHEDULES), st.sampled_from(["", "recompute", "selective"]))
+@given(layouts(), st.sampled_from(list(SCHEDULES)), st.sampled_from(["", "recompute", "selective"]))
 def test_the_fullest_stage_is_found_among_all(layout, schedule, again):
-    if schedule == "v":
+    if schedule in orders.V_SHAPED:
         layout["chunks"] = 1
     one = of(**layout, **({again: 1} if again else {}))
     stages = [memory.stage(one, np.array([float(rank)]), schedule) for rank in range(layout["pipeline"])]
@@ -102,7 +103,7 @@ def test_activations_are_those_of_the_paper(changed, per_token):
 
 
 @settings(deadline=None, max_examples=100)
-@given(layouts(), st.sampled_from(memory.SCHEDULES))
+@given(layouts(), st.sampled_from(list(SCHEDULES)))
 def test_what_saves_memory_never_costs_any(layout, schedule):
     def total(**changed):
         return float(memory.stage(of(**{**layout, **changed}), np.zeros(1), schedule).activations[0])
@@ -151,7 +152,7 @@ def test_interleaved_keeps_what_its_order_does(ranks, chunks, rounds):
 @pytest.mark.parametrize("batches", [12, 24])
 def test_a_v_keeps_no_more_than_its_papers_bound(ranks, batches):
     there = SimpleNamespace(pp_group_size=ranks, n_local_stages=2, _n_microbatches=batches, num_stages=2 * ranks)
-    found = memory.in_flight("v", *(np.array([float(n)]) for n in (0, ranks, 2, batches)))
+    found = memory.in_flight("zbv", *(np.array([float(n)]) for n in (0, ranks, 2, batches)))
     kept = [
         most_kept(schedules.ScheduleZBVZeroBubble._calculate_single_rank_operations(there, r)) for r in range(ranks)
     ]
@@ -161,7 +162,7 @@ def test_a_v_keeps_no_more_than_its_papers_bound(ranks, batches):
 def test_a_v_goes_there_and_back():
     """5 layers on 4 places are 2, 2, 1, 0: the first rank has the first place and the last, and both tables."""
     one = of(layers=5, pipeline=2)
-    own = [float(memory.owned(one, np.array([rank]), "v")[0]) for rank in (0.0, 1.0)]
+    own = [float(memory.owned(one, np.array([rank]), "zbv")[0]) for rank in (0.0, 1.0)]
     block = float(one.block_parameters[0])
     assert own == [2 * block + 51200 * 1024, 3 * block]
 
@@ -182,12 +183,23 @@ def test_plain_pipelines_keep_what_their_orders_do(ranks, batches, schedule):
 @pytest.mark.parametrize("chunks", [2, 3])
 def test_an_interleaved_zero_bubble_keeps_what_its_order_does(ranks, chunks):
     kept = orders.live("interleaved_zero_bubble", ranks, chunks, 4 * ranks)
-    found = memory.in_flight("zero-bubble", *(np.array([float(n)]) for n in (0, ranks, chunks, 4 * ranks)))
+    found = memory.in_flight("interleaved_zero_bubble", *(np.array([float(n)]) for n in (0, ranks, chunks, 4 * ranks)))
     assert found == pytest.approx([max(kept) / chunks])
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("ranks", [2, 4, 6])
+def test_each_schedule_keeps_what_its_order_does(schedule, ranks):
+    for chunks in (2, 3) if schedule in orders.LOOPS else (SCHEDULES[schedule],):
+        for batches in (2 * ranks, 4 * ranks):
+            kept = orders.live(schedule, ranks, chunks, batches)
+            for rank in range(ranks):
+                sizes = (np.array([float(n)]) for n in (rank, ranks, chunks, batches))
+                assert memory.in_flight(schedule, *sizes) == pytest.approx([kept[rank] / chunks])
+
+
 def test_no_more_micro_batches_are_kept_than_there_are():
-    for schedule in memory.SCHEDULES:
+    for schedule in SCHEDULES:
         assert memory.in_flight(schedule, *(np.array([float(n)]) for n in (0, 8, 1, 3))) == [3]
 
 

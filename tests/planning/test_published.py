@@ -76,7 +76,7 @@ def test_what_a_field_means(tmp_path, row, column, value):
         ({"mem_kind": "formula"}, "memory is a formula, and there is no time"),
         ({"gpu": "Cerebras"}, "unknown device 'Cerebras'"),
         ({"global_batch": "2"}, "global batch < replicas × micro-batch"),
-        ({"ep": "8"}, "experts: not modelled yet"),
+        ({"ep": "8"}, "experts: how many is not told"),
     ],
 )
 def test_a_row_with_too_little_is_skipped_and_says_why(tmp_path, row, reason):

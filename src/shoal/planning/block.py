@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from shoal.planning import collectives, products
+from shoal.planning import collectives, experts, products
 from shoal.planning.constants import CALL, GAP, Constants, Rates
 from shoal.planning.work import Array, Work
 
@@ -20,7 +21,7 @@ _CORNER = 4.0
 class Cost(NamedTuple):
     """Seconds of a block and a micro-batch, (n,). forward, backward: all of it, what is computed again in backward.
     compute_forward, compute_backward: without communication and launching. tensor, context: communication that shows,
-    of both. attention: its core, forward."""
+    of both; tensor with what experts exchange. attention: its core, forward."""
 
     forward: Array
     backward: Array
@@ -30,17 +31,26 @@ class Cost(NamedTuple):
     context: Array
 
 
-def cost(work: Work, constants: Constants, rates: Rates) -> Cost:
+def cost(work: Work, constants: Constants, rates: Rates, *, routed: bool = False) -> Cost:
+    """routed: of a block with experts, whose shared ones are its dense feed-forward."""
+    if routed:
+        work = replace(work, columns={**work.columns, "feed": work.shared_feed})
     linear_forward, linear_backward = _linear(work, constants, rates)
     core_forward, core_backward = _attention(work, constants, rates)
     forward, backward = linear_forward + core_forward, linear_backward + core_backward
     tensor_forward, tensor_backward = _tensor(work, constants, rates)
     around_forward, around_backward = _context(work, rates, core_forward, core_backward)
+    kernels = work.kernels + 2 * work.gated + 6 * work.low
+    if routed:
+        own_forward, own_backward = experts.computing(work, constants, rates)
+        sent = experts.exchanging(work, rates)
+        forward, backward = forward + own_forward, backward + own_backward
+        tensor_forward, tensor_backward = tensor_forward + sent, tensor_backward + sent
+        kernels = kernels + experts.KERNELS
     forward_all = forward + tensor_forward + around_forward
     # What is computed again in backward (Chen et al. 2016; attention alone: Korthikanti et al. 2022, section 5).
     again = work.recompute * forward_all + work.selective * core_forward
     backward_all = backward + tensor_backward + around_backward + again
-    kernels = work.kernels + 2 * work.gated + 6 * work.low
     repeated = work.recompute * kernels
     calls = 2 * (work.tensor > 1)
     return Cost(
@@ -70,12 +80,16 @@ def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Arra
     qkv = (work.heads + 2 * work.key_heads) * d / t
     up = work.feed * (1 + work.gated) / t
     shapes = [
-        (qkv, work.hidden), (work.hidden, work.heads * d / t), (up, work.hidden), (work.hidden, work.feed / t),
+        (qkv * (1 - work.latent), work.hidden), (work.hidden, work.heads * work.value_size / t), (up, work.hidden),
+        (work.hidden, work.feed / t), *_latent(work),
     ]  # fmt: skip
     odd, align = constants.shared("odd"), constants.shared("align")
 
     def product(m: Array, n: Array, k: Array) -> Array:
-        return products.seconds(work, rates, odd, align, m, n, k, work.low)
+        """0 where a block has none of this shape."""
+        some = (m > 0) & (n > 0) & (k > 0)
+        m, n, k = (np.where(some, size, 1.0) for size in (m, n, k))
+        return np.where(some, products.seconds(work, rates, odd, align, m, n, k, work.low), 0.0)
 
     zero = np.zeros(len(work))
     forward, backward, weights = zero, zero, zero
@@ -96,10 +110,25 @@ def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Arra
     return forward, backward
 
 
+def _latent(work: Work) -> list[tuple[Array, Array]]:
+    """Of latent attention's products (DeepSeek-AI 2024, "DeepSeek-V2", section 2.1) columns and depth, 0 elsewhere.
+    Those into latents are whole on each rank of a tensor group."""
+    if not (work.latent > 0).any():
+        return []
+    d, t, some = work.head_size, work.tensor, work.latent
+    compressed = work.latent_q > 0
+    spread = work.heads * (d - work.rope_size + work.value_size) / t
+    return [
+        (some * work.latent_q, work.hidden),
+        (some * work.heads * d / t, np.where(compressed, work.latent_q, work.hidden)),
+        (some * (work.latent_kv + work.rope_size), work.hidden), (some * spread, work.latent_kv),
+    ]  # fmt: skip
+
+
 def _attention(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Array]:
     """Attention's core. Unfused: over all pairs, and their scores go through memory. Fused: the causal half."""
     d, own = work.head_size, work.sequence / work.context
-    flops = 4 * work.micro_batch * own * work.sequence * d * work.heads / work.tensor
+    flops = 4 * work.micro_batch * own * work.sequence * ((d + work.value_size) / 2) * work.heads / work.tensor
     power = products.power_of_two(d)
     # Without rows of whole 16 bytes there are no tensor cores for batched products: a sixteenth of the peak, against
     # what is reached of it (0.7).

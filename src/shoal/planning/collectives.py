@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shoal.planning.constants import CALL, Rates
+from shoal.planning.constants import CALL, HOP, Rates
 from shoal.planning.work import Array, Flags
 
 
@@ -26,3 +26,12 @@ def bus(rates: Rates, inside: Flags, members: Array) -> Array:
 def shown(communication: Array, under: Array, expose: float) -> Array:
     """Of communication under computing: what sticks out, and the share that it takes from computing."""
     return np.maximum(0.0, communication - under) + expose * np.minimum(communication, under)
+
+
+def all_to_all(rates: Rates, size: Array, ranks: Array, per_node: Array) -> Array:
+    """Each of the ranks sends an equal part of its `size` bytes to each: those to other nodes by its own network card,
+    beside those within its node. The group lies on neighbouring ranks."""
+    near = np.minimum(ranks, per_node)
+    within, beyond = size * (near - 1) / ranks / rates.link, size * (ranks - near) / ranks / rates.nic
+    hop = np.where(ranks > per_node, HOP * np.ceil(ranks / per_node), 0.0)
+    return np.where(ranks > 1, np.maximum(within, beyond) + CALL + hop, 0.0)

@@ -175,7 +175,7 @@ def _case(row: Row) -> _Case | str:
         if not _number(row, name) > 0:
             return f"no {name}"
     if _number(row, "ep") > 1:
-        return "experts: not modelled yet"
+        return "experts: how many is not told"
     device = devices.published(row["gpu"])
     if device is None:
         return f"unknown device {row['gpu']!r}"
@@ -185,6 +185,7 @@ def _case(row: Row) -> _Case | str:
     if stack.kept_bf16 is not None and "bf16" in row.get("precision", "").lower():
         columns["kept_bytes"] = stack.kept_bf16
     columns |= _layout(row, columns, stack)
+    columns = work.complete(columns)
     if columns["global_batch"] < columns["data"] * columns["micro_batch"]:
         return "global batch < replicas × micro-batch"
     # Printed seconds and tokens/s: what is said of the model counts before anything is padded.

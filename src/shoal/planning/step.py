@@ -13,6 +13,8 @@ from shoal.planning.work import Array, Work
 
 # Bytes that an optimizer reads and writes for a weight: fp32 master, two moments, gradient; and the 16-bit weight.
 _OPTIMIZER, _WEIGHT = 28.0, 2.0
+# Schedules that compute gradients of weights apart, later.
+_SPLIT = ("interleaved_zero_bubble", "zbv", "dualpipev")
 # Kernels of an optimizer's step.
 _LAUNCHES = 100.0
 
@@ -24,6 +26,14 @@ class Step(NamedTuple):
     parts: dict[str, Array]
 
 
+class _Fsdp(NamedTuple):
+    """What shows of gathering and scattering: seconds of a block's passes, and of the output layer's."""
+
+    forward: Array
+    backward: Array
+    head: Array
+
+
 class _Stages(NamedTuple):
     """slowest, all: seconds of a micro-batch on the slowest rank, and on all of the pipeline one after another."""
 
@@ -31,16 +41,28 @@ class _Stages(NamedTuple):
     all: Array
 
 
-def cost(work: Work, constants: Constants) -> Step:
+def cost(work: Work, constants: Constants, schedule: str = "1f1b") -> Step:
+    """schedule: of all candidates' pipelines, a name of `job.layout.SCHEDULES`; 1f1b is interleaved where a rank has
+    several chunks."""
     rates = Rates.of(constants, work)
     of_block = block.cost(work, constants, rates)
-    fsdp_forward, fsdp_backward, fsdp_head = _fsdp(work, constants, rates, of_block)
-    head = _head(work, constants, rates) + fsdp_head
-    layer = of_block.forward + of_block.backward + fsdp_forward + fsdp_backward
-    stages = _stages(work, layer, head)
+    fsdp = _fsdp(work, constants, rates, of_block)
+    head = _head(work, constants, rates) + fsdp.head
+    layer = of_block.forward + of_block.backward + fsdp.forward + fsdp.backward
+    dearer = np.zeros(len(work))
+    if (work.experts > 0).any():
+        # From here on a block is one with experts, where there are any, and the leading ones are so much dearer.
+        dense, some = layer, work.experts > 0
+        routed = block.cost(work, constants, rates, routed=True)
+        of_block = Cost(*(np.where(some, a, b) for a, b in zip(routed, of_block, strict=True)))
+        apart = _fsdp(work, constants, rates, of_block, routed=True)
+        fsdp = _Fsdp(*(np.where(some, a, b) for a, b in zip(apart, fsdp, strict=True)))
+        layer = of_block.forward + of_block.backward + fsdp.forward + fsdp.backward
+        dearer = np.where(some, dense - layer, 0.0)
+    stages = _stages(work, layer, dearer, head)
     batches = work.micro_batches
     steady = batches * stages.slowest
-    bubble = np.where(work.pipeline > 1, closed.bubble(work.chunks, stages.slowest, stages.all), 0.0)
+    bubble = np.where(work.pipeline > 1, _bubble(work, schedule, of_block, stages), 0.0)
     messages = _messages(work, rates)
     data = _data(work, constants, rates, of_block)
     optimizer = _optimizer(work, rates)
@@ -49,7 +71,7 @@ def cost(work: Work, constants: Constants) -> Step:
     parts = {
         "tensor": share * most * of_block.tensor,
         "context": share * most * of_block.context,
-        "fsdp": share * (most * (fsdp_forward + fsdp_backward)),
+        "fsdp": share * (most * (fsdp.forward + fsdp.backward)),
         "bubble": bubble,
         "messages": messages,
         "data": data,
@@ -65,13 +87,31 @@ def _layers(work: Work) -> Array:
     return np.ceil(work.layers / work.pipeline / work.chunks) * work.chunks
 
 
-def _stages(work: Work, layer: Array, head: Array) -> _Stages:
-    most, alone = _layers(work), work.pipeline == 1
+def _stages(work: Work, layer: Array, dearer: Array, head: Array) -> _Stages:
+    """layer: seconds of each block but the leading ones, which take so much more (or less)."""
+    most, alone, leading = _layers(work), work.pipeline == 1, work.leading
     full = most * layer
-    last = np.maximum(work.layers - most * (work.pipeline - 1), 0) * layer + head
-    last = np.where(alone, work.layers * layer + head, last)
-    slowest = np.where(alone, last, np.maximum(full, last))
-    return _Stages(slowest, np.where(alone, last, (work.pipeline - 1) * full + last))
+    held = np.clip(leading - most * (work.pipeline - 1), 0, most)
+    last = np.maximum(work.layers - most * (work.pipeline - 1), 0) * layer + head + held * dearer
+    last = np.where(alone, work.layers * layer + head + leading * dearer, last)
+    # Of the others the first has most leading blocks, the last of them fewest.
+    first = full + np.minimum(leading, most) * dearer
+    other = full + np.clip(leading - most * np.maximum(work.pipeline - 2, 0), 0, most) * dearer
+    slowest = np.where(alone, last, np.maximum(np.maximum(first, other), last))
+    every = (work.pipeline - 1) * full + last + np.minimum(leading, most * (work.pipeline - 1)) * dearer
+    return _Stages(slowest, np.where(alone, last, every))
+
+
+def _bubble(work: Work, schedule: str, of_block: Cost, stages: _Stages) -> Array:
+    """As `closed.bubble` says, exact where that is. Of schedules that split backward as `closed.zero_bubble` says, were
+    gradients of inputs and of weights as dear as each other: of ZBV and DualPipeV an estimate; `timeline` simulates
+    them."""
+    waited = closed.bubble(work.chunks, stages.slowest, stages.all)
+    if schedule not in _SPLIT:
+        return waited
+    forward = of_block.forward / np.maximum(of_block.forward + of_block.backward, 1e-30)
+    half = (1 - forward) / 2
+    return waited * closed.zero_bubble(2, forward, half, half)
 
 
 def _head(work: Work, constants: Constants, rates: Rates) -> Array:
@@ -89,27 +129,32 @@ def _head(work: Work, constants: Constants, rates: Rates) -> Array:
     return three + element * m_T * (20 * n + 16 * k) + np.where(work.tensor > 1, 3 * CALL, 0.0)
 
 
-def _fsdp(work: Work, constants: Constants, rates: Rates, of_block: Cost) -> tuple[Array, Array, Array]:
-    """What shows of gathering a block's weights, twice, and scattering its gradients (Rajbhandari et al. 2020; Zhao et
-    al. 2023), of a micro-batch: forward, backward, and of the output layer."""
-    used = work.zero == 3
-    ranks = np.where(used, work.fsdp, 1.0)
-    inside = ranks * work.tensor <= work.per_node
-    members = np.maximum(1.0, np.minimum(ranks, work.per_node / work.tensor))
-    ring = collectives.bus(rates, inside, members)
-    hops = np.where(inside, 0.0, HOP * ranks * work.tensor / work.per_node)
-    expose = constants.shared("expose")
+def _fsdp(work: Work, constants: Constants, rates: Rates, of_block: Cost, *, routed: bool = False) -> _Fsdp:
+    """Weights of a block are gathered twice, its gradients scattered once (Rajbhandari et al. 2020; Zhao et al. 2023),
+    of a micro-batch. Routed experts: over the ranks that have the same."""
+    used = work.stage_zero == 3
 
-    def exchanged(size: Array) -> Array:
+    def exchanged(size: Array, ranks: Array, apart: Array) -> Array:
+        """apart: ranks between two members."""
+        ranks = np.where(used, ranks, 1.0)
+        inside = ranks * apart <= work.per_node
+        ring = collectives.bus(rates, inside, np.maximum(1.0, np.minimum(ranks, work.per_node / apart)))
+        hops = np.where(inside, 0.0, HOP * ranks * apart / work.per_node)
         return collectives.scatter(size, ranks, ring, hops)
 
-    own = work.block_parameters / work.tensor
-    gather, scatter = exchanged(own * 2), exchanged(own * work.gradient_bytes)
-    table = work.vocab / work.tensor * work.hidden
-    head = expose * (2 * exchanged(table * 2) + exchanged(table * work.gradient_bytes))
+    own = (work.beside_experts if routed else work.block_parameters) / work.tensor
+    gather = exchanged(own * 2, work.sharers, work.tensor)
+    scatter = exchanged(own * work.gradient_bytes, work.sharers, work.tensor)
+    if routed:
+        own = work.experts / work.expert * work.expert_parameters
+        gather = gather + exchanged(own * 2, work.expert_sharers, work.expert)
+        scatter = scatter + exchanged(own * work.gradient_bytes, work.expert_sharers, work.expert)
+    table, expose = work.vocab / work.tensor * work.hidden, constants.shared("expose")
+    head = 2 * exchanged(table * 2, work.sharers, work.tensor)
+    head = expose * (head + exchanged(table * work.gradient_bytes, work.sharers, work.tensor))
     forward = collectives.shown(gather, of_block.forward, expose)
     backward = collectives.shown(gather + scatter, of_block.backward, expose)
-    return np.where(used, forward, 0.0), np.where(used, backward, 0.0), np.where(used, head, 0.0)
+    return _Fsdp(*(np.where(used, part, 0.0) for part in (forward, backward, head)))
 
 
 def _messages(work: Work, rates: Rates) -> Array:
@@ -124,33 +169,61 @@ def _messages(work: Work, rates: Rates) -> Array:
 
 
 def _owned(work: Work) -> Array:
-    """Weights of the fullest rank, before any sharding."""
-    blocks = np.ceil(work.layers / work.pipeline) * work.block_parameters
+    """Weights of the fullest rank but for routed experts, before any sharding."""
+    most = np.ceil(work.layers / work.pipeline)
+    routed = np.where(work.experts > 0, np.minimum(most, work.layers - work.dense_layers), 0.0)
+    blocks = (most - routed) * work.block_parameters + routed * work.beside_experts
     return (blocks + work.vocab * work.hidden) / work.tensor
 
 
+def _owned_experts(work: Work) -> Array:
+    """Weights of the routed experts of the rank that has most of them, before any sharding."""
+    routed = np.minimum(np.ceil(work.layers / work.pipeline), work.layers - work.dense_layers)
+    return np.where(work.experts > 0, routed * work.experts / work.expert * work.expert_parameters, 0.0)
+
+
 def _data(work: Work, constants: Constants, rates: Rates, of_block: Cost) -> Array:
-    """Reducing gradients over replicas once a step, gathering weights where the optimizer is sharded: what shows."""
-    full, first = work.zero == 3, work.zero == 1
-    replicas = np.where(full, work.data / work.fsdp, work.data)
-    inside = work.tensor * work.context * work.data <= work.per_node
-    same = np.maximum(1.0, np.floor(work.per_node / (work.tensor * work.context)))
-    ring = collectives.bus(rates, inside, np.minimum(same, work.data))
-    hops = np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(work.data, 2)))
-    own = np.where(full, _owned(work) / work.fsdp, _owned(work))
-    reduced = collectives.scatter(own * work.gradient_bytes, replicas, ring, hops)
-    reduced = reduced * np.where(work.reduces_whole > 0, 2.0, 1.0)
-    back = np.where(first, 2.0, work.gradient_bytes)
-    gathered = collectives.scatter(own * back, replicas, ring, hops)
+    """Reducing gradients once a step, gathering weights where ZeRO shares the optimizer (1) or gradients (2): what
+    shows. ZeRO's sharers scatter and gather; replicas add up what each of these has, beside."""
+    own, routed = _owned(work), _owned_experts(work)
+    reduced, gathered = _reduced(work, rates, own, work.sharers, work.tensor)
+    if (routed > 0).any():
+        parts = _reduced(work, rates, routed, work.expert_sharers, work.expert)
+        reduced, gathered = reduced + parts[0], gathered + parts[1]
     expose, most = constants.shared("expose") / 2, _layers(work)
     under = collectives.shown(reduced, most * of_block.backward, expose)
     under = under + collectives.shown(gathered, most * of_block.forward, expose)
-    return np.where(replicas > 1, np.where(work.overlaps_data > 0, under, reduced + gathered), 0.0)
+    return np.where(work.overlaps_data > 0, under, reduced + gathered) * (reduced + gathered > 0)
+
+
+def _reduced(work: Work, rates: Rates, own: Array, sharers: Array, apart: Array) -> tuple[Array, Array]:
+    """Seconds of reducing the gradients of `own` weights, and of the way back: gathering what is reduced, or weights.
+    apart: ranks between two sharers."""
+    shared = (work.stage_zero >= 1) & (work.stage_zero < 3)
+    spread = np.where(shared, sharers, 1.0)
+    inside = apart * work.context * np.where(shared, work.fsdp, 1.0) <= work.per_node
+    same = np.maximum(1.0, np.floor(work.per_node / (work.tensor * work.context)))
+    ring = collectives.bus(rates, inside, np.minimum(same, spread))
+    hops = np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(spread, 2)))
+    # Where gradients are kept sharded, each micro-batch's are scattered.
+    often = np.where((work.stage_zero == 2) & (work.gathers_once > 0), work.micro_batches, 1.0)
+    scattered = often * collectives.scatter(own * work.gradient_bytes, spread, ring, hops)
+    back = collectives.scatter(own * 2.0, spread, ring, hops)
+
+    replicas = np.where(work.zero > 0, work.data / work.fsdp, work.data)
+    inside = work.tensor * work.context * work.data <= work.per_node
+    ring = collectives.bus(rates, inside, np.minimum(np.where(shared, 1.0, same), work.data))
+    hops = np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(work.data, 2)))
+    own = own / np.where(work.zero > 0, sharers, 1.0)
+    one = collectives.scatter(own * work.gradient_bytes, replicas, ring, hops)
+    whole = np.where(work.reduces_whole > 0, 2.0, 1.0)
+    return whole * (scattered + one), back + one
 
 
 def _optimizer(work: Work, rates: Rates) -> Array:
-    full = work.zero == 3
-    sharers = np.where(full, work.fsdp, np.where(work.zero >= 1, work.data, 1.0))
-    weights = _owned(work) / np.where(full, work.fsdp, 1.0)
-    bytes_moved = _owned(work) / sharers * _OPTIMIZER + weights * _WEIGHT
-    return bytes_moved / rates.memory + _LAUNCHES * rates.host
+    def moved(own: Array, sharers: Array) -> Array:
+        weights = own / np.where(work.stage_zero == 3, sharers, 1.0)
+        return own / np.where(work.zero >= 1, sharers, 1.0) * _OPTIMIZER + weights * _WEIGHT
+
+    seconds: Array = moved(_owned(work), work.sharers) / rates.memory + _LAUNCHES * rates.host
+    return seconds + moved(_owned_experts(work), work.expert_sharers) / rates.memory
