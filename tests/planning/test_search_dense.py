@@ -64,7 +64,7 @@ def test_the_fastest_that_fits_comes_first():
     question = asked.of_model("llama3-70b", cluster.named("h100x64"), Wanted())
     found = search.search(question, best=20)
     layouts = [one for one in search._layouts(question) if search._allowed(question, one)]
-    candidates = search._work(question, search.stacks.STACKS["fsdp2"], layouts)
+    candidates = search._work(question, search.stacks.STACKS[question.stack], layouts)
     seconds = step.cost(candidates, constants.load()).seconds
     total = memory.cost(candidates).total("device")
     fits = {layout: (s, m) for layout, s, m in zip(layouts, seconds, total, strict=True) if 1.1 * m <= 80 * 2**30}
@@ -96,7 +96,7 @@ def test_where_none_fits_the_nearest_is_told():
     found = search.search(question)
     assert found.plans == ()
     layouts = [one for one in search._layouts(question) if search._allowed(question, one)]
-    total = memory.cost(search._work(question, search.stacks.STACKS["fsdp2"], layouts)).total("device")
+    total = memory.cost(search._work(question, search.stacks.STACKS[question.stack], layouts)).total("device")
     assert found.nearest.total == pytest.approx(min(total))
     assert found.nearest.total * 1.1 > found.nearest.capacity
 

@@ -38,7 +38,7 @@ def search(question: Question, best: int = 10) -> Answer:
     layouts = [layout for layout in _layouts(question) if _allowed(question, layout)]
     if not layouts:
         return Answer((), time.perf_counter() - begin, 0, 0, None)
-    stack = stacks.STACKS.get(question.stack, stacks.STACKS["fsdp2"])
+    stack = stacks.STACKS[question.stack]
     candidates = _work(question, stack, layouts)
     known = constants.load()
     found, kept = step.cost(candidates, known), memory.cost(candidates)
