@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,8 @@ def test_the_search_is_asked_and_its_plans_can_be_had(capsys: pytest.CaptureFixt
     assert main([*SMALL, "--best", "3", "--format", "json"]) == 0
     found = answer(capsys)["plans"]
     assert len(found) == 3
-    assert [p["step_seconds"] for p in found] == sorted(p["step_seconds"] for p in found)
+    seconds = [p["step_seconds"] for p in found]
+    assert all(after > before / 1.0051 for before, after in pairwise(seconds))  # less apart is equal
     for plan in found:
         layout = Layout.parse(plan["layout"])
         assert (layout.world, layout.micro_batch, layout.recompute) == (16, plan["micro_batch"], plan["recompute"])

@@ -56,7 +56,9 @@ def test_a_job_says_what_is_not_given():
     assert (question.sequence, question.global_batch, question.precision) == (64, 128, "bf16")
     assert question.shape.parameters == spec.count(replace(job.model, vocab_size=4096))
     exact = replace(job, train=replace(job.train, precision="fp32"))
-    assert asked.of_job(exact, cluster.named("h100x8"), Wanted()).precision == "fp32"
+    with pytest.raises(JobError, match="fp32: no speed"):
+        asked.of_job(exact, cluster.named("h100x8"), Wanted())
+    assert asked.of_job(exact, cluster.named("h100x8"), Wanted(precision="bf16")).precision == "bf16"
 
 
 def test_a_vocabulary_of_bytes():

@@ -68,7 +68,7 @@ def test_the_sentences():
     assert "wins over" in text
     assert "What limits it: compute." in text
     assert "for 1 T tokens: 10,000." in text
-    assert "40 of 100 layouts fit" in text
+    assert "The fastest of 100 layouts" in text
     assert "No cost" not in text
     alone = show.remarks(QUESTION, answer(ONE))
     assert "No other layout fits." in alone

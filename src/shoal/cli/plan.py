@@ -44,7 +44,7 @@ class PlanOptions:
     sequence: int = 0
     """Tokens of a sequence; 0 = the job's, or what the model was trained with."""
     precision: str = ""
-    """`bf16`, `fp16`, `fp32` or `fp8`; empty = the job's, or bf16."""
+    """`bf16`, `fp16` or `fp8`; empty = the job's, or bf16."""
     tokens: str = ""
     """To train on, e.g. `300B` or `15T`: says how many days that takes, and with a price its cost."""
     price: float = 0.0

@@ -15,7 +15,7 @@ from shoal.planning.cluster import Cluster
 from shoal.planning.plan import Question
 from shoal.planning.shapes import Shape
 
-PRECISIONS = ("bf16", "fp16", "fp32", "fp8")
+PRECISIONS = ("bf16", "fp16", "fp8")
 MOST = 2**26
 """Sequences of a batch, or tokens of a sequence."""
 # Tokens of a batch, by rule: of a model of less than _SMALL parameters, of a larger one, and for each device.
@@ -74,7 +74,7 @@ def of_model(name: str, where: Cluster, wanted: Wanted) -> Question:
 def of_job(job: Job, where: Cluster, wanted: Wanted) -> Question:
     """Of a job's model, with its batch, sequence length and precision where none are given (`auto`: bf16)."""
     said = "bf16" if job.train.precision == "auto" else job.train.precision
-    fix = "--precision fp32 or bf16"
+    fix = "--precision bf16"
     require(bool(wanted.precision) or said in PRECISIONS, f"train.precision={said}: no speed of it is known", fix)
     own = Wanted(job.data.sequence_length, job.train.global_batch, said)
     given = {f.name: value for f in fields(Wanted) if (value := getattr(wanted, f.name))}

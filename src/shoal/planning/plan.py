@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 # What a part of a step is called in a sentence.
 _CALLED = {
-    "compute": "computing", "tensor": "exchanges of the tensor group", "context": "exchanges of the context group",
-    "fsdp": "gathering and scattering of fsdp", "expert": "exchanges of the experts", "bubble": "pipeline bubble",
+    "compute": "computing", "tensor": "exchanges of the tensor and expert groups",
+    "context": "exchanges of the context group",
+    "fsdp": "gathering and scattering of fsdp", "bubble": "pipeline bubble",
     "messages": "messages of the pipeline", "data": "reducing of gradients", "optimizer": "the optimizer",
 }  # fmt: skip
 
@@ -72,13 +73,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """plans: the best first. seconds: that the search took. candidates, fitting: layouts that were compared, and of
-    them those that fit. nearest: where none fits, the one that is least too large."""
+    """plans: the best first. seconds: that the search took. candidates: layouts that there are; compared: of them those
+    that had to be computed in full. nearest: where none fits, the one that is least too large."""
 
     plans: tuple[Plan, ...]
     seconds: float
     candidates: int
-    fitting: int
+    compared: int
     nearest: Plan | None
 
 

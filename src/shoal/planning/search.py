@@ -1,151 +1,282 @@
-"""The fastest layouts of a dense model on a cluster of one kind of device, by trying all: replicas × pipeline (1F1B) ×
-fsdp × tensor, micro-batches, ZeRO stages, recomputation. Contexts, experts and other schedules are not tried."""
+"""The fastest layouts of a model on a cluster of one kind of device: all that a job may have, without computing all.
+
+Bases and their splits: see `candidates`. What a block takes depends on few of the numbers, and is computed once for
+each combination of these (leaves). Of each base a bound is computed, in time and in memory, that no split of it can
+be under; then bases are computed in full in the order of their bounds, until the next one's is over what has been
+found. So nothing that belongs to the answer is lost (Land and Doig 1960, branch and bound).
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
-from shoal.errors import JobError
-from shoal.job import Job, Layout
 from shoal.job.check import require
-from shoal.job.fits import check_layout, check_model
-from shoal.job.model import ModelOptions
-from shoal.planning import constants, memory, score, stacks, step, work
+from shoal.planning import candidates, constants, memory, score, stacks, step, work
+from shoal.planning.candidates import NAMES, Bases, Numbers
+from shoal.planning.constants import DEVICE, Rates
+from shoal.planning.memory import Memory
 from shoal.planning.plan import Answer, Plan, Question
-from shoal.planning.stacks import Stack
+from shoal.planning.step import Blocks
 from shoal.planning.work import Array, Work
 
-# A layout fits where so many times the prediction is no more than the device has.
 SPARE = 1.10
-# Of the micro-batch in sequences, and of the pipeline and tensor group in ranks.
-_MICRO, _PIPELINE, _TENSOR = 16, 128, 8
+"""A layout fits where so many times the prediction is no more than the device has."""
 # Steps that differ by less count as equal.
 _EQUAL = 0.005
-# Plans that are ranked.
-_MOST = 100
+# Bases that are ranked; that are computed in full at once; candidates whose bounds are.
+_RANKED, _BLOCK, _CHUNK = 100, 256, 65_536
+# What experts add to the standard deviation of a prediction's logarithm: no row of any has been seen.
+_EXPERTS = 0.10
 
 
 def search(question: Question, best: int = 10) -> Answer:
-    """At most `best` plans, the fastest first. JobError for what is not tried: experts, several kinds of devices."""
+    """At most `best` plans, the fastest first, each of another base: of its splits the fastest. JobError for what is
+    not tried: several kinds of devices."""
     begin = time.perf_counter()
-    pools, shape = question.cluster.pools, question.shape
-    require(len(pools) == 1, "clusters of several pools are not planned yet", "describe one pool, e.g. h100x64")
-    require(not shape.experts, f"{shape.name} has experts: such models are not planned yet", "a dense model")
-    layouts = [layout for layout in _layouts(question) if _allowed(question, layout)]
-    if not layouts:
+    require(len(question.cluster.pools) == 1, "clusters of several pools are not planned yet", "one pool: h100x64")
+    space = Space(question)
+    if not len(space.bases):
         return Answer((), time.perf_counter() - begin, 0, 0, None)
-    stack = stacks.STACKS[question.stack]
-    candidates = _work(question, stack, layouts)
-    known = constants.load()
-    found, kept = step.cost(candidates, known), memory.cost(candidates)
-    total = kept.total("device")
-    fits = total * SPARE <= pools[0].device.memory
-    wide = np.sqrt(score.ROW**2 + score.TABLE**2 + score.DEVICE**2 + score.STACK**2) * np.ones(1)
-
-    def plan(number: int) -> Plan:
-        parts = {name: float(part[number]) for name, part in found.parts.items()}
-        of_memory = {name: float(part[number]) for name, part in kept._asdict().items()}
-        of_memory["beside"] = float(total[number]) - sum(of_memory.values())
-        return _plan(question, layouts[number], float(found.seconds[number]), parts, of_memory, wide)
-
-    chosen = _ranked(layouts, found.seconds, fits)[:best]
-    nearest = None if chosen else plan(int(total.argmin()))
-    plans = tuple(plan(number) for number in chosen)
-    return Answer(plans, time.perf_counter() - begin, len(layouts), int(fits.sum()), nearest)
+    found, compared = space.fastest(max(best, _RANKED))
+    ranked = space.ranked(found)[:best]
+    plans = tuple(space.plan(one) for one in ranked)
+    nearest = None if plans else space.plan(space.smallest())
+    return Answer(plans, time.perf_counter() - begin, space.size, compared, nearest)
 
 
-def _layouts(question: Question) -> Iterator[Layout]:
-    pool = question.cluster.pools[0]
-    for tensor in _divisors(pool.count, min(_TENSOR, pool.per_node)):
-        for pipeline in _divisors(pool.count // tensor, min(_PIPELINE, question.shape.layers)):
-            data = pool.count // tensor // pipeline
-            if question.global_batch % data:
-                continue
-            each = question.global_batch // data
-            for fsdp in _divisors(data, data):
-                for micro in _divisors(each, _MICRO):
-                    for zero in (1, 2, 3) if fsdp > 1 else (3,):
-                        plain = Layout(data // fsdp, "", pipeline, fsdp, tensor=tensor, zero=zero, micro_batch=micro)
-                        yield plain
-                        yield replace(plain, recompute="block")
+@dataclass(frozen=True)
+class Split:
+    """A base and one of its splits, computed: seconds of a step, bytes on the fullest device."""
+
+    base: int
+    fsdp: int
+    zero: int
+    seconds: float
+    total: float
 
 
-def _divisors(number: int, most: int) -> list[int]:
-    return [n for n in range(1, min(number, most) + 1) if number % n == 0]
+class Space:
+    """All candidates of a question."""
 
+    def __init__(self, question: Question):
+        self.question, self.pool = question, question.cluster.pools[0]
+        self.stack, self.known = stacks.STACKS[question.stack], constants.load()
+        self.bases = candidates.bases(question)
+        same = {**question.shape.columns, **self.pool.columns, "sequence": question.sequence}
+        same |= {name: float(getattr(self.stack, name)) for name in work.STACK}
+        same |= {"devices": self.pool.count, "global_batch": question.global_batch, "selective": 0.0}
+        self._same = same | {"low": float(question.precision == "fp8")}
 
-def _allowed(question: Question, layout: Layout) -> bool:
-    """By the rules that a job's layout has to pass."""
-    shape, job = question.shape, Job()
-    model = ModelOptions(
-        hidden_size=shape.hidden, intermediate_size=shape.feed, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.key_heads, vocab_size=shape.vocab,
-    )  # fmt: skip
-    try:
-        check_layout(replace(job, layout=layout, train=replace(job.train, global_batch=question.global_batch)))
-        check_model(model, question.sequence, layout)
-    except JobError:
-        return False
-    return True
+    @cached_property
+    def size(self) -> int:
+        """Candidates in all."""
+        key = self._key(("tensor", "context", "expert", "data"))
+        _, first, counts = np.unique(key, return_index=True, return_counts=True)
+        return int(sum(n * len(self._splits(int(at))) for at, n in zip(first, counts, strict=True)))
 
+    def fastest(self, most: int) -> tuple[list[Split], int]:
+        """Of each base that has one that fits, the best split; all bases that are among the `most` fastest, or as fast
+        as these. And how many candidates were computed in full."""
+        time_, bytes_ = self._bounds
+        order = np.flatnonzero(bytes_ * SPARE <= self.pool.device.memory)
+        order = order[np.argsort(time_[order], kind="stable")]
+        found: list[Split] = []
+        compared = 0
+        for first in range(0, len(order), _BLOCK):
+            if len(found) >= most:
+                last = sorted(one.seconds for one in found)[most - 1]
+                if time_[order[first]] > last * (1 + _EQUAL):
+                    break
+            for splits in self._computed(order[first : first + _BLOCK]):
+                compared += len(splits)
+                fitting = [one for one in splits if one.total * SPARE <= self.pool.device.memory]
+                if fitting:
+                    found.append(self._simplest(fitting))
+        return found, compared
 
-def _work(question: Question, stack: Stack, layouts: list[Layout]) -> Work:
-    pool = question.cluster.pools[0]
-    same = {**question.shape.columns, **pool.columns, "sequence": question.sequence, "devices": pool.count}
-    same |= {name: float(getattr(stack, name)) for name in work.STACK}
-    same |= {"chunks": 1, "context": 1, "selective": 0, "global_batch": question.global_batch}
-    same |= {"low": float(question.precision == "fp8")}
-    rows = [
-        same | {
-            "tensor": one.tensor, "pipeline": one.pipeline, "data": one.readers, "fsdp": one.fsdp,
-            "zero": one.zero if one.fsdp > 1 else 0, "shards": float(one.tensor > 1),
-            "recompute": float(one.recompute == "block"), "micro_batch": one.micro_batch,
+    def smallest(self) -> Split:
+        """The candidate with the least bytes on its fullest device."""
+        _, bytes_ = self._bounds
+        order = np.argsort(bytes_, kind="stable")
+        best: Split | None = None
+        for first in range(0, len(order), _BLOCK):
+            if best is not None and bytes_[order[first]] > best.total:
+                break
+            every = [one for splits in self._computed(order[first : first + _BLOCK]) for one in splits]
+            least = min(every, key=lambda one: one.total)
+            best = least if best is None or least.total < best.total else best
+        assert best is not None
+        return best
+
+    def ranked(self, found: list[Split]) -> list[Split]:
+        """The fastest first; of those as fast as the fastest left, the simplest."""
+        left = sorted(found, key=lambda one: one.seconds)
+        ranked: list[Split] = []
+        while left and len(ranked) < _RANKED:
+            as_fast = [one for one in left if one.seconds <= left[0].seconds * (1 + _EQUAL)]
+            ranked.append(min(as_fast, key=self._complexity))
+            left.remove(ranked[-1])
+        return ranked
+
+    def plan(self, one: Split) -> Plan:
+        candidate, known = self._alone(one)
+        schedule = NAMES[self.bases.schedule[one.base]]
+        found = step.cost(candidate, self.known, schedule, known)
+        kept = memory.cost(candidate, schedule)
+        parts = {name: float(part[0]) for name, part in found.parts.items()}
+        of_memory = {name: float(part[0]) for name, part in kept._asdict().items()}
+        of_memory["beside"] = one.total - sum(of_memory.values())
+        low, high = self._interval()
+        question, seconds = self.question, one.seconds
+        rate, price = question.global_batch * question.sequence / seconds, question.cluster.price
+        peak = self.pool.device.peak.get(question.precision, self.pool.device.peak_16)
+        exposed = sum(parts[name] for name in ("tensor", "context", "fsdp", "messages", "data"))
+        return Plan(
+            layout=self.bases.layout(one.base, one.fsdp, one.zero, question.shape.layers),
+            chunks=int(self.bases.chunks[one.base]), seconds=seconds, low=seconds * low, high=seconds * high,
+            tokens_per_second=rate, per_device=rate / self.pool.count,
+            mfu=question.shape.flops_per_token(question.sequence) * rate / self.pool.count / peak,
+            memory=of_memory, capacity=self.pool.device.memory, parts=parts, bubble=parts["bubble"] / seconds,
+            exposed=exposed / seconds, limit=self._limit(one, seconds, parts["bubble"]),
+            cost=None if price is None else price / 3600 / rate * 1e9,
+            days=None if question.tokens is None else question.tokens / rate / 86400,
+        )  # fmt: skip
+
+    def _limit(self, one: Split, seconds: float, bubble: float) -> str:
+        """What a step would be shortened most by, were it twice as fast: or the pipeline's waiting, were there none."""
+        candidate, _ = self._alone(one)
+        schedule, usual = NAMES[self.bases.schedule[one.base]], Rates.of(self.known, candidate)
+        called = {
+            "compute": replace(usual, product=usual.product * 2, product_low=usual.product_low * 2),
+            "memory bandwidth": replace(usual, memory=usual.memory * 2),
+            "launching": replace(usual, host=usual.host / 2),
+            f"{self.pool.inside.kind} inside nodes": replace(usual, link=usual.link * 2),
+            f"{self.pool.between.kind} between nodes": replace(usual, nic=usual.nic * 2),
         }
-        for one in layouts
-    ]  # fmt: skip
-    number = len(layouts)
-    return work.of_rows(rows, [pool.device.name] * number, [stack.constants] * number)
+        saved = {"pipeline bubble": bubble}
+        for name, rates in called.items():
+            faster = step.cost(candidate, self.known, schedule, step.blocks(candidate, self.known, rates))
+            saved[name] = seconds - float(faster.seconds[0])
+        return max(saved, key=lambda name: saved[name])
+
+    def _interval(self) -> tuple[float, float]:
+        fitted = {one.group for one in self.known.all if one.kind == DEVICE}
+        unseen = self.pool.device.name.partition("-")[0] not in fitted
+        spread = score.ROW**2 + score.TABLE**2 + score.STACK**2 + score.DEVICE**2 * unseen
+        spread += _EXPERTS**2 * bool(self.question.shape.experts)
+        (low,), (high,) = score.interval(np.sqrt(np.array([spread])))
+        return float(low), float(high)
+
+    def _complexity(self, one: Split) -> tuple[int, int, int, float, float]:
+        base = self.bases
+        axes = (base.tensor, base.context, base.pipeline, base.expert)
+        several = sum(int(axis[one.base]) > 1 for axis in axes) + (one.fsdp > 1) + (one.fsdp < base.data[one.base])
+        group = int(base.tensor[one.base] * base.pipeline[one.base])
+        return several, group, int(base.recompute[one.base]), one.seconds, one.total
+
+    def _simplest(self, splits: list[Split]) -> Split:
+        """Of a base: as fast as any, with the fewest axes, and of these with most memory left."""
+        least = min(one.seconds for one in splits) * (1 + _EQUAL)
+        return min((one for one in splits if one.seconds <= least), key=lambda s: (*self._complexity(s)[:3], s.total))
+
+    def _splits(self, base: int) -> list[tuple[int, int]]:
+        return candidates.splits(self.bases, base)
+
+    def _computed(self, bases: Numbers) -> Iterator[list[Split]]:
+        """Of each of these bases all splits."""
+        splits = [self._splits(int(one)) for one in bases]
+        which = np.repeat(bases, [len(some) for some in splits])
+        fsdp, zero = np.array([pair for some in splits for pair in some], dtype=np.int64).T
+        seconds, total = np.empty(len(which)), np.empty(len(which))
+        for schedule, rows in self._by_schedule(which):
+            candidate, known = self._work(which[rows], fsdp[rows], zero[rows])
+            seconds[rows] = step.cost(candidate, self.known, schedule, known).seconds
+            total[rows] = memory.cost(candidate, schedule).total("device")
+        at = 0
+        for base, some in zip(bases, splits, strict=True):
+            end = at + len(some)
+            yield [
+                Split(int(base), *pair, float(seconds[n]), float(total[n]))
+                for n, pair in zip(range(at, end), some, strict=True)
+            ]
+            at = end
+
+    @cached_property
+    def _bounds(self) -> tuple[Array, Array]:
+        """Of each base: seconds and bytes that no split of it is under.
+
+        Time: without anything that happens once a step beside the pipeline, and without what FSDP gathers. Memory:
+        everything shared by all that could share it, but without what is gathered for that; on the fuller of the ends.
+        """
+        seconds, total = np.empty(len(self.bases)), np.empty(len(self.bases))
+        for schedule, rows in self._by_schedule(np.arange(len(self.bases))):
+            for first in range(0, len(rows), _CHUNK):
+                some = rows[first : first + _CHUNK]
+                data = self.bases.data[some]
+                plain, known = self._work(some, data, np.ones_like(data))
+                shared, _ = self._work(some, data, np.full_like(data, 3))
+                found = step.cost(plain, self.known, schedule, known)
+                seconds[some] = found.seconds - found.parts["data"] - found.parts["optimizer"]
+                total[some] = _least_bytes(plain, shared, schedule)
+        return seconds, total
+
+    def _by_schedule(self, which: Numbers) -> Iterator[tuple[str, Numbers]]:
+        for number, name in enumerate(NAMES):
+            rows = np.flatnonzero(self.bases.schedule[which] == number)
+            if len(rows):
+                yield name, rows
+
+    def _alone(self, one: Split) -> tuple[Work, Blocks]:
+        return self._work(np.array([one.base]), np.array([one.fsdp]), np.array([one.zero]))
+
+    def _work(self, which: Numbers, fsdp: Numbers, zero: Numbers) -> tuple[Work, Blocks]:
+        """Of these bases, split so; and what their blocks take."""
+        leaves, blocks = self._leaves
+        sharers = fsdp * (self.bases.context[which] if self.stack.shares_context else 1)
+        columns = self._columns(self.bases.take(which))
+        columns |= {"fsdp": fsdp.astype(np.float64), "zero": np.where(sharers > 1, zero, 0).astype(np.float64)}
+        return self._of(columns, len(which)), blocks.take(leaves[which])
+
+    def _columns(self, bases: Bases) -> dict[str, Array]:
+        names = ("tensor", "context", "pipeline", "chunks", "micro_batch", "recompute", "expert", "data")
+        columns = {name: getattr(bases, name).astype(np.float64) for name in names}
+        return columns | {"shards": (columns["tensor"] > 1).astype(np.float64)}
+
+    def _of(self, columns: dict[str, Array], count: int) -> Work:
+        same = {name: np.broadcast_to(np.float64(value), count) for name, value in self._same.items()}
+        device = np.broadcast_to(np.array(self.pool.device.name), count)
+        return Work({**same, **columns}, device, np.broadcast_to(np.array(self.stack.constants), count))
+
+    @cached_property
+    def _leaves(self) -> tuple[Numbers, Blocks]:
+        """Of each base the number of its leaf, and what the leaves' blocks take. In fp8 weights are cast once a step,
+        which is shared by its micro-batches: then these count, too."""
+        names = ("tensor", "context", "micro_batch", "recompute", "expert")
+        key = self._key((*names, "data") if self.question.precision == "fp8" else names)
+        _, first, leaf = np.unique(key, return_index=True, return_inverse=True)
+        some = self.bases.take(first)
+        columns = self._columns(some) | {"fsdp": np.ones(len(first)), "zero": np.zeros(len(first))}
+        return leaf, step.blocks(self._of(columns, len(first)), self.known)
+
+    def _key(self, names: tuple[str, ...]) -> Numbers:
+        """One number for each combination of these."""
+        key = np.zeros(len(self.bases), dtype=np.int64)
+        for name in names:
+            values, place = np.unique(getattr(self.bases, name), return_inverse=True)
+            key = key * len(values) + place
+        return key
 
 
-def _ranked(layouts: list[Layout], seconds: Array, fits: np.ndarray) -> list[int]:
-    """Those that fit, the fastest first; of those as fast as the fastest left, the simplest."""
-    left = sorted(map(int, np.flatnonzero(fits)), key=lambda n: float(seconds[n]))
-    found: list[int] = []
-    while left:
-        as_fast = [n for n in left if seconds[n] <= seconds[left[0]] * (1 + _EQUAL)]
-        found.append(min(as_fast, key=lambda n: (_complexity(layouts[n]), float(seconds[n]))))
-        left.remove(found[-1])
-        if len(found) >= _MOST:
-            break
+def _least_bytes(plain: Work, shared: Work, schedule: str) -> Array:
+    """See `Space._bounds`. plain: under ZeRO 1; shared: under ZeRO 3."""
+    found = np.zeros(len(plain))
+    for rank in (np.zeros(len(plain)), plain.pipeline - 1):
+        kept, states = memory.stage(plain, rank, schedule), memory.stage(shared, rank, schedule)
+        least = Memory(states.weights, states.gradients, states.optimizer, kept.activations, kept.logits, kept.buffers)
+        found = np.maximum(found, least.total("device"))
     return found
-
-
-def _complexity(layout: Layout) -> tuple[int, int, bool]:
-    axes = sum(getattr(layout, axis) > 1 for axis in ("replicas", "pipeline", "fsdp", "tensor"))
-    return axes, layout.tensor * layout.pipeline, layout.recompute != "none"
-
-
-def _plan(
-    question: Question, layout: Layout, seconds: float, parts: dict[str, float], kept: dict[str, float], wide: Array
-) -> Plan:
-    pool, price = question.cluster.pools[0], question.cluster.price
-    (low,), (high,) = score.interval(wide)
-    rate = question.global_batch * question.sequence / seconds
-    peak = pool.device.peak.get(question.precision, pool.device.peak_16)
-    waits = {name: parts.get(name, 0.0) for name in ("tensor", "fsdp", "messages", "data")}
-    inside = {"tensor": layout.tensor, "fsdp": layout.tensor * layout.fsdp}
-    most = max({**waits, "compute": parts["compute"], "bubble": parts["bubble"]}.items(), key=lambda item: item[1])[0]
-    within = inside.get(most, pool.count) <= pool.per_node
-    link = f"{pool.inside.kind} inside nodes" if within else f"{pool.between.kind} between nodes"
-    return Plan(
-        layout, 1, seconds, seconds * float(low), seconds * float(high), rate, rate / pool.count,
-        question.shape.flops_per_token(question.sequence) * rate / pool.count / peak, kept, pool.device.memory, parts,
-        parts["bubble"] / seconds, sum(waits.values()) / seconds,
-        {"compute": "compute", "bubble": "pipeline bubble"}.get(most, link),
-        None if price is None else price / 3600 / rate * 1e9,
-        None if question.tokens is None else question.tokens / rate / 86400,
-    )  # fmt: skip

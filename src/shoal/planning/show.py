@@ -102,8 +102,10 @@ def remarks(question: Question, answer: Answer) -> str:
             else ""
         )
         found.append(f"cost/1e9: of all devices for 1e9 tokens, in the currency of the price; {of}".rstrip("; ") + ".")
-    share = f"{answer.fitting:,} of {answer.candidates:,} layouts fit, with 10 % of their memory to spare"
-    found.append(f"{share}; found in {short(answer.seconds)}. Columns: docs/planning.md.")
+    found.append(
+        f"The fastest of {answer.candidates:,} layouts, of those that fit with 10 % of memory to spare, each with "
+        f"another cut of the model; found in {short(answer.seconds)}. Columns: docs/planning.md."
+    )
     return "\n".join(found)
 
 
@@ -152,7 +154,7 @@ def compared(before: Answer, after: Answer) -> str:
 def result(answer: Answer) -> dict[str, Any]:
     """For scripts: docs/planning.md says what each key is."""
     return {
-        "seconds": answer.seconds, "candidates": answer.candidates, "fitting": answer.fitting,
+        "seconds": answer.seconds, "candidates": answer.candidates, "compared": answer.compared,
         "plans": [_plan(plan) for plan in answer.plans],
     }  # fmt: skip
 

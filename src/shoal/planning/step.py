@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from shoal.planning import block, closed, collectives, products
 from shoal.planning.block import Cost
@@ -41,20 +43,45 @@ class _Stages(NamedTuple):
     all: Array
 
 
-def cost(work: Work, constants: Constants, schedule: str = "1f1b") -> Step:
+class Blocks(NamedTuple):
+    """What a block takes, which no choice of pipeline, ZeRO or replicas changes, (n,) each. rates: of the devices.
+    dense: of a block without experts. routed: of one with them, None where no candidate has any. head: seconds of
+    output layer, loss and embedding for a micro-batch."""
+
+    rates: Rates
+    dense: Cost
+    routed: Cost | None
+    head: Array
+
+    def take(self, which: npt.NDArray[np.intp]) -> Blocks:
+        """Of candidates that have the blocks of these. All must have the same devices and software."""
+        dense, routed = (
+            None if part is None else Cost(*(a[which] for a in part)) for part in (self.dense, self.routed)
+        )
+        assert dense is not None
+        return Blocks(Rates(*(rate[:1] for rate in astuple(self.rates))), dense, routed, self.head[which])
+
+
+def blocks(work: Work, constants: Constants, rates: Rates | None = None) -> Blocks:
+    """rates: instead of those that the constants say."""
+    rates = rates or Rates.of(constants, work)
+    routed = block.cost(work, constants, rates, routed=True) if (work.experts > 0).any() else None
+    return Blocks(rates, block.cost(work, constants, rates), routed, _head(work, constants, rates))
+
+
+def cost(work: Work, constants: Constants, schedule: str = "1f1b", known: Blocks | None = None) -> Step:
     """schedule: of all candidates' pipelines, a name of `job.layout.SCHEDULES`; 1f1b is interleaved where a rank has
-    several chunks."""
-    rates = Rates.of(constants, work)
-    of_block = block.cost(work, constants, rates)
+    several chunks. known: as `blocks` gives them."""
+    known = known or blocks(work, constants)
+    rates, of_block = known.rates, known.dense
     fsdp = _fsdp(work, constants, rates, of_block)
-    head = _head(work, constants, rates) + fsdp.head
+    head = known.head + fsdp.head
     layer = of_block.forward + of_block.backward + fsdp.forward + fsdp.backward
     dearer = np.zeros(len(work))
-    if (work.experts > 0).any():
+    if known.routed is not None:
         # From here on a block is one with experts, where there are any, and the leading ones are so much dearer.
         dense, some = layer, work.experts > 0
-        routed = block.cost(work, constants, rates, routed=True)
-        of_block = Cost(*(np.where(some, a, b) for a, b in zip(routed, of_block, strict=True)))
+        of_block = Cost(*(np.where(some, a, b) for a, b in zip(known.routed, of_block, strict=True)))
         apart = _fsdp(work, constants, rates, of_block, routed=True)
         fsdp = _Fsdp(*(np.where(some, a, b) for a, b in zip(apart, fsdp, strict=True)))
         layer = of_block.forward + of_block.backward + fsdp.forward + fsdp.backward

@@ -144,7 +144,7 @@ def _lines(text: str) -> dict[tuple[str, str], str]:
 
 def _options(question: Question, model: str) -> ModelOptions:
     """Of a model that shoal can train; of a name or a config.json."""
-    if question.precision not in ("bf16", "fp32"):
+    if question.precision != "bf16":
         fix = "plan with --precision bf16, or leave out --out"
         raise JobError(f"a job cannot be trained in {question.precision}", fix=fix)
     found, where = _config(question, model)

@@ -1,0 +1,227 @@
+"""The search: it knows all that a job may have and no more, its bounds hold, and it finds what trying all finds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+
+import numpy as np
+import pytest
+
+from shoal.errors import JobError
+from shoal.job import Job, Layout
+from shoal.job.fits import check_layout, check_model
+from shoal.job.layout import SCHEDULES
+from shoal.job.model import ModelOptions
+from shoal.planning import asked, candidates, cluster, memory, search, shapes, step
+from shoal.planning.asked import Wanted
+from shoal.planning.plan import Question
+
+# Sizes that many degrees do not divide.
+SEQUENCE = 40
+DENSE = ModelOptions(
+    hidden_size=96, intermediate_size=160, num_hidden_layers=5, num_attention_heads=6, num_key_value_heads=2,
+    vocab_size=500,
+)  # fmt: skip
+ROUTED = replace(
+    DENSE, num_hidden_layers=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, family="qwen3_moe"
+)
+
+
+def asking(model: ModelOptions, devices: int, batch: int) -> Question:
+    return Question(shapes.of_options(model), cluster.named(f"h100x{devices}"), sequence=SEQUENCE, global_batch=batch)
+
+
+def allowed(model: ModelOptions, layout: Layout, batch: int) -> bool:
+    try:
+        layout.validate()
+        job = replace(Job(), model=model, layout=layout, train=replace(Job().train, global_batch=batch))
+        check_layout(job)
+        check_model(model, SEQUENCE, layout)
+    except JobError:
+        return False
+    return True
+
+
+def tried(question: Question) -> list[Layout]:
+    """All candidates of a question."""
+    bases = candidates.bases(question)
+    return [
+        bases.layout(number, fsdp, zero, question.shape.layers)
+        for number in range(len(bases))
+        for fsdp, zero in candidates.splits(bases, number)
+    ]
+
+
+def every(model: ModelOptions, devices: int, batch: int) -> set[Layout]:
+    """All layouts that a job may have, found by asking of each combination of numbers."""
+    degrees = [n for n in range(1, devices + 1) if devices % n == 0]
+    found = set()
+    for r, p, f, c, t in product(degrees, repeat=5):
+        if r * p * f * c * t != devices:
+            continue
+        for e, micro, zero, recompute in product(range(1, 5), range(1, 17), (1, 2, 3), ("none", "block")):
+            if f * c == 1 and zero != 3:
+                continue
+            plain = Layout(
+                r, "", p, f, c, t, expert=e, zero=zero, micro_batch=micro, recompute=recompute
+            )  # fmt: skip
+            if p == 1:
+                found.add(plain) if allowed(model, plain, batch) else None
+                continue
+            for schedule, chunks in product(SCHEDULES, range(1, 9)):
+                usual = chunks == SCHEDULES[schedule]
+                if p * chunks <= model.num_hidden_layers:
+                    each, more = divmod(model.num_hidden_layers, p * chunks)
+                    stages = "" if usual else "+".join(str(each + (n < more)) for n in range(p * chunks))
+                    layout = replace(plain, schedule=schedule, stages=stages)
+                    found.add(layout) if allowed(model, layout, batch) else None
+    return found
+
+
+@pytest.fixture
+def short_contexts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(candidates, "POSITIONS", 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "batch"), [(DENSE, 4, 24), (DENSE, 6, 12), (ROUTED, 4, 16), (ROUTED, 6, 18)]
+)
+@pytest.mark.usefixtures("short_contexts")
+def test_all_that_a_job_may_have_are_tried(model: ModelOptions, devices: int, batch: int):
+    found = tried(asking(model, devices, batch))
+    assert len(found) == len(set(found))
+    assert set(found) == every(model, devices, batch)
+    assert len(found) > 100
+
+
+def test_none_is_tried_twice_and_none_that_fits_refuses():
+    """Of a large cluster, some at random."""
+    question = asked.of_model("deepseek-v3", cluster.named("h100x2048"), Wanted())
+    bases, draws = candidates.bases(question), np.random.default_rng(0)
+    assert len(bases) > 10_000
+    for number in draws.choice(len(bases), 300, replace=False):
+        for fsdp, zero in candidates.splits(bases, int(number)):
+            layout = bases.layout(int(number), fsdp, zero, question.shape.layers)
+            layout.validate()
+            assert layout.world == 2048
+            check_layout(replace(Job(), layout=layout, train=replace(Job().train, global_batch=question.global_batch)))
+
+
+CASES = [
+    ("llama3-8b", "h100x8", Wanted(sequence=4096, global_batch=32)),
+    ("llama3-8b", "l4x16", Wanted(sequence=2048, global_batch=64)),
+    ("llama2-13b", "a100-40x16", Wanted(sequence=4096, global_batch=48)),
+    ("llama3-70b", "h100x64", Wanted(global_batch=64)),
+    ("mixtral-8x7b", "h100x32", Wanted(sequence=4096, global_batch=64)),
+    ("qwen3-30b-a3b", "a100-80x16", Wanted(sequence=4096, global_batch=32, precision="bf16")),
+    ("llama2-7b", "h100x8", Wanted(sequence=4096, global_batch=16, precision="fp8")),
+    ("llama3-70b", "h100x8", Wanted(global_batch=32)),  # fits in none
+]
+
+
+def all_computed(space: search.Space) -> list[list[search.Split]]:
+    """Of each base every split, in full: no leaf, no bound, each candidate for itself."""
+    splits = [candidates.splits(space.bases, base) for base in range(len(space.bases))]
+    which = np.repeat(np.arange(len(splits)), [len(some) for some in splits])
+    fsdp, zero = np.array([pair for some in splits for pair in some]).T
+    found: list[list[search.Split]] = [[] for _ in splits]
+    for number, schedule in enumerate(candidates.NAMES):
+        rows = np.flatnonzero(space.bases.schedule[which] == number)
+        if len(rows):
+            many, _ = space._work(which[rows], fsdp[rows], zero[rows])
+            seconds, total = step.cost(many, space.known, schedule).seconds, memory.cost(many, schedule).total("device")
+            for n, row in enumerate(rows):
+                one = search.Split(int(which[row]), int(fsdp[row]), int(zero[row]), float(seconds[n]), float(total[n]))
+                found[which[row]].append(one)
+    return found
+
+
+@pytest.mark.parametrize(("model", "where", "wanted"), CASES)
+def test_it_finds_what_trying_all_finds(model: str, where: str, wanted: Wanted, monkeypatch: pytest.MonkeyPatch):
+    """In small portions, so that where it stops is seen."""
+    monkeypatch.setattr(search, "_BLOCK", 1 if where == "h100x8" else 4)
+    monkeypatch.setattr(search, "_RANKED", 20)
+    question = asked.of_model(model, cluster.named(where), wanted)
+    space = search.Space(question)
+    computed = all_computed(space)
+    assert space.size == sum(map(len, computed))
+    # No candidate is under its base's bounds.
+    seconds, total = space._bounds
+    for base, splits in enumerate(computed):
+        assert all(one.seconds >= seconds[base] * (1 - 1e-12) for one in splits)
+        assert all(one.total >= total[base] * (1 - 1e-12) for one in splits)
+    capacity = space.pool.device.memory
+    fitting = [[one for one in splits if one.total * 1.1 <= capacity] for splits in computed]
+    found = search.search(question, best=20)
+    if not any(fitting):
+        least = min(one.total for splits in computed for one in splits)
+        assert found.plans == ()
+        assert found.nearest.total == pytest.approx(least)
+        return
+    assert found.compared > 0
+    least = sorted(min(one.seconds for one in splits) for splits in fitting if splits)
+    # Each of another base; the n-th is as fast as the n-th fastest base, but for what counts as equal.
+    for plan, best in zip(found.plans, least, strict=False):
+        assert plan.seconds == pytest.approx(best, rel=2 * 0.0051)
+    assert len(found.plans) == min(20, len(least))
+    assert found.plans[0].seconds <= least[0] * 1.0051**2
+    known = {
+        space.bases.layout(one.base, one.fsdp, one.zero, question.shape.layers): one
+        for splits in fitting
+        for one in splits
+    }
+    for plan in found.plans:
+        one = known[plan.layout]
+        assert plan.seconds == pytest.approx(one.seconds, rel=1e-9)
+        assert plan.total == pytest.approx(one.total, rel=1e-9)
+
+
+def test_a_plan_adds_up():
+    question = asked.of_model("llama3-70b", cluster.named("h100x64"), Wanted())
+    found = search.search(question, best=20)
+    assert found.candidates > 10_000
+    assert found.compared < found.candidates
+    for plan in found.plans:
+        assert sum(plan.parts.values()) == pytest.approx(plan.seconds)
+        assert plan.low < plan.seconds < plan.high
+        assert plan.total * 1.1 <= plan.capacity
+        assert plan.mfu == pytest.approx(
+            question.shape.flops_per_token(8192) * plan.tokens_per_second / (64 * 989e12), rel=1e-3
+        )
+        assert plan.limit in (
+            "compute", "memory bandwidth", "launching", "pipeline bubble", "nvlink inside nodes",
+            "infiniband between nodes",
+        )  # fmt: skip
+    later = [plan.seconds for plan in found.plans]
+    assert all(after >= before / 1.0051 for before, after in pairwise(later))
+
+
+@pytest.mark.parametrize(("network", "limit"), [("0.001x", "between nodes"), ("1x", "compute")])
+def test_what_limits_it(network: str, limit: str):
+    where = cluster.named("h100x16")
+    factor = float(network.rstrip("x"))
+    pool = replace(where.pools[0], between=replace(where.pools[0].between, bandwidth=50e9 * factor))
+    question = asked.of_model("llama3-8b", replace(where, pools=(pool,)), Wanted(global_batch=64))
+    assert search.search(question, best=1).plans[0].limit.endswith(limit)
+
+
+def test_cost_and_days():
+    question = replace(asking(DENSE, 8, 24), cluster=asked.cluster_of("h100x8", 3.0), tokens=1e12)
+    plan = search.search(question, best=1).plans[0]
+    days = 1e12 / plan.tokens_per_second / 86400
+    assert plan.days == pytest.approx(days)
+    assert plan.cost * 1e3 == pytest.approx(days * 24 * 8 * 3.0)
+
+
+def test_several_kinds_of_devices_are_refused():
+    with pytest.raises(JobError, match="not planned yet"):
+        search.search(asked.of_model("llama3-8b", cluster.named("h100x8+a100-80x8"), Wanted()))
+
+
+@pytest.mark.parametrize(("model", "where"), [("llama3-405b", "h100x16384"), ("1t-moe", "h100x65536")])
+def test_the_largest_end(model: str, where: str):
+    """Within a generous limit; how long they take is a benchmark's business."""
+    found = search.search(asked.of_model(model, cluster.named(where), Wanted()))
+    assert len(found.plans) == 10
+    assert found.seconds < 60
