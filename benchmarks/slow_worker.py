@@ -91,7 +91,9 @@ def run(job: Job, asked: argparse.Namespace, pads: list[float]) -> dict[str, Any
         ranks = Ranks([*server.ENTRIES, RANKS])
         ending.callback(ranks.close)
         with Thinned(folder / "checkpoints", asked.every), stretched(pads, folder):
-            server.run(job, arguments, ranks, say, lambda name: None)
+            stopped = server.run(job, arguments, ranks, say, lambda name: None)["stopped_by"]
+        if stopped:
+            raise SystemExit(f"{stopped}: what was measured until then is not kept")
         told = {"folder": str(folder), "job": write(job), "prepared": prepared, "rows": asked.rows}
         looks = local.run(f"{RANKS}:losses", told, 1, ranks=ranks)
         rows = metrics.read(folder)

@@ -30,6 +30,7 @@ def test_a_row_has_the_promised_names(monkeypatch) -> None:
     assert "MFU" in step.table([row])
 
 
+@pytest.mark.nightly
 def test_contenders_take_turns() -> None:
     contenders = {name: {"contender": name} for name in ("a", "b c")}
     seconds, found = turns.in_turns("tests.cases:take_turns", contenders, 3)
@@ -37,6 +38,7 @@ def test_contenders_take_turns() -> None:
     assert found == {"a": "a", "b c": "b c"}
 
 
+@pytest.mark.nightly
 def test_a_contender_that_fails_ends_the_benchmark() -> None:
     """Also where another one waits for its turn: nobody waits for that one."""
     contenders = {"waits": {"contender": "waits"}, "fails": {"contender": "fails", "fails": True}}

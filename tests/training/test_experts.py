@@ -18,6 +18,7 @@ def written(folder: Path, capsys: pytest.CaptureFixture, *words: str) -> str:
     return json.loads(capsys.readouterr().out)["text"]
 
 
+@pytest.mark.nightly
 def test_trained_resumed_written_with_exported_and_imported(arguments, tmp_path, capsys):
     """Steps of one layout, then of another, which share the experts differently."""
     run, model, again = tmp_path / "run", tmp_path / "hf", tmp_path / "again"

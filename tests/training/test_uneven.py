@@ -75,7 +75,8 @@ def test_who_is_slow_is_told_and_what_a_codec_saves_between_replicas_of_several_
     assert all(0 < row["sent_across_bytes"] < row["sent_bytes"] for row in rows)
 
 
-@pytest.mark.parametrize("option", ["replica_share", pytest.param("pace", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("option", ["replica_share", "pace"])
 def test_a_slow_replica_gets_less_to_do(train, tiny, tmp_path, option):
     """Measured once, said, written into the job, and not measured again by a run that goes on."""
     run = tmp_path / "run"

@@ -41,9 +41,10 @@ def run(args: list[str]) -> Answer:
         raise JobError("no run is named", fix="shoal pull RUN; `shoal runs` lists the runs")
 
     from shoal.observe import commands
+    from shoal.observe.log import speaker
     from shoal.training.server.pull import pull
 
-    pulled = pull(Path(options.run), Path(options.to) if options.to else None)
+    pulled = pull(Path(options.run), Path(options.to) if options.to else None, speaker())
     already = "" if pulled.new else ", there already and whole"
     print(f"version {pulled.version:,}, step {pulled.step:,}: {pulled.folder}{already}")
     print(f"next: {commands.generate(pulled.folder)}")

@@ -57,6 +57,7 @@ def on_machine(job: Job, part: str, own: MachineOptions) -> Job:
     """
     assert job.layout is not None
     at_least("--micro-batch", own.micro_batch, 0)
+    at_least("--threads", own.threads, 0)
     layout = job.layout
     what = f"--micro-batch {own.micro_batch} with pipeline={layout.pipeline}: its schedule is made for the layout's"
     require(not own.micro_batch or layout.pipeline == 1, what, "leave it out; layout micro_batch=N is of all workers")

@@ -177,7 +177,7 @@ class Live:
 def test_all_shards_give_the_same_version_at_any_pace_and_where_training_stands_still(tmp_path, pause, until, late):
     with Live(tmp_path, pause, until=until, late=late) as job, job.reader() as station:
         for _ in range(3):
-            found = Reader(station).read()
+            found = Reader(station, print).read()
             assert [told.version for told, _ in found.parts] == [found.version] * 2
             assert [told.pieces[0].name for told, _ in found.parts] == ["a", "b"]
             for _, tensors in found.parts:
@@ -218,14 +218,14 @@ class Scripted:
 def test_a_reader_that_comes_too_late_asks_for_what_is_further_and_further_ahead(monkeypatch):
     monkeypatch.setattr(read.time, "sleep", lambda seconds: None)
     station = Scripted(far=40)
-    assert Reader(station).read().version == 142
+    assert Reader(station, print).read().version == 142
     assert station.asked == [100, 106, 118, 142]
     station = Scripted(far=0, full=2)
-    assert Reader(station).read().version == 100
+    assert Reader(station, print).read().version == 100
     assert station.asked == [100, 100, 100]
     station = Scripted(far=1 << 40)
     with pytest.raises(RankError, match="in 10 attempts"):
-        Reader(station).read()
+        Reader(station, print).read()
 
 
 def test_a_version_that_never_comes_is_not_waited_for(tmp_path, monkeypatch):
@@ -233,20 +233,23 @@ def test_a_version_that_never_comes_is_not_waited_for(tmp_path, monkeypatch):
     with Live(tmp_path, 0.01, until=5) as job, job.reader() as station:
         while job.version < 5:
             time.sleep(0.01)
-        reader = Reader(station)
+        reader = Reader(station, print)
         assert reader._pull(reader._look(), 8, Key(0, 0, 99)) == (0, 0.0)
 
 
 def test_who_does_not_know_the_token_is_told_so(tmp_path):
     other = Credentials("another token, of another job")
     with Live(tmp_path, 30.0) as job, job.reader(other) as station, pytest.raises(JobError, match="token"):
-        Reader(station).read()
+        Reader(station, print).read()
 
 
 def test_a_shard_that_does_not_answer_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(read, "_PATIENCE", 0.5)
+    monkeypatch.setattr(read, "_PATIENCE", 0.9)
+    monkeypatch.setattr(read, "_SOON", 0.3)
+    told = []
     with Live(tmp_path, 30.0) as job, job.reader() as station:
         job.machines[1].pulls.pull = lambda sender, message, version: []
         with pytest.raises(RankError, match=r"server shard 1 has not answered for") as caught:
-            Reader(station).read()
+            Reader(station, told.append).read()
+        assert told == ["waits for server shard 1, at most 1 s"]
         assert "for whom it waits" in caught.value.fix

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from shoal.cli.main import main
+from shoal.errors import JobError
 from shoal.job import Layout, parse, write
 from shoal.job.machine import MachineOptions
 from shoal.launch import cores, join, server
@@ -125,6 +126,8 @@ def test_workers_share_the_devices_and_the_cores_of_their_own_machine(
         own = join._part(folder, name, MachineOptions(threads=3, micro_batch=2), start)
         assert _seat(own) == (*there[:2], 3)
         assert (part.args["micro_batch"], own.args["micro_batch"]) == (0, 2)
+        with pytest.raises(JobError, match="--threads"):
+            join._part(folder, name, MachineOptions(threads=-1), start)
 
 
 def _seat(part: Role) -> tuple[int, int, int]:

@@ -98,7 +98,7 @@ def test_it_waits_for_text_and_ends_as_if_all_of_it_had_been_there(ranks, add, o
     """Bitwise, with bsp. Weights are pulled while it waits; it is stopped while it waits, and resumed."""
     run, whole, pulled = tmp_path / "run", tmp_path / "whole", []
     store = add(0, 8)
-    with aside(waits(run, 1), lambda: pulled.append(pull(run)), lambda: add(8, 14), waits(run, 2)):
+    with aside(waits(run, 1), lambda: pulled.append(pull(run, None, print)), lambda: add(8, 14), waits(run, 2)):
         figures = runs.run(ranks, online(run, store))
     assert figures["stopped_by"] == "SIGTERM"
     first = figures["step"]

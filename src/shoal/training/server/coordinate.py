@@ -50,6 +50,8 @@ _LOG_BYTES, _LOG_LEAST, _LOG_MOST = 1 << 30, 4, 256
 # How often the last checkpoint is asked for, and seconds after which it is again though no shard was lost.
 _ATTEMPTS, _LONGEST = 3, 600.0
 
+# Seconds until it is said again for whom the run waits.
+_WAITED = 300.0
 # Of why somebody is refused, characters that are said: what they tell of themselves may be in it.
 _WHY = 300
 
@@ -130,7 +132,7 @@ class _Lead:
         self._since_save = 0
         self.refusals = Refusals(show.say)
         self._comings = Comings(job.layout, job.server.lease)
-        self._elsewhere = Elsewhere(run, job.server.elsewhere, time.monotonic(), came=again)
+        self._elsewhere = Elsewhere(run, job.server.elsewhere, time.monotonic(), came=again, again=_WAITED)
         reached = growth.reached() if growth else Reached(plan.samples(job, job.train.steps), growing=False)
         self.machine = Coordinator(
             plan.rules(job), self._rate, [job.server.copies] * job.server.shards, journal=journal.records,

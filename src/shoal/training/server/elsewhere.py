@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ class _Part:
 class Elsewhere:
     """Says of these parts what whoever watches the first machine would not know."""
 
-    def __init__(self, run: Path, parts: Sequence[str], now: float, came: bool, again: float = math.inf):
+    def __init__(self, run: Path, parts: Sequence[str], now: float, came: bool, again: float):
         """parts: `server.elsewhere`. came: they had, before this coordinator was started again. again: seconds until it
         is said once more for whom it waits."""
         self.run, self._again = run.absolute(), again

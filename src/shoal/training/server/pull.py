@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -49,12 +50,12 @@ class Pulled:
     new: bool = True
 
 
-def pull(run: Path, to: Path | None = None) -> Pulled:
+def pull(run: Path, to: Path | None, say: Callable[[str], None]) -> Pulled:
     """Writes the master weights of one version of a running server job into the new folder `to`.
 
     to: None = `pulled/version-00000123` in the run's, where the same weights may be already; what is damaged of them
     is written again. What is in it: job.toml, tokenizer, and a checkpoint of weights alone, without the optimizer's
-    state. The weights are in memory twice meanwhile.
+    state. The weights are in memory twice meanwhile. say: gets a sentence where somebody is waited for.
     Raises JobError for a run that is none, is not live, or whose token is another; CheckpointError for a folder that
     exists or cannot be written, or has other weights of this version; RankError where a server does not answer.
     """
@@ -68,7 +69,7 @@ def pull(run: Path, to: Path | None = None) -> Pulled:
         raise JobError(f"the run's token cannot be read: {error.strerror}", where=str(run), fix=fix) from None
     with station:
         for _ in range(_TRIES):
-            found = Reader(station).read()
+            found = Reader(station, say).read()
             if (at := standing(run, job, found.version)) is not None:
                 break
         else:

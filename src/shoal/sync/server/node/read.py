@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,8 +22,8 @@ from shoal.sync.server.node.station import Event, Lost, Said, Station
 # Attempts before it is given up; they come to versions further and further ahead.
 _TRIES = 10
 # Seconds between two questions to the coordinator, those without a commit after which training stands still, and those
-# without a byte after which somebody is given up.
-_TICK, _STILL, _PATIENCE = 0.5, 2.0, 60.0
+# without a byte after which it is said for whom a reader waits, and somebody is given up.
+_TICK, _STILL, _SOON, _PATIENCE = 0.5, 2.0, 5.0, 60.0
 _ASK_THE_RUN = "the run says for whom it waits (its screen, RUN/log.txt): start that, then try again"
 
 
@@ -42,11 +42,13 @@ class _Again(NamedTuple):
 
 
 class Reader:
-    """Reads once. station: of any name; one that calls coordinator and shards."""
+    """Reads once. station: of any name; one that calls coordinator and shards. say: gets a sentence on each that is
+    waited for longer than a few seconds."""
 
-    def __init__(self, station: Station):
-        self._station = station
+    def __init__(self, station: Station, say: Callable[[str], None]):
+        self._station, self._say = station, say
         self._lost = 0
+        self._told: set[str] = set()
 
     def read(self) -> Read:
         """All weights of one version. JobError where nobody lives any more or this side is not let in; RankError where
@@ -69,12 +71,19 @@ class Reader:
     def _look(self) -> m.Seen:
         """What the coordinator is at."""
         self._station.send(COORDINATOR, m.Look())
-        deadline = time.monotonic() + _PATIENCE
-        while time.monotonic() < deadline:
+        since = time.monotonic()
+        while (waited := time.monotonic() - since) < _PATIENCE:
             event = self._station.next(_TICK)
             if (seen := self._seen(event)) is not None:
                 return seen
+            self._waits("the coordinator", waited)
         raise RankError(f"the coordinator has not answered for {_PATIENCE:.0f} s", fix=_ASK_THE_RUN)
+
+    def _waits(self, whom: str, seconds: float) -> None:
+        """Says it once of each."""
+        if seconds >= _SOON and whom not in self._told:
+            self._told.add(whom)
+            self._say(f"waits for {whom}, at most {_PATIENCE:.0f} s")
 
     def _seen(self, event: Event | None) -> m.Seen | None:
         """The coordinator's answer, if it is that. Where its connection broke, it may be starting again: asks again."""
@@ -117,10 +126,13 @@ class Reader:
             received = self._station.traffic()[1]
             if received != bytes_received:
                 bytes_received, since = received, now
-            elif now - since > _PATIENCE:
-                missing = min(set(range(len(seen.primaries))) - found.keys())
+                continue
+            missing = min(set(range(len(seen.primaries))) - found.keys(), default=None)
+            if missing is not None and now - since > _PATIENCE:
                 what = f"server shard {missing} has not answered for {_PATIENCE:.0f} s"
                 raise RankError(what, fix=_ASK_THE_RUN)
+            if missing is not None:
+                self._waits(f"server shard {missing}", now - since)
         return Read(version, [found[shard] for shard in sorted(found)])
 
 
