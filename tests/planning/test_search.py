@@ -225,3 +225,14 @@ def test_the_largest_end(model: str, where: str):
     found = search.search(asked.of_model(model, cluster.named(where), Wanted()))
     assert len(found.plans) == 10
     assert found.seconds < 60
+
+
+def test_a_layout_by_itself_is_what_the_search_says_of_it():
+    question = asking(DENSE, 8, 24)
+    space, answer = search.Space(question), search.search(question)
+    assert answer.plans
+    for plan in answer.plans:
+        found = space.find(plan.layout, plan.chunks)
+        assert found is not None
+        assert space.plan(found) == plan
+    assert space.find(Layout(tensor=4, fsdp=2, micro_batch=1)) is None, "6 heads are not cut in 4"

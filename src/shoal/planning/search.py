@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 
 from shoal.job.check import require
+from shoal.job.layout import Layout
 from shoal.planning import candidates, constants, memory, score, stacks, step, work
 from shoal.planning.candidates import NAMES, Bases, Numbers
 from shoal.planning.constants import DEVICE, Rates
@@ -113,6 +114,19 @@ class Space:
         assert best is not None
         return best
 
+    def find(self, layout: Layout, chunks: int = 1) -> Split | None:
+        """This layout, computed, whether it fits in memory or not; None where it is none of the candidates. chunks:
+        stages that a rank of its pipeline has."""
+        base, same = self.bases, np.ones(len(self.bases), dtype=bool)
+        wanted = {name: getattr(layout, name) for name in ("tensor", "context", "pipeline", "expert", "micro_batch")}
+        wanted |= {"data": layout.replicas * layout.fsdp, "chunks": chunks, "recompute": layout.recompute == "block"}
+        if layout.pipeline > 1:
+            wanted["schedule"] = NAMES.index(layout.schedule)
+        for name, value in wanted.items():
+            same &= getattr(base, name) == value
+        splits = [one for found in self._computed(np.flatnonzero(same)) for one in found]
+        return next((one for one in splits if (one.fsdp, one.zero) == (layout.fsdp, layout.zero)), None)
+
     def ranked(self, found: list[Split]) -> list[Split]:
         """The fastest first; of those as fast as the fastest left, the simplest."""
         left = sorted(found, key=lambda one: one.seconds)
@@ -190,6 +204,8 @@ class Space:
     def _computed(self, bases: Numbers) -> Iterator[list[Split]]:
         """Of each of these bases all splits."""
         splits = [self._splits(int(one)) for one in bases]
+        if not splits:
+            return
         which = np.repeat(bases, [len(some) for some in splits])
         fsdp, zero = np.array([pair for some in splits for pair in some], dtype=np.int64).T
         seconds, total = np.empty(len(which)), np.empty(len(which))
