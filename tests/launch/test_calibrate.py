@@ -54,7 +54,7 @@ def test_products_end_when_their_time_is_over(monkeypatch):
 
 def test_this_machine(tmp_path: Path):
     said: list[str] = []
-    made, path = calibrate.calibrate(ranks=2, seconds=3, out=str(tmp_path / "new" / "machine.toml"), say=said.append)
+    made, path = calibrate.calibrate(ranks=2, seconds=5, out=str(tmp_path / "new" / "machine.toml"), say=said.append)
     assert entry.read(path) == made
     assert [side.ranks for side in made.sides] == [1, 2]
     assert len(said) == 2

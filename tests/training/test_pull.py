@@ -74,17 +74,17 @@ def live(ranks, tiny, tmp_path_factory):
         while not pulled or not saved(run).keys() & {each.version for each in pulled}:
             assert time.monotonic() < deadline
             try:
-                pulled.append(pull(run))
+                pulled.append(pull(run, None, print))
             except (JobError, CheckpointError):  # not live yet; no further than before
                 time.sleep(0.1)
         with pytest.raises(CheckpointError, match="is there already"):
-            pull(run, pulled[0].folder)
+            pull(run, pulled[0].folder, print)
         token = run / FOLDER / "token"
         right = token.read_text()
         token.write_text("x" * len(right))
         try:
             with pytest.raises(JobError, match="token"):
-                pull(run)
+                pull(run, None, print)
         finally:
             token.write_text(right)
 
