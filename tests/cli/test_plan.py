@@ -127,6 +127,8 @@ def test_layouts_that_the_job_refuses_are_not_shown(plain, tmp_path: Path, capsy
         (["--model", "gpt2", "--cluster", "h100x8", "--best", "0"], "--best=0 is less than 1"),
         (["--model", "gpt2", "--cluster", "h100x8", "--sequence", "-5"], "--sequence=-5 is less than 0"),
         (["--model", "gpt2", "--cluster", "h100x8", "--price", "-2"], "--price=-2.0 is less than 0"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--restart", "-2"], "--restart=-2.0 is less than 0"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--storage", "0"], "--storage=0"),
         (["--model", "gpt2", "--cluster", "h100x8", "--tokens", "lots"], "--tokens=lots is no number of tokens"),
         (["--model", "gpt2", "--cluster", "h100x8", "--out", "job.json"], "the job is to be a TOML file"),
         (["--model", "gpt2", "--cluster", "h100x8", "--what-if", "device=h20x"], "--what-if device=h20x: no device"),

@@ -49,6 +49,11 @@ class PlanOptions:
     """To train on, e.g. `300B` or `15T`: says how many days that takes, and with a price its cost."""
     price: float = 0.0
     """Of one device for an hour, in your currency; 0 = as the cluster's file says, if it does."""
+    restart: float = 600.0
+    """Seconds from a failure until training goes on from the last checkpoint, where the cluster says how often devices
+    fail."""
+    storage: float = 0.12
+    """GB/s that one device writes of a checkpoint, while all of them do."""
     best: int = 10
     """Layouts to show."""
     what_if: str = ""
@@ -77,11 +82,11 @@ def run(args: list[str]) -> answer.Answer:
     question = _question(options, job)
     found = answered.plans(question, options.best, job)
     print(answered.text(question, found, options.explain))
-    result = show.result(found)
+    result = show.result(question, found)
     if options.what_if:
         other, after = answered.instead(question, options.what_if, options.best, job)
         print(f"\n{answered.text(other, after, options.explain)}\n\n{show.compared(found, after)}")
-        result["what_if"] = {"change": options.what_if} | show.result(after)
+        result["what_if"] = {"change": options.what_if} | show.result(other, after)
     if options.out:
         print(f"\n{written.of_layout(options.out, question, found.plans[0], options.model)}")
         result["out"] = options.out
@@ -118,5 +123,8 @@ def _question(options: PlanOptions, job: Job | None) -> Question:
     from shoal.planning import asked
 
     where = asked.cluster_of(options.cluster, options.price)
-    wanted = asked.Wanted(options.sequence, options.global_batch, options.precision, options.tokens)
+    wanted = asked.Wanted(
+        options.sequence, options.global_batch, options.precision, options.tokens, options.restart,
+        options.storage * 1e9,
+    )  # fmt: skip
     return asked.of_job(job, where, wanted) if job else asked.of_model(options.model, where, wanted)

@@ -12,7 +12,7 @@ from shoal.job import Job
 from shoal.job.check import at_least, one_of, positive, require
 from shoal.planning import cluster, cluster_file, shapes
 from shoal.planning.cluster import Cluster
-from shoal.planning.plan import Question
+from shoal.planning.plan import RESTART, STORAGE, Question
 from shoal.planning.shapes import Shape
 
 PRECISIONS = ("bf16", "fp16", "fp8")
@@ -58,12 +58,15 @@ def cluster_of(text: str, price: float) -> Cluster:
 
 @dataclass(frozen=True)
 class Wanted:
-    """sequence, global_batch: 0 = the job's, or by rule. precision: empty = the job's, or bf16. tokens: as text."""
+    """sequence, global_batch: 0 = the job's, or by rule. precision: empty = the job's, or bf16. tokens: as text.
+    restart, storage: as in Question."""
 
     sequence: int = 0
     global_batch: int = 0
     precision: str = ""
     tokens: str = ""
+    restart: float = RESTART
+    storage: float = STORAGE
 
 
 def of_model(name: str, where: Cluster, wanted: Wanted) -> Question:
@@ -77,7 +80,7 @@ def of_job(job: Job, where: Cluster, wanted: Wanted) -> Question:
     fix = "--precision bf16"
     require(bool(wanted.precision) or said in PRECISIONS, f"train.precision={said}: no speed of it is known", fix)
     own = Wanted(job.data.sequence_length, job.train.global_batch, said)
-    given = {f.name: value for f in fields(Wanted) if (value := getattr(wanted, f.name))}
+    given = {f.name: value for f in fields(Wanted) if (value := getattr(wanted, f.name)) != f.default}
     return _question(shape_of(job), where, replace(own, **given))
 
 
@@ -101,4 +104,9 @@ def _question(shape: Shape, where: Cluster, wanted: Wanted) -> Question:
     what = f"--sequence={length} is more than the {positions} positions that {shape.name} has learned"
     require(not positions or length <= positions, what, f"--sequence {positions} or less")
     size = wanted.global_batch or usual_batch(shape.parameters, length, where.count)
-    return Question(shape, where, length, size, precision, tokens=tokens_of(wanted.tokens))
+    at_least("--restart", wanted.restart, 0)
+    positive("--storage", wanted.storage)
+    return Question(
+        shape, where, length, size, precision, tokens=tokens_of(wanted.tokens), restart=wanted.restart,
+        storage=wanted.storage,
+    )  # fmt: skip

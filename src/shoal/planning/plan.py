@@ -12,6 +12,11 @@ from shoal.planning.cluster import Cluster
 if TYPE_CHECKING:
     from shoal.planning.shapes import Shape
 
+RESTART = 600.0
+"""Seconds: less than ten minutes for finding out what failed (Jiang et al. 2024, "MegaScale", section 6.3)."""
+STORAGE = 0.12e9
+"""Bytes/s of a device: 2 TB/s for 16,384 (Llama 3, 2024, section 3.3.1)."""
+
 # What a part of a step is called in a sentence.
 _CALLED = {
     "compute": "computing", "tensor": "exchanges of the tensor and expert groups",
@@ -32,6 +37,7 @@ class Plan:
     a device has. parts: seconds by part, which add up to `seconds`. bubble, exposed: shares of the step in which a
     device waits for its pipeline, and for communication. limit: what the step's time is limited by. cost: of all
     devices for 1e9 tokens, in the cluster's currency; None without a price. days: to the token target; None without.
+    Both as if nothing failed (`failures` says what it takes).
     """
 
     layout: Layout
@@ -60,7 +66,8 @@ class Plan:
 @dataclass(frozen=True)
 class Question:
     """sequence: tokens of one. global_batch: sequences of a step. precision: bf16, fp16, fp32 or fp8. stack: of
-    `stacks.STACKS`. tokens: how many to train on, None if not told."""
+    `stacks.STACKS`. tokens: how many to train on, None if not told. restart: seconds from a failure to the first step
+    after it. storage: bytes/s that one device writes of a checkpoint, while all do."""
 
     shape: Shape
     cluster: Cluster
@@ -69,6 +76,8 @@ class Question:
     precision: str = "bf16"
     stack: str = "shoal"
     tokens: float | None = None
+    restart: float = RESTART
+    storage: float = STORAGE
 
 
 @dataclass(frozen=True)

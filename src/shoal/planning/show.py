@@ -7,6 +7,7 @@ from typing import Any
 
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
+from shoal.planning import failures
 from shoal.planning.plan import Answer, Plan, Question, why
 
 _GIB = 2.0**30
@@ -102,11 +103,28 @@ def remarks(question: Question, answer: Answer) -> str:
             else ""
         )
         found.append(f"cost/1e9: of all devices for 1e9 tokens, in the currency of the price; {of}".rstrip("; ") + ".")
+    found.append(_failing(question, best))
     found.append(
         f"The fastest of {answer.candidates:,} layouts, of those that fit with 10 % of memory to spare, each with "
         f"another cut of the model; found in {short(answer.seconds)}. Columns: docs/planning.md."
     )
     return "\n".join(found)
+
+
+def _failing(question: Question, plan: Plan) -> str:
+    """What failures make of the first plan's days and cost."""
+    found = failures.expected(question)
+    if found is None:
+        return "No failures: the cluster does not say how often its devices fail (`mtbf` of a pool in its file)."
+    often = f"a device fails every {_while(found.mtbf)}, a restart takes {_while(found.restart)}"
+    if found.shares is None:
+        return f"With failures: no run would get on, where {often}."
+    shares, days, cost = found.shares, found.days(plan), found.cost(plan)
+    said = [f"{100 * shares.training:.1f} % of the time is training that counts"]
+    said += [f"{_three(days)} days in all"] if days is not None else []
+    said += [f"{_three(cost)} for 1e9 tokens"] if cost is not None else []
+    saved = f"a checkpoint of {_three(found.size / 1e9)} GB takes {_while(found.stall)} every {_while(shares.interval)}"
+    return f"With failures: {', '.join(said)}, where {often}, and {saved}."
 
 
 def _mfu(question: Question, plan: Plan) -> str:
@@ -151,15 +169,17 @@ def compared(before: Answer, after: Answer) -> str:
     return f"{text}; {moved}."
 
 
-def result(answer: Answer) -> dict[str, Any]:
+def result(question: Question, answer: Answer) -> dict[str, Any]:
     """For scripts: docs/planning.md says what each key is."""
+    failing = failures.expected(question)
     return {
         "seconds": answer.seconds, "candidates": answer.candidates, "compared": answer.compared,
-        "plans": [_plan(plan) for plan in answer.plans],
+        "failures": None if failing is None else failing.told(),
+        "plans": [_plan(plan, failing) for plan in answer.plans],
     }  # fmt: skip
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: Plan, failing: failures.Expected | None) -> dict[str, Any]:
     layout = plan.layout
     return {
         "layout": str(layout), "micro_batch": layout.micro_batch, "schedule": layout.schedule,
@@ -168,6 +188,8 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "tokens_per_second_per_device": plan.per_device, "mfu": plan.mfu, "memory_gib": plan.total / _GIB,
         "capacity_gib": plan.capacity / _GIB, "margin": 1 - plan.total / plan.capacity, "bubble": plan.bubble,
         "exposed": plan.exposed, "limit": plan.limit, "cost_per_1e9_tokens": plan.cost, "days": plan.days,
+        "cost_per_1e9_tokens_with_failures": None if failing is None else failing.cost(plan),
+        "days_with_failures": None if failing is None else failing.days(plan),
         "parts_seconds": dict(plan.parts), "parts_gib": {name: part / _GIB for name, part in plan.memory.items()},
     }  # fmt: skip
 
@@ -185,6 +207,12 @@ def _largest(parts: Any) -> list[tuple[str, float]]:
 
 def _seconds(value: float) -> str:
     return f"{value:,.0f} s" if value >= 1000 else short(value)
+
+
+def _while(seconds: float) -> str:
+    """`3.1 h`, `10 min`, `2.4 s`."""
+    known = ((86400, "days"), (3600, "h"), (60, "min"))
+    return next((f"{_three(seconds / of)} {unit}" for of, unit in known if seconds >= of), short(seconds))
 
 
 def _three(value: float) -> str:
