@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import pytest
 
+from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
 from shoal.planning import asked, cluster, failures, show
 from shoal.planning.asked import Wanted
 from shoal.planning.plan import Answer
@@ -135,6 +137,23 @@ def test_failures_beside_days_and_cost():
     quiet = replace(QUESTION, cluster=cluster.named("l4x8"))
     assert "the cluster does not say how often" in show.remarks(quiet, full)
     assert show.result(quiet, full)["failures"] is None
+
+
+def test_how_replicas_agree():
+    every = replace(QUESTION, sync=SyncOptions("local", "int8", every=500, fragments=4, delay=2))
+    assert show.title(every).endswith("; sync local, every 500 steps, in 4 fragments, 2 steps on their way, codec int8")
+    assert "sync" not in show.title(QUESTION)
+    assert "not predicted" not in show.remarks(QUESTION, answer(ONE))
+    text = show.remarks(every, answer(ONE))
+    assert "learns otherwise from the same tokens: how much that costs is not predicted" in text
+    assert "exchanges nothing" not in text
+    assert "has one replica, which exchanges nothing" in show.remarks(every, answer(PIPE))
+    served = replace(QUESTION, sync=SyncOptions("server"), server=ServerOptions(shards=1, mode="asp", max_staleness=4))
+    assert show.title(served).endswith("; sync server, 1 shard, asp")
+    text = show.remarks(served, answer(replace(ONE, staleness=7.0)))
+    assert "A gradient is 7 updates old" in text
+    assert "server.max_staleness=4 would reject most of them" in text
+    assert show.result(served, answer(replace(ONE, staleness=7.0)))["plans"][0]["staleness"] == 7
 
 
 def test_two_clusters_are_compared():
