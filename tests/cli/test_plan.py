@@ -102,6 +102,22 @@ def test_a_job_is_planned_and_its_layout_written(plain, tmp_path: Path, capsys: 
     assert not Path(new).exists()
 
 
+def test_another_sync_is_planned_and_written(tmp_path: Path, capsys: pytest.CaptureFixture):
+    new = str(tmp_path / "new.toml")
+    args = [*SMALL, "--sync", "local", "--every", "500", "--codec", "bf16", "--replicas", "2", "--best", "2"]
+    assert main([*args, "--out", new, "--format", "json"]) == 0
+    plans = answer(capsys)["plans"]
+    assert {Layout.parse(plan["layout"]).replicas for plan in plans} == {2}
+    assert all(plan["parts_seconds"]["sync"] > 0 and plan["parts_gib"]["sync"] > 0 for plan in plans)
+    written = read(new)
+    assert (written.sync.name, written.sync.every, written.sync.codec) == ("local", 500, "bf16")
+    written.validate()
+    # A job that has another one is left alone.
+    assert main([*SMALL, "--replicas", "2", "--best", "1", "--out", new]) == 2
+    assert "sync.name is local there, and the plan is for allreduce" in capsys.readouterr().err
+    assert read(new) == written
+
+
 def test_layouts_that_the_job_refuses_are_not_shown(plain, tmp_path: Path, capsys: pytest.CaptureFixture):
     """It says a pace for each of eight replicas."""
     file = tmp_path / "job.toml"
@@ -127,6 +143,11 @@ def test_layouts_that_the_job_refuses_are_not_shown(plain, tmp_path: Path, capsy
         (["--model", "gpt2", "--cluster", "h100x8", "--best", "0"], "--best=0 is less than 1"),
         (["--model", "gpt2", "--cluster", "h100x8", "--sequence", "-5"], "--sequence=-5 is less than 0"),
         (["--model", "gpt2", "--cluster", "h100x8", "--price", "-2"], "--price=-2.0 is less than 0"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--every", "500"], "sync.every=500 has no effect"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--codec", "powersgd:2"], "how long its products take"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--replicas", "5"], "does not divide the 8 devices"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--restart", "-2"], "--restart=-2.0 is less than 0"),
+        (["--model", "gpt2", "--cluster", "h100x8", "--storage", "0"], "--storage=0"),
         (["--model", "gpt2", "--cluster", "h100x8", "--tokens", "lots"], "--tokens=lots is no number of tokens"),
         (["--model", "gpt2", "--cluster", "h100x8", "--out", "job.json"], "the job is to be a TOML file"),
         (["--model", "gpt2", "--cluster", "h100x8", "--what-if", "device=h20x"], "--what-if device=h20x: no device"),

@@ -9,6 +9,8 @@ import pytest
 
 from shoal.errors import JobError
 from shoal.job import Job, read
+from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
 from shoal.models import spec
 from shoal.planning import asked, cluster
 from shoal.planning.asked import Wanted
@@ -74,6 +76,9 @@ def test_a_vocabulary_of_bytes():
         (Wanted(global_batch=10**12), "--global-batch=1000000000000 is more than"),
         (Wanted(precision="bf61"), "--precision='bf61' is unknown"),
         (Wanted(sequence=4096), "more than the 1024 positions that gpt2 has learned"),
+        (Wanted(replicas=3), "--replicas=3 does not divide the 8 devices"),
+        (Wanted(replicas=-1), "--replicas=-1 is less than 0"),
+        (Wanted(sync=SyncOptions("allreduce", "powersgd:4")), "sync.codec=powersgd:4: how long"),
     ],
 )
 def test_absurd_sizes(wanted: Wanted, what: str):
@@ -101,3 +106,44 @@ def test_a_price_goes_over_the_file_s(tmp_path: Path):
     assert asked.cluster_of("h100x8", 0.0).price is None
     with pytest.raises(JobError, match="--price=-1"):
         asked.cluster_of("h100x8", -1.0)
+
+
+def test_a_job_s_own_sync_is_planned():
+    own = SyncOptions("local", "bf16", every=500)
+    job = replace(Job(), model=replace(Job().model, vocab_size=500), sync=own)
+    assert asked.of_job(job, cluster.named("h100x8"), Wanted()).sync == own
+    assert asked.of_model("gpt2", cluster.named("h100x8"), Wanted()).sync == SyncOptions()
+
+
+def test_another_sync_than_the_job_s():
+    """What is not said stays the job's, but what has no effect any more."""
+    job = replace(Job(), sync=SyncOptions("local", "int8", every=500, fragments=4))
+    kept = asked.synced(job, {"name": "", "codec": "", "every": 0, "fragments": 0}, {"shards": 0, "mode": ""})
+    assert kept == job
+    slower = asked.synced(job, {"every": 100, "codec": "bf16"}, {})
+    assert slower.sync == SyncOptions("local", "bf16", every=100, fragments=4)
+    assert asked.synced(job, {"name": "allreduce"}, {}).sync == SyncOptions("allreduce", "int8")
+    served = asked.synced(job, {"name": "server", "codec": "none"}, {"shards": 3, "mode": "asp"})
+    assert (served.sync, served.server) == (SyncOptions("server"), ServerOptions(shards=3, mode="asp"))
+    rounds = asked.synced(replace(served, server=replace(served.server, max_staleness=4)), {}, {"mode": "bsp"})
+    assert rounds.server == ServerOptions(shards=3)
+    assert asked.synced(rounds, {"name": "allreduce"}, {}).server == ServerOptions()
+
+
+@pytest.mark.parametrize(
+    ("sync", "server", "what"),
+    [
+        ({"every": 5}, {}, "sync.every=5 has no effect with sync.name=allreduce"),
+        ({}, {"shards": 2}, "server.shards=2 has no effect with sync.name=allreduce"),
+        ({"name": "lokal"}, {}, "sync.name='lokal' is unknown"),
+        ({"name": "local", "codec": "int9"}, {}, "'int9' is unknown"),
+        ({"name": "local", "delay": 60}, {}, "sync.delay=60 is not less than"),
+        ({"name": "server"}, {"mode": "async"}, "server.mode='async' is unknown"),
+        ({"name": "server"}, {"shards": -1}, "server.shards=-1 is less than 1"),
+    ],
+)
+def test_syncs_that_cannot_be(sync: dict, server: dict, what: str):
+    with pytest.raises(JobError) as refused:
+        asked.synced(Job(), sync, server)
+    assert what in refused.value.what
+    assert refused.value.fix

@@ -13,8 +13,11 @@ from shoal.job import Job, Layout
 from shoal.job.fits import check_layout, check_model
 from shoal.job.layout import SCHEDULES
 from shoal.job.model import ModelOptions
-from shoal.planning import asked, candidates, cluster, memory, search, shapes, step
+from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
+from shoal.planning import asked, candidates, cluster, memory, search, shapes, step, syncs
 from shoal.planning.asked import Wanted
+from shoal.planning.constants import Rates
 from shoal.planning.plan import Question
 
 # Sizes that many degrees do not divide.
@@ -28,14 +31,18 @@ ROUTED = replace(
 )
 
 
-def asking(model: ModelOptions, devices: int, batch: int) -> Question:
-    return Question(shapes.of_options(model), cluster.named(f"h100x{devices}"), sequence=SEQUENCE, global_batch=batch)
+CODED = SyncOptions("local", "int8")
 
 
-def allowed(model: ModelOptions, layout: Layout, batch: int) -> bool:
+def asking(model: ModelOptions, devices: int, batch: int, **more) -> Question:
+    where = cluster.named(f"h100x{devices}")
+    return Question(shapes.of_options(model), where, sequence=SEQUENCE, global_batch=batch, **more)
+
+
+def allowed(model: ModelOptions, layout: Layout, batch: int, sync: SyncOptions) -> bool:
     try:
         layout.validate()
-        job = replace(Job(), model=model, layout=layout, train=replace(Job().train, global_batch=batch))
+        job = replace(Job(), model=model, layout=layout, train=replace(Job().train, global_batch=batch), sync=sync)
         check_layout(job)
         check_model(model, SEQUENCE, layout)
     except JobError:
@@ -49,11 +56,11 @@ def tried(question: Question) -> list[Layout]:
     return [
         bases.layout(number, fsdp, zero, question.shape.layers)
         for number in range(len(bases))
-        for fsdp, zero in candidates.splits(bases, number)
+        for fsdp, zero in candidates.splits(bases, number, question)
     ]
 
 
-def every(model: ModelOptions, devices: int, batch: int) -> set[Layout]:
+def every(model: ModelOptions, devices: int, batch: int, sync: SyncOptions) -> set[Layout]:
     """All layouts that a job may have, found by asking of each combination of numbers."""
     degrees = [n for n in range(1, devices + 1) if devices % n == 0]
     found = set()
@@ -67,7 +74,7 @@ def every(model: ModelOptions, devices: int, batch: int) -> set[Layout]:
                 r, "", p, f, c, t, expert=e, zero=zero, micro_batch=micro, recompute=recompute
             )  # fmt: skip
             if p == 1:
-                found.add(plain) if allowed(model, plain, batch) else None
+                found.add(plain) if allowed(model, plain, batch, sync) else None
                 continue
             for schedule, chunks in product(SCHEDULES, range(1, 9)):
                 usual = chunks == SCHEDULES[schedule]
@@ -75,7 +82,7 @@ def every(model: ModelOptions, devices: int, batch: int) -> set[Layout]:
                     each, more = divmod(model.num_hidden_layers, p * chunks)
                     stages = "" if usual else "+".join(str(each + (n < more)) for n in range(p * chunks))
                     layout = replace(plain, schedule=schedule, stages=stages)
-                    found.add(layout) if allowed(model, layout, batch) else None
+                    found.add(layout) if allowed(model, layout, batch, sync) else None
     return found
 
 
@@ -91,8 +98,24 @@ def short_contexts(monkeypatch: pytest.MonkeyPatch):
 def test_all_that_a_job_may_have_are_tried(model: ModelOptions, devices: int, batch: int):
     found = tried(asking(model, devices, batch))
     assert len(found) == len(set(found))
-    assert set(found) == every(model, devices, batch)
+    wanted = every(model, devices, batch, SyncOptions())
+    assert set(found) == wanted
     assert len(found) > 100
+    # And as many replicas as are asked for.
+    two = tried(asking(model, devices, batch, replicas=2))
+    assert set(two) == {layout for layout in wanted if layout.replicas == 2}
+    assert len(two) == len(set(two))
+
+
+@pytest.mark.parametrize("model", [DENSE, ROUTED])
+@pytest.mark.usefixtures("short_contexts")
+def test_what_a_sync_excludes_is_not_tried(model: ModelOptions):
+    """Local steps with a codec: no two ranks of a replica have the same weights."""
+    found = tried(asking(model, 4, 24, sync=CODED))
+    assert set(found) == every(model, 4, 24, CODED)
+    assert len(found) == len(set(found)) > 5
+    two = tried(asking(model, 4, 24, sync=CODED, replicas=4))
+    assert set(two) == {layout for layout in found if layout.replicas == 4}
 
 
 def test_none_is_tried_twice_and_none_that_fits_refuses():
@@ -101,13 +124,14 @@ def test_none_is_tried_twice_and_none_that_fits_refuses():
     bases, draws = candidates.bases(question), np.random.default_rng(0)
     assert len(bases) > 10_000
     for number in draws.choice(len(bases), 300, replace=False):
-        for fsdp, zero in candidates.splits(bases, int(number)):
+        for fsdp, zero in candidates.splits(bases, int(number), question):
             layout = bases.layout(int(number), fsdp, zero, question.shape.layers)
             layout.validate()
             assert layout.world == 2048
             check_layout(replace(Job(), layout=layout, train=replace(Job().train, global_batch=question.global_batch)))
 
 
+ASP, BSP = ServerOptions(shards=3, mode="asp"), ServerOptions(shards=2)
 CASES = [
     ("llama3-8b", "h100x8", Wanted(sequence=4096, global_batch=32)),
     ("llama3-8b", "l4x16", Wanted(sequence=2048, global_batch=64)),
@@ -117,12 +141,18 @@ CASES = [
     ("qwen3-30b-a3b", "a100-80x16", Wanted(sequence=4096, global_batch=32, precision="bf16")),
     ("llama2-7b", "h100x8", Wanted(sequence=4096, global_batch=16, precision="fp8")),
     ("llama3-70b", "h100x8", Wanted(global_batch=32)),  # fits in none
+    ("llama3-8b", "h100x16", Wanted(sequence=4096, global_batch=32, sync=SyncOptions("allreduce", "int8"), replicas=4)),
+    ("llama3-8b", "h100x16", Wanted(sequence=4096, global_batch=32, sync=SyncOptions("local", every=5), replicas=2)),
+    ("qwen3-30b-a3b", "h100x16", Wanted(sequence=4096, global_batch=32, sync=SyncOptions("local", "int8", every=5))),
+    ("llama3-8b", "l4x16", Wanted(sequence=2048, global_batch=64, sync=SyncOptions("gossip", every=3))),
+    ("llama3-8b", "l4x8", Wanted(sequence=2048, global_batch=64, sync=SyncOptions("server", "int8"), server=ASP)),
+    ("llama3-8b", "h100x16", Wanted(sequence=4096, global_batch=32, sync=SyncOptions("server"), server=BSP)),
 ]
 
 
 def all_computed(space: search.Space) -> list[list[search.Split]]:
     """Of each base every split, in full: no leaf, no bound, each candidate for itself."""
-    splits = [candidates.splits(space.bases, base) for base in range(len(space.bases))]
+    splits = [candidates.splits(space.bases, base, space.question) for base in range(len(space.bases))]
     which = np.repeat(np.arange(len(splits)), [len(some) for some in splits])
     fsdp, zero = np.array([pair for some in splits for pair in some]).T
     found: list[list[search.Split]] = [[] for _ in splits]
@@ -130,7 +160,10 @@ def all_computed(space: search.Space) -> list[list[search.Split]]:
         rows = np.flatnonzero(space.bases.schedule[which] == number)
         if len(rows):
             many, _ = space._work(which[rows], fsdp[rows], zero[rows])
-            seconds, total = step.cost(many, space.known, schedule).seconds, memory.cost(many, schedule).total("device")
+            alone = step.cost(many, space.known, schedule)
+            rates = Rates.of(space.known, many)
+            seconds = syncs.exchanged(alone, many, space.known, rates, space.question).seconds
+            total = memory.cost(many, schedule).total("device")
             for n, row in enumerate(rows):
                 one = search.Split(int(which[row]), int(fsdp[row]), int(zero[row]), float(seconds[n]), float(total[n]))
                 found[which[row]].append(one)

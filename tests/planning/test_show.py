@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
-from shoal.planning import asked, cluster, show
+import pytest
+
+from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
+from shoal.planning import asked, cluster, failures, show
 from shoal.planning.asked import Wanted
 from shoal.planning.plan import Answer
 from tests.planning.plans import plan
@@ -99,7 +104,7 @@ def test_where_time_and_memory_go():
 
 
 def test_for_scripts():
-    found = show.result(answer(PIPE, ONE))
+    found = show.result(QUESTION, answer(PIPE, ONE))
     first, _ = found["plans"]
     wanted = {
         "layout", "micro_batch", "schedule", "recompute", "step_seconds", "tokens_per_second_per_device", "mfu",
@@ -109,6 +114,46 @@ def test_for_scripts():
     assert (first["layout"], first["step_seconds"], first["memory_gib"]) == (str(PIPE.layout), 3.0, 40.0)
     assert (first["schedule"], first["recompute"], first["cost_per_1e9_tokens"]) == ("interleaved", "block", None)
     assert found["seconds"] == 0.25
+
+
+def test_failures_beside_days_and_cost():
+    known = dataclasses.asdict(failures.expected(QUESTION).shares)
+    assert "days in all" not in show.remarks(QUESTION, answer(ONE))
+    full = answer(replace(ONE, days=10.0, cost=5.0))
+    text = show.remarks(QUESTION, full)
+    assert f"With failures: {100 * known['training']:.1f} % of the time is training that counts, 10 days in all" in text
+    assert "a device fails every 264 days, a restart takes 10 min, and a checkpoint of 96.4 GB" in text
+    found = show.result(QUESTION, full)
+    assert found["failures"]["goodput"] == known["training"]
+    assert found["failures"]["interval_seconds"] == known["interval"]
+    (first,) = found["plans"]
+    assert (first["days"], first["cost_per_1e9_tokens"]) == (10.0, 5.0)
+    assert first["days_with_failures"] == pytest.approx(10 / known["training"])
+    assert first["cost_per_1e9_tokens_with_failures"] == pytest.approx(5 / known["training"])
+    lost = replace(QUESTION, restart=1e12)
+    assert "no run would get on" in show.remarks(lost, full)
+    assert show.result(lost, full)["failures"]["goodput"] == 0
+    assert show.result(lost, full)["plans"][0]["days_with_failures"] is None
+    quiet = replace(QUESTION, cluster=cluster.named("l4x8"))
+    assert "the cluster does not say how often" in show.remarks(quiet, full)
+    assert show.result(quiet, full)["failures"] is None
+
+
+def test_how_replicas_agree():
+    every = replace(QUESTION, sync=SyncOptions("local", "int8", every=500, fragments=4, delay=2))
+    assert show.title(every).endswith("; sync local, every 500 steps, in 4 fragments, 2 steps on their way, codec int8")
+    assert "sync" not in show.title(QUESTION)
+    assert "not predicted" not in show.remarks(QUESTION, answer(ONE))
+    text = show.remarks(every, answer(ONE))
+    assert "learns otherwise from the same tokens: how much that costs is not predicted" in text
+    assert "exchanges nothing" not in text
+    assert "has one replica, which exchanges nothing" in show.remarks(every, answer(PIPE))
+    served = replace(QUESTION, sync=SyncOptions("server"), server=ServerOptions(shards=1, mode="asp", max_staleness=4))
+    assert show.title(served).endswith("; sync server, 1 shard, asp")
+    text = show.remarks(served, answer(replace(ONE, staleness=7.0)))
+    assert "A gradient is 7 updates old" in text
+    assert "server.max_staleness=4 would reject most of them" in text
+    assert show.result(served, answer(replace(ONE, staleness=7.0)))["plans"][0]["staleness"] == 7
 
 
 def test_two_clusters_are_compared():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -49,6 +49,31 @@ class PlanOptions:
     """To train on, e.g. `300B` or `15T`: says how many days that takes, and with a price its cost."""
     price: float = 0.0
     """Of one device for an hour, in your currency; 0 = as the cluster's file says, if it does."""
+    sync: str = ""
+    """How replicas agree: `allreduce`, `local`, `gossip`, `server`; empty = as the job says, or `allreduce`. What
+    learning loses by it is not predicted."""
+    codec: str = ""
+    """How they write what they exchange, e.g. `bf16`, `int8`, `topk:0.05+int2` (docs/codecs.md); empty = as the job
+    says, or `none`."""
+    every: int = 0
+    """local, gossip: steps between two exchanges; 0 = as the job says, or 50."""
+    fragments: int = 0
+    """local: parts of the model that are exchanged in turn; 0 = as the job says, or 1."""
+    delay: int = 0
+    """local: steps for which a part may be on its way while training goes on; 0 = as the job says, or none."""
+    servers: int = 0
+    """server: server shards; 0 = as the job says, or 1."""
+    mode: str = ""
+    """server: `bsp`, `asp`, `ssp` or `quorum`; empty = as the job says, or bsp."""
+    local_steps: int = 0
+    """server: steps of its own that a worker takes between a pull and a push; 0 = as the job says, or 1."""
+    replicas: int = 0
+    """Only layouts with so many replicas (workers of a server); 0 = whichever are fastest."""
+    restart: float = 600.0
+    """Seconds from a failure until training goes on from the last checkpoint, where the cluster says how often devices
+    fail."""
+    storage: float = 0.12
+    """GB/s that one device writes of a checkpoint, while all of them do."""
     best: int = 10
     """Layouts to show."""
     what_if: str = ""
@@ -70,18 +95,20 @@ def run(args: list[str]) -> answer.Answer:
     at_least("--best", options.best, 1)
     at_least("--explain", options.explain, 0)
 
-    from shoal.planning import answered, show, written
+    from shoal.planning import answered, asked, show, written
 
     if options.out:
         written.require_toml(Path(options.out))
-    question = _question(options, job)
+    agreed = asked.synced(job or Job(), *_of_sync(options))
+    job = agreed if job else None
+    question = _question(options, job, agreed)
     found = answered.plans(question, options.best, job)
     print(answered.text(question, found, options.explain))
-    result = show.result(found)
+    result = show.result(question, found)
     if options.what_if:
         other, after = answered.instead(question, options.what_if, options.best, job)
         print(f"\n{answered.text(other, after, options.explain)}\n\n{show.compared(found, after)}")
-        result["what_if"] = {"change": options.what_if} | show.result(after)
+        result["what_if"] = {"change": options.what_if} | show.result(other, after)
     if options.out:
         print(f"\n{written.of_layout(options.out, question, found.plans[0], options.model)}")
         result["out"] = options.out
@@ -114,9 +141,20 @@ def _job(options: PlanOptions) -> Job | None:
     return read(options.job) if options.job else None
 
 
-def _question(options: PlanOptions, job: Job | None) -> Question:
+def _of_sync(options: PlanOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """By the names of [sync] and of [server]."""
+    sync = {"name": options.sync, "codec": options.codec, "every": options.every, "fragments": options.fragments}
+    server = {"shards": options.servers, "mode": options.mode, "local_steps": options.local_steps}
+    return sync | {"delay": options.delay}, server
+
+
+def _question(options: PlanOptions, job: Job | None, agreed: Job) -> Question:
+    """agreed: whose sync is planned."""
     from shoal.planning import asked
 
     where = asked.cluster_of(options.cluster, options.price)
-    wanted = asked.Wanted(options.sequence, options.global_batch, options.precision, options.tokens)
+    wanted = asked.Wanted(
+        options.sequence, options.global_batch, options.precision, options.tokens, options.restart,
+        options.storage * 1e9, options.replicas, agreed.sync, agreed.server,
+    )  # fmt: skip
     return asked.of_job(job, where, wanted) if job else asked.of_model(options.model, where, wanted)

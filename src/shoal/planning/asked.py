@@ -6,13 +6,18 @@ import math
 import re
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from shoal.errors import JobError
 from shoal.job import Job
 from shoal.job.check import at_least, one_of, positive, require
+from shoal.job.codec import POWERSGD
+from shoal.job.idle import without_idle
+from shoal.job.server import ServerOptions, check_server
+from shoal.job.sync import SyncOptions
 from shoal.planning import cluster, cluster_file, shapes
 from shoal.planning.cluster import Cluster
-from shoal.planning.plan import Question
+from shoal.planning.plan import RESTART, STORAGE, Question
 from shoal.planning.shapes import Shape
 
 PRECISIONS = ("bf16", "fp16", "fp8")
@@ -58,12 +63,33 @@ def cluster_of(text: str, price: float) -> Cluster:
 
 @dataclass(frozen=True)
 class Wanted:
-    """sequence, global_batch: 0 = the job's, or by rule. precision: empty = the job's, or bf16. tokens: as text."""
+    """sequence, global_batch: 0 = the job's, or by rule. precision: empty = the job's, or bf16. tokens: as text.
+    restart, storage, replicas: as in Question. sync, server: None = the job's, or all-reduce."""
 
     sequence: int = 0
     global_batch: int = 0
     precision: str = ""
     tokens: str = ""
+    restart: float = RESTART
+    storage: float = STORAGE
+    replicas: int = 0
+    sync: SyncOptions | None = None
+    server: ServerOptions | None = None
+
+
+def synced(job: Job, sync: dict[str, Any], server: dict[str, Any]) -> Job:
+    """The job with other options of its [sync] and [server]: those that are empty, or 0, are the job's. What it says
+    of a sync that it has no longer is dropped. JobError for what cannot be."""
+    said, of_server = ({k: v for k, v in options.items() if v not in ("", 0)} for options in (sync, server))
+    before = replace(job, sync=replace(job.sync, name=str(said.get("name", job.sync.name))))
+    if of_server.get("mode") or said.get("name"):
+        mode = str(of_server.get("mode", job.server.mode))
+        before = without_idle(replace(before, server=replace(before.server, mode=mode)))
+    found = replace(before, sync=replace(before.sync, **said), server=replace(before.server, **of_server))
+    found.sync.validate()
+    found.server.validate()
+    check_server(replace(found, layout=None))
+    return found
 
 
 def of_model(name: str, where: Cluster, wanted: Wanted) -> Question:
@@ -76,8 +102,10 @@ def of_job(job: Job, where: Cluster, wanted: Wanted) -> Question:
     said = "bf16" if job.train.precision == "auto" else job.train.precision
     fix = "--precision bf16"
     require(bool(wanted.precision) or said in PRECISIONS, f"train.precision={said}: no speed of it is known", fix)
-    own = Wanted(job.data.sequence_length, job.train.global_batch, said)
-    given = {f.name: value for f in fields(Wanted) if (value := getattr(wanted, f.name))}
+    own = Wanted(
+        job.data.sequence_length, job.train.global_batch, said, sync=job.sync, server=job.server
+    )  # fmt: skip
+    given = {f.name: value for f in fields(Wanted) if (value := getattr(wanted, f.name)) != f.default}
     return _question(shape_of(job), where, replace(own, **given))
 
 
@@ -101,4 +129,15 @@ def _question(shape: Shape, where: Cluster, wanted: Wanted) -> Question:
     what = f"--sequence={length} is more than the {positions} positions that {shape.name} has learned"
     require(not positions or length <= positions, what, f"--sequence {positions} or less")
     size = wanted.global_batch or usual_batch(shape.parameters, length, where.count)
-    return Question(shape, where, length, size, precision, tokens=tokens_of(wanted.tokens))
+    at_least("--restart", wanted.restart, 0)
+    positive("--storage", wanted.storage)
+    at_least("--replicas", wanted.replicas, 0)
+    what = f"--replicas={wanted.replicas} does not divide the {where.count} devices"
+    require(where.count % max(1, wanted.replicas) == 0, what, "a divisor of them, or 0 for whichever are fastest")
+    sync, server = wanted.sync or SyncOptions(), wanted.server or ServerOptions()
+    what = f"sync.codec={sync.codec}: how long its products take is not predicted"
+    require(not sync.codec.startswith(POWERSGD), what, "--codec int8, or another that writes numbers")
+    return Question(
+        shape, where, length, size, precision, tokens=tokens_of(wanted.tokens), restart=wanted.restart,
+        storage=wanted.storage, sync=sync, server=server, replicas=wanted.replicas,
+    )  # fmt: skip

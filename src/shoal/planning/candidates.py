@@ -90,17 +90,18 @@ def bases(question: Question) -> Bases:
     kept &= _positions(question, t, c)
     kept &= (p == 1) | (recompute == 0) | ~np.isin(schedule, [NAMES.index(name) for name in SPLIT_BACKWARD])
     kept &= (p == 1) | _enough(schedule, p, batch // (data * b))
+    kept &= _agreeing(question, t, c, p, expert, data)
     return Bases(t, c, p, schedule, chunks, b, recompute, expert, data).take(kept)
 
 
-def splits(base: Bases, number: int) -> list[tuple[int, int]]:
+def splits(base: Bases, number: int, question: Question) -> list[tuple[int, int]]:
     """(fsdp, ZeRO's stage) of one base. Where nothing is shared, the stage says nothing, and is the usual one."""
     t, c, expert, data = (int(getattr(base, name)[number]) for name in ("tensor", "context", "expert", "data"))
+    degrees = [data // question.replicas] if question.replicas else divisors(data)
+    if question.shape.experts and _alone(question):
+        degrees = [1]
     return [
-        (fsdp, zero)
-        for fsdp in divisors(data)
-        if fsdp * c * t % expert == 0
-        for zero in ((1, 2, 3) if fsdp * c > 1 else (3,))
+        (fsdp, zero) for fsdp in degrees if fsdp * c * t % expert == 0 for zero in ((1, 2, 3) if fsdp * c > 1 else (3,))
     ]
 
 
@@ -142,6 +143,26 @@ def _enough(schedule: Numbers, ranks: Numbers, batches: Numbers) -> npt.NDArray[
     least = np.where(turns | (schedule == NAMES.index("1f1b")), ranks, least)
     least = np.where(schedule == NAMES.index("dualpipev"), 2 * ranks, least)
     return np.asarray((batches >= least) & (~turns | (batches % rounds == 0)))
+
+
+def _alone(question: Question) -> bool:
+    """No two ranks of a replica may have the same weights: as `fits.EXCLUDED` says of local steps with a codec."""
+    return question.sync.name == "local" and question.sync.codec not in ("none", "bf16", "auto")
+
+
+def _agreeing(
+    question: Question, tensor: Numbers, context: Numbers, pipeline: Numbers, expert: Numbers, data: Numbers
+) -> npt.NDArray[np.bool_]:
+    """There is a split with as many replicas as are asked for, and with nothing that the sync excludes."""
+    replicas = np.full_like(data, question.replicas) if question.replicas else np.ones_like(data)
+    fsdp = data // replicas
+    kept = data % replicas == 0
+    if _alone(question):
+        kept &= (tensor == 1) & (pipeline == 1)
+        if question.shape.experts:
+            kept &= (context == 1) & ((fsdp == 1) | (question.replicas == 0))
+            fsdp = np.ones_like(data)
+    return np.asarray(kept & (fsdp * context * tensor % expert == 0))
 
 
 def _stages(layers: int, count: int) -> str:

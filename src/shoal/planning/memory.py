@@ -12,8 +12,8 @@ from shoal.planning import block, constants, experts
 from shoal.planning.schedules import V_SHAPED
 from shoal.planning.work import Array, Work
 
-# Bytes of a weight in 16 bits; of AdamW's for it: fp32 master and two moments (Rajbhandari et al. 2020, "ZeRO").
-_WEIGHT, _OPTIMIZER = 2.0, 12.0
+# Bytes of a weight in 16 bits. AdamW's for it are in `work.moments`.
+_WEIGHT = 2.0
 # Of a logit: in 16 bits, in fp32 for the loss, and its gradient.
 _LOGIT = 10.0
 # Of a loss by tiles (`ops.loss`): logits of one, their softmax in fp32 and its gradient.
@@ -25,7 +25,8 @@ KINDS = ("allocated", "reserved", "device")
 class Memory(NamedTuple):
     """Bytes on a device of the fullest stage, (n,) each. activations: of blocks, those of all micro-batches in flight.
     logits: of the output layer and the loss. buffers: gathered weights and gradients of FSDP, messages of a pipeline,
-    gathered sequences of a tensor group."""
+    gathered sequences of a tensor group. sync: of what replicas exchange: common weights, what a codec lost, what is on
+    its way."""
 
     weights: Array
     gradients: Array
@@ -33,6 +34,7 @@ class Memory(NamedTuple):
     activations: Array
     logits: Array
     buffers: Array
+    sync: Array
 
     @property
     def allocated(self) -> Array:
@@ -74,10 +76,11 @@ def stage(work: Work, rank: Array, schedule: str = "1f1b") -> Memory:
     return Memory(
         weights=held(3) * _WEIGHT,
         gradients=held(2) * work.kept_bytes,
-        optimizer=held(1) * _OPTIMIZER,
+        optimizer=held(1) * work.moments,
         activations=_activations(work, layers, dense_layers(work, rank, schedule), live),
         logits=np.where(ends[1], _logits(work), 0.0),
         buffers=_buffers(work, ends),
+        sync=held(1) * work.synced,
     )
 
 

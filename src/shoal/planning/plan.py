@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from shoal.job.layout import Layout
+from shoal.job.server import ServerOptions
+from shoal.job.sync import SyncOptions
 from shoal.planning.cluster import Cluster
 
 if TYPE_CHECKING:
     from shoal.planning.shapes import Shape
+
+RESTART = 600.0
+"""Seconds: less than ten minutes for finding out what failed (Jiang et al. 2024, "MegaScale", section 6.3)."""
+STORAGE = 0.12e9
+"""Bytes/s of a device: 2 TB/s for 16,384 (Llama 3, 2024, section 3.3.1)."""
 
 # What a part of a step is called in a sentence.
 _CALLED = {
@@ -18,6 +25,7 @@ _CALLED = {
     "context": "exchanges of the context group",
     "fsdp": "gathering and scattering of fsdp", "bubble": "pipeline bubble",
     "messages": "messages of the pipeline", "data": "reducing of gradients", "optimizer": "the optimizer",
+    "sync": "what replicas exchange",
 }  # fmt: skip
 
 
@@ -32,6 +40,7 @@ class Plan:
     a device has. parts: seconds by part, which add up to `seconds`. bubble, exposed: shares of the step in which a
     device waits for its pipeline, and for communication. limit: what the step's time is limited by. cost: of all
     devices for 1e9 tokens, in the cluster's currency; None without a price. days: to the token target; None without.
+    Both as if nothing failed (`failures` says what it takes). staleness: updates between a worker's pull and its push.
     """
 
     layout: Layout
@@ -50,6 +59,7 @@ class Plan:
     limit: str
     cost: float | None
     days: float | None
+    staleness: float = 0.0
 
     @property
     def total(self) -> float:
@@ -60,7 +70,9 @@ class Plan:
 @dataclass(frozen=True)
 class Question:
     """sequence: tokens of one. global_batch: sequences of a step. precision: bf16, fp16, fp32 or fp8. stack: of
-    `stacks.STACKS`. tokens: how many to train on, None if not told."""
+    `stacks.STACKS`. tokens: how many to train on, None if not told. restart: seconds from a failure to the first step
+    after it. storage: bytes/s that one device writes of a checkpoint, while all do. sync, server: how replicas agree.
+    replicas: how many, 0 = whichever are fastest."""
 
     shape: Shape
     cluster: Cluster
@@ -69,6 +81,11 @@ class Question:
     precision: str = "bf16"
     stack: str = "shoal"
     tokens: float | None = None
+    restart: float = RESTART
+    storage: float = STORAGE
+    sync: SyncOptions = field(default_factory=SyncOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    replicas: int = 0
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ found. So nothing that belongs to the answer is lost (Land and Doig 1960, branch
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,12 +18,11 @@ import numpy as np
 
 from shoal.job.check import require
 from shoal.job.layout import Layout
-from shoal.planning import candidates, constants, memory, score, stacks, step, work
+from shoal.planning import candidates, constants, memory, score, stacks, step, syncs, work
 from shoal.planning.candidates import NAMES, Bases, Numbers
 from shoal.planning.constants import DEVICE, Rates
-from shoal.planning.memory import Memory
 from shoal.planning.plan import Answer, Plan, Question
-from shoal.planning.step import Blocks
+from shoal.planning.step import Blocks, Step
 from shoal.planning.work import Array, Work
 
 SPARE = 1.10
@@ -71,6 +71,8 @@ class Space:
         same = {**question.shape.columns, **self.pool.columns, "sequence": question.sequence}
         same |= {name: float(getattr(self.stack, name)) for name in work.STACK}
         same |= {"devices": self.pool.count, "global_batch": question.global_batch, "selective": 0.0}
+        sent = self.stack.gradient_bytes
+        same |= {"sent": sent, "returned": sent, "moments": 12.0, "synced": 0.0}
         self._same = same | {"low": float(question.precision == "fp8")}
 
     @cached_property
@@ -87,12 +89,13 @@ class Space:
         order = np.flatnonzero(bytes_ * SPARE <= self.pool.device.memory)
         order = order[np.argsort(time_[order], kind="stable")]
         found: list[Split] = []
-        compared = 0
+        fastest: list[float] = []
+        counted = compared = 0
         for first in range(0, len(order), _BLOCK):
-            if len(found) >= most:
-                last = sorted(one.seconds for one in found)[most - 1]
-                if time_[order[first]] > last * (1 + _EQUAL):
-                    break
+            fastest = heapq.nsmallest(most, [*fastest, *(one.seconds for one in found[counted:])])
+            counted = len(found)
+            if len(fastest) == most and time_[order[first]] > fastest[-1] * (1 + _EQUAL):
+                break
             for splits in self._computed(order[first : first + _BLOCK]):
                 compared += len(splits)
                 fitting = [one for one in splits if one.total * SPARE <= self.pool.device.memory]
@@ -131,16 +134,25 @@ class Space:
         """The fastest first; of those as fast as the fastest left, the simplest."""
         left = sorted(found, key=lambda one: one.seconds)
         ranked: list[Split] = []
-        while left and len(ranked) < _RANKED:
-            as_fast = [one for one in left if one.seconds <= left[0].seconds * (1 + _EQUAL)]
-            ranked.append(min(as_fast, key=self._complexity))
-            left.remove(ranked[-1])
+        # Those as fast as the fastest that is left, the simplest on top; it only grows.
+        as_fast: list[tuple[tuple[float, ...], int]] = []
+        taken: set[int] = set()
+        first = end = 0
+        while len(ranked) < min(_RANKED, len(left)):
+            while first in taken:
+                first += 1
+            while end < len(left) and left[end].seconds <= left[first].seconds * (1 + _EQUAL):
+                heapq.heappush(as_fast, (self._complexity(left[end]), end))
+                end += 1
+            _, simplest = heapq.heappop(as_fast)
+            taken.add(simplest)
+            ranked.append(left[simplest])
         return ranked
 
     def plan(self, one: Split) -> Plan:
         candidate, known = self._alone(one)
         schedule = NAMES[self.bases.schedule[one.base]]
-        found = step.cost(candidate, self.known, schedule, known)
+        found = self._cost(candidate, schedule, known)
         kept = memory.cost(candidate, schedule)
         parts = {name: float(part[0]) for name, part in found.parts.items()}
         of_memory = {name: float(part[0]) for name, part in kept._asdict().items()}
@@ -149,7 +161,7 @@ class Space:
         question, seconds = self.question, one.seconds
         rate, price = question.global_batch * question.sequence / seconds, question.cluster.price
         peak = self.pool.device.peak.get(question.precision, self.pool.device.peak_16)
-        exposed = sum(parts[name] for name in ("tensor", "context", "fsdp", "messages", "data"))
+        exposed = sum(parts.get(name, 0.0) for name in ("tensor", "context", "fsdp", "messages", "data", "sync"))
         return Plan(
             layout=self.bases.layout(one.base, one.fsdp, one.zero, question.shape.layers),
             chunks=int(self.bases.chunks[one.base]), seconds=seconds, low=seconds * low, high=seconds * high,
@@ -159,7 +171,12 @@ class Space:
             exposed=exposed / seconds, limit=self._limit(one, seconds, parts["bubble"]),
             cost=None if price is None else price / 3600 / rate * 1e9,
             days=None if question.tokens is None else question.tokens / rate / 86400,
+            staleness=syncs.staleness(question, int(self.bases.data[one.base]) // one.fsdp),
         )  # fmt: skip
+
+    def _cost(self, candidate: Work, schedule: str, known: Blocks, servers: float = 1.0) -> Step:
+        found = step.cost(candidate, self.known, schedule, known)
+        return syncs.exchanged(found, candidate, self.known, known.rates, self.question, servers)
 
     def _limit(self, one: Split, seconds: float, bubble: float) -> str:
         """What a step would be shortened most by, were it twice as fast: or the pipeline's waiting, were there none."""
@@ -174,8 +191,11 @@ class Space:
         }
         saved = {"pipeline bubble": bubble}
         for name, rates in called.items():
-            faster = step.cost(candidate, self.known, schedule, step.blocks(candidate, self.known, rates))
+            faster = self._cost(candidate, schedule, step.blocks(candidate, self.known, rates))
             saved[name] = seconds - float(faster.seconds[0])
+        if self.question.sync.name == "server":
+            faster = self._cost(candidate, schedule, step.blocks(candidate, self.known), servers=2.0)
+            saved["updating on servers"] = seconds - float(faster.seconds[0])
         return max(saved, key=lambda name: saved[name])
 
     def _interval(self) -> tuple[float, float]:
@@ -199,7 +219,7 @@ class Space:
         return min((one for one in splits if one.seconds <= least), key=lambda s: (*self._complexity(s)[:3], s.total))
 
     def _splits(self, base: int) -> list[tuple[int, int]]:
-        return candidates.splits(self.bases, base)
+        return candidates.splits(self.bases, base, self.question)
 
     def _computed(self, bases: Numbers) -> Iterator[list[Split]]:
         """Of each of these bases all splits."""
@@ -211,7 +231,7 @@ class Space:
         seconds, total = np.empty(len(which)), np.empty(len(which))
         for schedule, rows in self._by_schedule(which):
             candidate, known = self._work(which[rows], fsdp[rows], zero[rows])
-            seconds[rows] = step.cost(candidate, self.known, schedule, known).seconds
+            seconds[rows] = self._cost(candidate, schedule, known).seconds
             total[rows] = memory.cost(candidate, schedule).total("device")
         at = 0
         for base, some in zip(bases, splits, strict=True):
@@ -233,11 +253,13 @@ class Space:
         for schedule, rows in self._by_schedule(np.arange(len(self.bases))):
             for first in range(0, len(rows), _CHUNK):
                 some = rows[first : first + _CHUNK]
-                data = self.bases.data[some]
-                plain, known = self._work(some, data, np.ones_like(data))
-                shared, _ = self._work(some, data, np.full_like(data, 3))
+                # Replicas, where they are given, share nothing.
+                fsdp = self.bases.data[some] // (self.question.replicas or 1)
+                plain, known = self._work(some, fsdp, np.ones_like(fsdp))
+                shared, _ = self._work(some, fsdp, np.full_like(fsdp, 3))
                 found = step.cost(plain, self.known, schedule, known)
                 seconds[some] = found.seconds - found.parts["data"] - found.parts["optimizer"]
+                seconds[some] += syncs.least(self.question, known.rates)
                 total[some] = _least_bytes(plain, shared, schedule)
         return seconds, total
 
@@ -256,6 +278,8 @@ class Space:
         sharers = fsdp * (self.bases.context[which] if self.stack.shares_context else 1)
         columns = self._columns(self.bases.take(which))
         columns |= {"fsdp": fsdp.astype(np.float64), "zero": np.where(sharers > 1, zero, 0).astype(np.float64)}
+        if not syncs.plain(self.question):
+            columns |= syncs.columns(self.question, columns["data"] / fsdp)
         return self._of(columns, len(which)), blocks.take(leaves[which])
 
     def _columns(self, bases: Bases) -> dict[str, Array]:
@@ -293,6 +317,8 @@ def _least_bytes(plain: Work, shared: Work, schedule: str) -> Array:
     found = np.zeros(len(plain))
     for rank in (np.zeros(len(plain)), plain.pipeline - 1):
         kept, states = memory.stage(plain, rank, schedule), memory.stage(shared, rank, schedule)
-        least = Memory(states.weights, states.gradients, states.optimizer, kept.activations, kept.logits, kept.buffers)
+        least = kept._replace(
+            weights=states.weights, gradients=states.gradients, optimizer=states.optimizer, sync=states.sync
+        )
         found = np.maximum(found, least.total("device"))
     return found

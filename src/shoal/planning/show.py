@@ -7,6 +7,7 @@ from typing import Any
 
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
+from shoal.planning import failures, syncs
 from shoal.planning.plan import Answer, Plan, Question, why
 
 _GIB = 2.0**30
@@ -40,8 +41,25 @@ def title(question: Question) -> str:
     active = f" ({_large(shape.active)} a token)" if shape.active < shape.parameters else ""
     return (
         f"{shape.name}: {_large(shape.parameters)} parameters{active}, on {where.name}: {devices}\n"
-        f"{batch} = {_large(tokens)} tokens, {question.precision}"
+        f"{batch} = {_large(tokens)} tokens, {question.precision}{_agreeing(question)}"
     )
+
+
+def _agreeing(question: Question) -> str:
+    """How replicas agree, where that is not by all-reduce of gradients as they are."""
+    sync, server = question.sync, question.server
+    if syncs.plain(question):
+        return ""
+    said = [f"sync {sync.name}"]
+    if sync.name in ("local", "gossip"):
+        said += [f"every {counted(sync.every, 'step')}"]
+        said += [f"in {counted(sync.fragments, 'fragment')}"] if sync.fragments > 1 else []
+        said += [f"{counted(sync.delay, 'step')} on their way"] if sync.delay else []
+    if sync.name == "server":
+        said += [f"{counted(server.shards, 'shard')}", server.mode]
+        said += [f"every {counted(server.local_steps, 'step')}"] if server.local_steps > 1 else []
+    said += [f"codec {sync.codec}"] if sync.codec not in ("none", "auto") else []
+    return f"; {', '.join(said)}"
 
 
 def table(question: Question, answer: Answer, width: int | None = None) -> str:
@@ -102,11 +120,44 @@ def remarks(question: Question, answer: Answer) -> str:
             else ""
         )
         found.append(f"cost/1e9: of all devices for 1e9 tokens, in the currency of the price; {of}".rstrip("; ") + ".")
+    found.append(_failing(question, best))
+    found += _unlike(question, best)
     found.append(
         f"The fastest of {answer.candidates:,} layouts, of those that fit with 10 % of memory to spare, each with "
         f"another cut of the model; found in {short(answer.seconds)}. Columns: docs/planning.md."
     )
     return "\n".join(found)
+
+
+def _unlike(question: Question, plan: Plan) -> list[str]:
+    """What another sync than all-reduce changes beside time."""
+    if syncs.plain(question):
+        return []
+    found = "Another sync, or a codec, learns otherwise from the same tokens: how much that costs is not predicted."
+    if plan.layout.replicas == 1 and question.sync.name != "server":
+        return [f"{found} The fastest layout has one replica, which exchanges nothing: --replicas 2 plans two."]
+    if plan.staleness:
+        found += f" A gradient is {plan.staleness:,.0f} updates old when it is applied, where workers are equally fast."
+    most = question.server.max_staleness
+    if 0 <= most < plan.staleness:
+        found += f" server.max_staleness={most} would reject most of them."
+    return [found]
+
+
+def _failing(question: Question, plan: Plan) -> str:
+    """What failures make of the first plan's days and cost."""
+    found = failures.expected(question)
+    if found is None:
+        return "No failures: the cluster does not say how often its devices fail (`mtbf` of a pool in its file)."
+    often = f"a device fails every {_while(found.mtbf)}, a restart takes {_while(found.restart)}"
+    if found.shares is None:
+        return f"With failures: no run would get on, where {often}."
+    shares, days, cost = found.shares, found.days(plan), found.cost(plan)
+    said = [f"{100 * shares.training:.1f} % of the time is training that counts"]
+    said += [f"{_three(days)} days in all"] if days is not None else []
+    said += [f"{_three(cost)} for 1e9 tokens"] if cost is not None else []
+    saved = f"a checkpoint of {_three(found.size / 1e9)} GB takes {_while(found.stall)} every {_while(shares.interval)}"
+    return f"With failures: {', '.join(said)}, where {often}, and {saved}."
 
 
 def _mfu(question: Question, plan: Plan) -> str:
@@ -151,15 +202,17 @@ def compared(before: Answer, after: Answer) -> str:
     return f"{text}; {moved}."
 
 
-def result(answer: Answer) -> dict[str, Any]:
+def result(question: Question, answer: Answer) -> dict[str, Any]:
     """For scripts: docs/planning.md says what each key is."""
+    failing = failures.expected(question)
     return {
         "seconds": answer.seconds, "candidates": answer.candidates, "compared": answer.compared,
-        "plans": [_plan(plan) for plan in answer.plans],
+        "failures": None if failing is None else failing.told(),
+        "plans": [_plan(plan, failing) for plan in answer.plans],
     }  # fmt: skip
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: Plan, failing: failures.Expected | None) -> dict[str, Any]:
     layout = plan.layout
     return {
         "layout": str(layout), "micro_batch": layout.micro_batch, "schedule": layout.schedule,
@@ -167,7 +220,10 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "high_seconds": plan.high, "tokens_per_second": plan.tokens_per_second,
         "tokens_per_second_per_device": plan.per_device, "mfu": plan.mfu, "memory_gib": plan.total / _GIB,
         "capacity_gib": plan.capacity / _GIB, "margin": 1 - plan.total / plan.capacity, "bubble": plan.bubble,
-        "exposed": plan.exposed, "limit": plan.limit, "cost_per_1e9_tokens": plan.cost, "days": plan.days,
+        "exposed": plan.exposed, "limit": plan.limit, "staleness": plan.staleness,
+        "cost_per_1e9_tokens": plan.cost, "days": plan.days,
+        "cost_per_1e9_tokens_with_failures": None if failing is None else failing.cost(plan),
+        "days_with_failures": None if failing is None else failing.days(plan),
         "parts_seconds": dict(plan.parts), "parts_gib": {name: part / _GIB for name, part in plan.memory.items()},
     }  # fmt: skip
 
@@ -185,6 +241,12 @@ def _largest(parts: Any) -> list[tuple[str, float]]:
 
 def _seconds(value: float) -> str:
     return f"{value:,.0f} s" if value >= 1000 else short(value)
+
+
+def _while(seconds: float) -> str:
+    """`3.1 h`, `10 min`, `2.4 s`."""
+    known = ((86400, "days"), (3600, "h"), (60, "min"))
+    return next((f"{_three(seconds / of)} {unit}" for of, unit in known if seconds >= of), short(seconds))
 
 
 def _three(value: float) -> str:

@@ -195,7 +195,7 @@ def _messages(work: Work, rates: Rates) -> Array:
     return np.where(p > 1, counted * one, 0.0)
 
 
-def _owned(work: Work) -> Array:
+def owned(work: Work) -> Array:
     """Weights of the fullest rank but for routed experts, before any sharding."""
     most = np.ceil(work.layers / work.pipeline)
     routed = np.where(work.experts > 0, np.minimum(most, work.layers - work.dense_layers), 0.0)
@@ -203,7 +203,7 @@ def _owned(work: Work) -> Array:
     return (blocks + work.vocab * work.hidden) / work.tensor
 
 
-def _owned_experts(work: Work) -> Array:
+def owned_experts(work: Work) -> Array:
     """Weights of the routed experts of the rank that has most of them, before any sharding."""
     routed = np.minimum(np.ceil(work.layers / work.pipeline), work.layers - work.dense_layers)
     return np.where(work.experts > 0, routed * work.experts / work.expert * work.expert_parameters, 0.0)
@@ -212,7 +212,7 @@ def _owned_experts(work: Work) -> Array:
 def _data(work: Work, constants: Constants, rates: Rates, of_block: Cost) -> Array:
     """Reducing gradients once a step, gathering weights where ZeRO shares the optimizer (1) or gradients (2): what
     shows. ZeRO's sharers scatter and gather; replicas add up what each of these has, beside."""
-    own, routed = _owned(work), _owned_experts(work)
+    own, routed = owned(work), owned_experts(work)
     reduced, gathered = _reduced(work, rates, own, work.sharers, work.tensor)
     if (routed > 0).any():
         parts = _reduced(work, rates, routed, work.expert_sharers, work.expert)
@@ -237,14 +237,25 @@ def _reduced(work: Work, rates: Rates, own: Array, sharers: Array, apart: Array)
     scattered = often * collectives.scatter(own * work.gradient_bytes, spread, ring, hops)
     back = collectives.scatter(own * 2.0, spread, ring, hops)
 
+    replicas, ring, hops = across(work, rates)
+    own = own / np.where(work.zero > 0, sharers, 1.0)
+    there, again = (
+        np.where(size > 0, collectives.scatter(own * size, replicas, ring, hops), 0.0)
+        for size in (work.sent, work.returned)
+    )
+    whole = np.where(work.reduces_whole > 0, 2.0, 1.0)
+    return whole * (scattered + there), back + again
+
+
+def across(work: Work, rates: Rates) -> tuple[Array, Array, Array]:
+    """Of a ring of those ranks of all replicas that have the same weights: (how many, bytes/s of one, seconds of
+    latency)."""
+    shared = (work.stage_zero >= 1) & (work.stage_zero < 3)
+    same = np.maximum(1.0, np.floor(work.per_node / (work.tensor * work.context)))
     replicas = np.where(work.zero > 0, work.data / work.fsdp, work.data)
     inside = work.tensor * work.context * work.data <= work.per_node
     ring = collectives.bus(rates, inside, np.minimum(np.where(shared, 1.0, same), work.data))
-    hops = np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(work.data, 2)))
-    own = own / np.where(work.zero > 0, sharers, 1.0)
-    one = collectives.scatter(own * work.gradient_bytes, replicas, ring, hops)
-    whole = np.where(work.reduces_whole > 0, 2.0, 1.0)
-    return whole * (scattered + one), back + one
+    return replicas, ring, np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(work.data, 2)))
 
 
 def _optimizer(work: Work, rates: Rates) -> Array:
@@ -252,5 +263,5 @@ def _optimizer(work: Work, rates: Rates) -> Array:
         weights = own / np.where(work.stage_zero == 3, sharers, 1.0)
         return own / np.where(work.zero >= 1, sharers, 1.0) * _OPTIMIZER + weights * _WEIGHT
 
-    seconds: Array = moved(_owned(work), work.sharers) / rates.memory + _LAUNCHES * rates.host
-    return seconds + moved(_owned_experts(work), work.expert_sharers) / rates.memory
+    seconds: Array = moved(owned(work), work.sharers) / rates.memory + _LAUNCHES * rates.host
+    return seconds + moved(owned_experts(work), work.expert_sharers) / rates.memory

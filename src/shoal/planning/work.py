@@ -38,7 +38,11 @@ STACK = (
     "kernels", "flash", "fused", "gradient_bytes", "kept_bytes", "overlaps_data", "overlaps_tensor",
     "overlaps_messages", "reduces_whole", "shares_context", "gathers_once", "tiles",
 )  # fmt: skip
-COLUMNS = (*MODEL, *LAYOUT, *DEVICE, *STACK)
+# Of what replicas exchange. sent, returned: bytes of a gradient that each step go to whoever adds them up, during
+# backward, and that come back. moments: bytes of a weight that the optimizer keeps, with its fp32 copy. synced: bytes
+# beside, of each number that a rank exchanges.
+SYNC = ("sent", "returned", "moments", "synced")
+COLUMNS = (*MODEL, *LAYOUT, *DEVICE, *STACK, *SYNC)
 
 
 @dataclass(frozen=True)
@@ -131,6 +135,7 @@ def complete(row: Mapping[str, float]) -> dict[str, float]:
     """A row with what a dense model, not laid out by experts, has in columns that it lacks. Of these, models without a
     gate tie the output layer to the embedding, and most gated ones do not."""
     usual = dict.fromkeys(MODEL[MODEL.index("experts") :], 0.0) | {"expert": 1.0} | dict.fromkeys(STACK[-3:], 0.0)
+    usual |= {"sent": row["gradient_bytes"], "returned": row["gradient_bytes"], "moments": 12.0, "synced": 0.0}
     usual |= {"tied": float(row["gated"] == 0), "dense_layers": row["layers"], "value_size": row["head_size"]}
     return {name: row.get(name, usual[name]) if name in usual else row[name] for name in COLUMNS}
 

@@ -24,6 +24,12 @@ from shoal.planning.plan import Plan, Question
 
 _KEY = re.compile(r"""(\s*(?:layout|"layout"|'layout')\s*=\s*)("[^"\\]*"|'[^']*')(.*)""")
 
+# Options of [sync] and [server] that a step's time depends on.
+_OF_TIME = {
+    "sync": ("name", "codec", "feedback", "every", "fragments", "delay"),
+    "server": ("shards", "mode", "local_steps"),
+}
+
 
 def of_layout(path: str | Path, question: Question, plan: Plan, model: str) -> str:
     """Writes it. model: as it was named, where no job said it. Returns what was done, in a sentence. JobError where
@@ -65,6 +71,14 @@ def _refuse_another(file: Path, job: Job, question: Question) -> None:
         if has != planned:
             fix = f"plan with {flag} {has}, or for the job itself: shoal plan {file} --cluster ... --out {file}"
             raise JobError(f"{name} is {has} there, and the plan is for {planned}", where=str(file), fix=fix)
+    for table, of_time in _OF_TIME.items():
+        options, asked_for = getattr(job, table), getattr(question, table)
+        for name in of_time:
+            has, planned = getattr(options, name), getattr(asked_for, name)
+            what = f"{table}.{name} is {has} there, and the plan is for {planned}"
+            fix = f"write {table}.{name} = {planned} there first, or plan for the job itself: shoal plan {file} ..."
+            if has != planned:
+                raise JobError(what, where=str(file), fix=fix)
     shape, wanted = asked.shape_of(job), question.shape
     # The tokenizer decides about some jobs' vocabulary, and a name says nothing.
     skip = {"name", "sequence", "positions", "vectors"} | (set() if job.model.vocab_size else {"vocab"})
@@ -113,6 +127,8 @@ def _new(file: Path, question: Question, plan: Plan, model: str) -> str:
         model=said,
         data=replace(Job().data, sequence_length=question.sequence),
         train=replace(Job().train, global_batch=question.global_batch, precision=question.precision),
+        sync=question.sync,
+        server=question.server,
         run=replace(Job().run, name=re.sub(r"[^\w.-]", "-", question.shape.name).strip(".") or "run"),
     )
     whole, usual = tomllib.loads(write(job)), tomllib.loads(write(Job()))
