@@ -33,6 +33,13 @@ def test_figures():
     assert "stopped" not in found
 
 
+def test_predicted_beside_measured():
+    assert "a" not in said(replace(RESULT, step_seconds=0.25))
+    found = said(replace(RESULT, step_seconds=0.25, predicted_step_seconds=0.2))
+    assert found["a"] == "step       250 ms in the median; 200 ms were predicted, 20 % less"
+    assert said(replace(RESULT, step_seconds=0.25, predicted_step_seconds=0.3))["a"].endswith("predicted, 20 % more")
+
+
 def test_one_of_each():
     found = said(replace(RESULT, steps=1, tokens=1, devices=1))
     assert found["speed"].startswith("2,000 tokens/s on 1 device,")

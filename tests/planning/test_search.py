@@ -159,7 +159,7 @@ def all_computed(space: search.Space) -> list[list[search.Split]]:
     for number, schedule in enumerate(candidates.NAMES):
         rows = np.flatnonzero(space.bases.schedule[which] == number)
         if len(rows):
-            many, _ = space._work(which[rows], fsdp[rows], zero[rows])
+            many, _ = space.work(which[rows], fsdp[rows], zero[rows])
             alone = step.cost(many, space.known, schedule)
             rates = Rates.of(space.known, many)
             seconds = syncs.exchanged(alone, many, space.known, rates, space.question).seconds
@@ -248,7 +248,7 @@ def test_cost_and_days():
 
 
 def test_several_kinds_of_devices_are_refused():
-    with pytest.raises(JobError, match="not planned yet"):
+    with pytest.raises(JobError, match="not searched so"):
         search.search(asked.of_model("llama3-8b", cluster.named("h100x8+a100-80x8"), Wanted()))
 
 

@@ -34,7 +34,7 @@ def exchange(question: Question, seconds: float) -> tuple[float, float, Rates]:
     """(the part of what replicas exchange in a step that takes so long without, numbers of a rank, rates)."""
     space = search.Space(question)
     alone = [n for n in range(len(space.bases)) if space.bases.data[n] == question.replicas]
-    work, known = space._work(np.array(alone[:1]), np.array([1]), np.array([3]))
+    work, known = space.work(np.array(alone[:1]), np.array([1]), np.array([3]))
     before = Step(np.array([seconds]), {"compute": np.array([seconds])})
     found = syncs.exchanged(before, work, KNOWN, known.rates, question)
     part = float(found.parts["sync"][0])

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import shoal
-from shoal import checkpoint
+from shoal import checkpoint, device
 from shoal.cli.main import main
+from shoal.job import read as read_job
 from shoal.models.storage import canonical
 from shoal.observe import metrics
+from shoal.planning import entry, local
+from tests.planning.test_local import machine, precision
 
 LINE = {
     "run", "steps", "tokens", "loss_first", "loss_last", "val_loss", "bits_per_byte", "tokens_per_second", "mfu",
@@ -41,8 +46,13 @@ def trained(ranks, tiny, tmp_path_factory):
     return run
 
 
-def test_json_is_the_last_line_and_says_what_the_run_came_to(arguments, tmp_path, capfd):
+def test_json_is_the_last_line_and_says_what_the_run_came_to(arguments, tmp_path, capfd, monkeypatch):
     run = tmp_path / "run"
+    # A machine that has been calibrated.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = replace(machine(precision()), device=device.name(torch.device("cpu")))
+    entry.home().parent.mkdir()
+    entry.home().write_text(entry.write(here), encoding="utf-8")
     words = ["--layout", "replicas=2", "--steps", "6", "--format", "json", "--run-dir", str(run)]
     before = time.time()
     assert main([*arguments, *words]) == 0
@@ -64,7 +74,14 @@ def test_json_is_the_last_line_and_says_what_the_run_came_to(arguments, tmp_path
     assert sum(row["seconds"] for row in rows) < told["seconds"] < passed
     assert "gzip -9" in err
     assert "shoal train --resume" in err
-    assert json.loads((run / "result.json").read_text()).items() >= told.items()
+    kept = json.loads((run / "result.json").read_text())
+    assert kept.items() >= told.items()
+    assert kept["predicted_step_seconds"] == pytest.approx(local.predict(read_job(run / "job.toml"), here).seconds)
+    assert kept["step_seconds"] == pytest.approx(statistics.median(row["seconds"] for row in rows[2:]))
+    assert kept["memory_gib"] == max(row["memory_gib"] for row in rows)
+    assert "predicted, by what `shoal calibrate` measured" in err
+    assert "were predicted" in err
+    assert "step, predicted" in (run / "report.html").read_text()
 
 
 def test_the_run_folder_is_complete(trained):

@@ -103,11 +103,13 @@ def run(args: list[str]) -> answer.Answer:
     job = agreed if job else None
     question = _question(options, job, agreed)
     found = answered.plans(question, options.best, job)
-    print(answered.text(question, found, options.explain))
+    print(answered.text(question, found, options.explain, job))
     result = show.result(question, found)
+    if others := answered.alone(question, job):
+        result["alone"] = {name: plan and show.told(question, plan) for name, plan in others}
     if options.what_if:
         other, after = answered.instead(question, options.what_if, options.best, job)
-        print(f"\n{answered.text(other, after, options.explain)}\n\n{show.compared(found, after)}")
+        print(f"\n{answered.text(other, after, options.explain, job)}\n\n{show.compared(found, after)}")
         result["what_if"] = {"change": options.what_if} | show.result(other, after)
     if options.out:
         print(f"\n{written.of_layout(options.out, question, found.plans[0], options.model)}")

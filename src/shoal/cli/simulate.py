@@ -55,7 +55,8 @@ class SimulateOptions:
     What it tells: speed, waiting, staleness, rejected work. The loss is of this problem, not of a language model.
 
     With a recipe, or with --sync allreduce, local or gossip, the replicas of a job are simulated instead, with the real
-    model and data: options of their own, see `shoal simulate --sync local --help`.
+    model and data: options of their own, see `shoal simulate --sync local --help`. With --cluster it is a planned run
+    on a large cluster, with slow devices and failures: see `shoal simulate --cluster h100x64 --help`.
     """
 
     sync: str = "server"
@@ -163,6 +164,10 @@ class SimulateJob(Job):
 
 def run(args: list[str]) -> Answer:
     """Prints a table."""
+    if any(word.partition("=")[0] == "--cluster" for word in args):
+        from shoal.cli import simulate_cluster
+
+        return simulate_cluster.run(args)
     if _of_a_job(args):
         return _run_job(args)
     options = flags.parse(SimulateOptions, args, "shoal simulate")

@@ -29,8 +29,9 @@ class Job:
     layout: Layout | None = None
     """How the model is laid over ranks, e.g. `replicas=2,pipeline=2,tensor=2`: axes `replicas`, `pipeline`, `fsdp`,
     `context`, `tensor`, and `expert` within the last three; further keys: `zero` (1, 2 or 3), `micro_batch`,
-    `schedule`, `stages`, `replica_share`, `context_by`, `tensor_by`, `recompute` (docs/layouts.md). `auto` = one
-    replica per GPU, or on CPU per core (as many, up to 8, as divide the global batch)."""
+    `schedule`, `stages`, `replica_share`, `context_by`, `tensor_by`, `recompute` (docs/layouts.md). `auto` = the
+    fastest that is predicted for this machine, or one replica per GPU, or on CPU per core (as many, up to 8, as divide
+    the global batch; docs/layouts.md)."""
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)

@@ -20,6 +20,11 @@ def is_worker() -> bool:
     return all(name in os.environ for name in _SET)
 
 
+def one_machine() -> bool:
+    """Whether all ranks are on this one, as far as torchrun says."""
+    return not is_worker() or os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+
+
 def is_mistake(error: ShoalError) -> bool:
     """Whether it is the user's, and not a rank's failure."""
     return error.exit_code == ShoalError.exit_code

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from shoal.serving.generate import generate
 from shoal.serving.load import load
 from shoal.training.folder import fill
 
+# Steps whose median stands beside what was predicted.
+_LATEST = 100
 # Beginnings to go on from: of source code, and of a new document for any other text.
 _PROMPT = "def main("
 _SAMPLE_TOKENS = 120
@@ -137,6 +140,9 @@ def _result(run: Path, job: Job, corpus: Prepared | None, figures: dict[str, Any
     whole = corpus is not None and loss is not None and validation["tokens"] == corpus.validation.predictions
     rivals = compressed_bits_per_byte(corpus) if corpus and whole else {}
     bits = loss * validation["tokens"] / math.log(2) / corpus.validation.bytes if corpus and loss and whole else None
+    # The first steps of a run are slower.
+    latest = [row["seconds"] for row in rows[2:][-_LATEST:] if row.get("seconds") is not None]
+    memory = [row["memory_gib"] for row in rows if row.get("memory_gib") is not None]
     mfus = [row["mfu"] * row["seconds"] for row in rows if row.get("mfu")]
     return Result(
         run=str(run),
@@ -158,4 +164,7 @@ def _result(run: Path, job: Job, corpus: Prepared | None, figures: dict[str, Any
         sample=sample,
         gzip_bits_per_byte=rivals.get("gzip -9"),
         xz_bits_per_byte=rivals.get("xz -9"),
+        step_seconds=median(latest) if latest else None,
+        predicted_step_seconds=figures.get("predicted"),
+        memory_gib=max(memory, default=None),
     )

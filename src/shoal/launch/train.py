@@ -18,8 +18,8 @@ from shoal.errors import JobError, ShoalError
 from shoal.job import Job, Layout, write
 from shoal.job.machine import FILES
 from shoal.job.nearby import of_world
-from shoal.launch import elastic, local, server, torchrun
-from shoal.launch.cores import cores, has_driver, too_many_workers
+from shoal.launch import auto_layout, elastic, local, server, torchrun
+from shoal.launch.cores import too_many_workers
 from shoal.launch.ranks import Ranks
 from shoal.launch.resume import resumable, way_on
 from shoal.models import config
@@ -32,8 +32,7 @@ from shoal.training.folder import fill
 if TYPE_CHECKING:
     from shoal.mesh import Seat
 
-_WORKER, _FINISH = "shoal.training.worker", "shoal.launch.finish"
-_MOST_CPU_RANKS = 8
+_WORKER, _FINISH = "shoal.launch.work", "shoal.launch.finish"
 
 
 def train(job: Job, *, resume: str | Path | None = None) -> Result:
@@ -104,8 +103,7 @@ def _broken_off(folder: Path) -> Iterator[None]:
 
 def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: float) -> dict[str, Any]:
     """One rank of torchrun's: rank 0 prepares for all. Returns the fields of the Result."""
-    from shoal.launch import finish
-    from shoal.training import worker
+    from shoal.launch import finish, work
 
     def prepared() -> dict[str, Any]:
         fitting = replace(job, layout=job.layout or Layout(replicas=seat.world))
@@ -118,7 +116,7 @@ def one_of_many(seat: Seat, *, job: Job, resume: str | Path | None, started: flo
     folder = Path(arguments["folder"])
     with attend(folder) if seat.member == 0 else contextlib.nullcontext():
         with _broken_off(folder) if seat.member == 0 else contextlib.nullcontext():
-            figures = worker.main(seat, **arguments)
+            figures = work.main(seat, **arguments)
         return torchrun.from_rank_0(seat, "finished", lambda: finish.main(seat, **_afterwards(arguments, figures)))
 
 
@@ -156,7 +154,7 @@ def ready(job: Job, resume: str | Path | None, started: float) -> tuple[Job, dic
         folder = Path(resume)
         prepared = resumable(job, folder, say)
     job = vocabulary(job, prepared)
-    job = replace(job, layout=job.layout or _auto_layout(job.train.global_batch)).validate()
+    job = replace(job, layout=job.layout or auto_layout.choose(job, say)).validate()
     if job.sync.name == "server":
         server.check(job)
     try:
@@ -216,22 +214,6 @@ def vocabulary(job: Job, prepared: Prepared) -> Job:
             fix="take the model's own tokenizer (data.tokenizer), or for a new model leave out model.vocab_size",
         )
     return job
-
-
-def _auto_layout(global_batch: int) -> Layout:
-    """One replica per GPU, else per core; as many as divide the global batch."""
-    gpus = _gpus()
-    most = gpus or min(cores(), _MOST_CPU_RANKS)
-    return Layout(replicas=max(n for n in range(1, most + 1) if global_batch % n == 0))
-
-
-def _gpus() -> int:
-    """GPUs that ranks will see. Torch is asked only where a driver is: importing it takes a second."""
-    if not has_driver():
-        return 0
-    from shoal import device
-
-    return device.count() if device.kind() != "cpu" else 0
 
 
 def _new_folder(job: Job) -> Path:

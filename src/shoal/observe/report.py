@@ -125,6 +125,8 @@ def _run_rows(folder: Path, job: Job | None, rows: Rows, done: Result | None) ->
         found.append(("tokens trained on", f"{done.tokens:,}"))
         found.append(("last command", f"{duration(done.seconds)} to the end of its last step"))
     found.append(("step", _step(rows)))
+    if done and done.predicted_step_seconds:
+        found.append(("step, predicted", f"{short(done.predicted_step_seconds)}, by shoal calibrate's measurements"))
     found += exchange(job, rows)
     if done and done.mfu_note:
         found.append(("MFU", done.mfu_note))

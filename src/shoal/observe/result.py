@@ -49,6 +49,12 @@ class Result:
     gzip_bits_per_byte: float | None = None
     """gzip -9 and xz -9 of the same validation text."""
     xz_bits_per_byte: float | None = None
+    step_seconds: float | None = None
+    """In the median of the last hundred steps, without the first two."""
+    predicted_step_seconds: float | None = None
+    """Before the run, by what `shoal calibrate` measured; None where it could not be predicted."""
+    memory_gib: float | None = None
+    """Most memory of the fullest rank."""
 
     def line(self) -> str:
         """One JSON object in one line, without what only result.json keeps. NaN and inf are null."""

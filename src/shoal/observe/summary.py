@@ -7,7 +7,7 @@ from pathlib import Path
 from shoal.observe import commands
 from shoal.observe.result import Result
 from shoal.observe.screen import visible
-from shoal.observe.units import counted, duration, number, percent
+from shoal.observe.units import counted, duration, number, percent, short
 
 
 def lines(result: Result) -> list[str]:
@@ -19,6 +19,10 @@ def lines(result: Result) -> list[str]:
         f"speed        {number(result.tokens_per_second)} tokens/s on {counted(result.devices, 'device')}"
         + (f", MFU {percent(result.mfu)}" if result.mfu is not None else "")
     )
+    if result.predicted_step_seconds and result.step_seconds:
+        measured, predicted = result.step_seconds, result.predicted_step_seconds
+        off = _off(predicted, measured)
+        out.append(f"a step       {short(measured)} in the median; {short(predicted)} were predicted{off}")
     # Steps and tokens are those of the whole run, the time is that of this start.
     done = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')}"
     out.append(f"length       {done}; this command took {duration(result.seconds)}")
@@ -31,6 +35,12 @@ def lines(result: Result) -> list[str]:
     out.append(f"resume       {commands.resume(result.run)}{more}")
     out.append(f"generate     {commands.generate(result.run, result.prompt or commands.PROMPT)}")
     return out
+
+
+def _off(predicted: float, measured: float) -> str:
+    """`, 4 % less`."""
+    share = round(100 * (predicted / measured - 1))
+    return f", {abs(share)} % {'more' if share > 0 else 'less'}" if share else ""
 
 
 def _kept(result: Result) -> str:

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from shoal.errors import JobError
 from shoal.job import Job
-from shoal.planning import show, unfit, whatif
+from shoal.planning import show, uneven, unfit, whatif
+from shoal.planning.cluster import Cluster
 from shoal.planning.plan import Answer, Plan, Question
 from shoal.planning.search import search
 
@@ -18,7 +19,10 @@ _SPARE = 5
 def plans(question: Question, best: int, job: Job | None = None) -> Answer:
     """At most `best` of them, and one at least. JobError where no layout fits, with what would make one fit; or where
     the job's own options refuse all that do."""
-    found = search(question, best=best * _SPARE if job else best)
+    several = len(question.cluster.pools) > 1
+    found = (uneven.search if several else search)(question, best=best * _SPARE if job else best)
+    if several and not found.plans:
+        raise _fits_nowhere(question)
     if not found.plans:
         raise unfit.refusal(question, found)
     if job is None:
@@ -34,6 +38,26 @@ def plans(question: Question, best: int, job: Job | None = None) -> Answer:
         assert refused[0] is not None
         raise JobError(f"the job refuses the layouts that fit: {refused[0].what}", fix=refused[0].fix)
     return replace(found, plans=kept[:best])
+
+
+def alone(question: Question, job: Job | None = None) -> list[tuple[str, Plan | None]]:
+    """Of each of several pools by itself, with the same batch, the fastest; None where nothing fits. [] of one pool."""
+    found: list[tuple[str, Plan | None]] = []
+    for pool in question.cluster.pools if len(question.cluster.pools) > 1 else ():
+        one = replace(question, cluster=Cluster(pool.name, (pool,), {}), replicas=0)
+        try:
+            found.append((pool.name, plans(one, 1, job).plans[0]))
+        except JobError:
+            found.append((pool.name, None))
+    return found
+
+
+def _fits_nowhere(question: Question) -> JobError:
+    """Of several pools. What fits in one of them is said."""
+    fitting = [name for name, plan in alone(question) if plan is not None]
+    fix = f"pool {fitting[0]} alone: it fits there" if fitting else "plan for one pool: its answer says what would do"
+    what = f"{question.shape.name} fits in no layout that replicas of all pools of {question.cluster.name} can share"
+    return JobError(what, fix=fix)
 
 
 def _refused(job: Job, plan: Plan) -> JobError | None:
@@ -54,9 +78,11 @@ def instead(question: Question, change: str, best: int, job: Job | None = None) 
         raise type(error)(error.what, where=error.where or f"--what-if {change}", fix=error.fix) from None
 
 
-def text(question: Question, answer: Answer, explain: int) -> str:
+def text(question: Question, answer: Answer, explain: int, job: Job | None = None) -> str:
     """The whole answer; of the first `explain` plans where time and memory go."""
     width = shutil.get_terminal_size((200, 24)).columns
     parts = [show.title(question), show.table(question, answer, width), show.remarks(question, answer)]
+    if len(question.cluster.pools) > 1:
+        parts.insert(2, show.pools(question, answer.plans[0], alone(question, job)))
     parts += [show.explained(plan, number) for number, plan in enumerate(answer.plans[:explain], 1)]
     return "\n\n".join(parts)

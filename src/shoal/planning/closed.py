@@ -18,7 +18,8 @@ def seconds(schedule: str, ranks: int, chunks: int, micro_batches: int, taken: S
     other loops are within 25 %.
     """
     forward, backward, weight = np.broadcast_arrays(*(np.atleast_2d(part) for part in taken))
-    if schedule in schedules.LOOPS and (micro_batches % ranks or micro_batches < ranks):
+    whole_rounds = micro_batches % ranks == 0 and micro_batches >= ranks
+    if schedule in schedules.LOOPS and not whole_rounds and schedule != "looped_bfs":
         return None
     if schedule == "gpipe":
         return _pass(micro_batches, forward) + _pass(micro_batches, backward + weight)
@@ -36,7 +37,7 @@ def seconds(schedule: str, ranks: int, chunks: int, micro_batches: int, taken: S
     each = np.stack([(forward + backward + weight)[:, home == rank].sum(axis=-1) for rank in range(ranks)])
     slowest = each.max(axis=0)
     found: Array = micro_batches * slowest + bubble(chunks, slowest, each.sum(axis=0))
-    return found
+    return found + around(ranks, chunks, micro_batches, slowest) if schedule == "looped_bfs" else found
 
 
 def _pass(micro_batches: int, taken: Array) -> Array:
@@ -65,6 +66,13 @@ def bubble(chunks: Array | int, slowest: Array, every: Array) -> Array:
     others at most. slowest, every: seconds of a micro-batch on the slowest rank, and on all ranks one after another.
     """
     waited: Array = (every - slowest) / chunks
+    return waited
+
+
+def around(ranks: Array | int, chunks: Array | int, micro_batches: Array | int, slowest: Array) -> Array:
+    """Seconds more that looped breadth-first waits with fewer micro-batches than ranks: for the first of them to have
+    been on all ranks, before each of a rank's chunks but the first (backward, the last). Of equal stages."""
+    waited: Array = (chunks - 1) / chunks * np.maximum(ranks - micro_batches, 0) * slowest
     return waited
 
 

@@ -44,13 +44,17 @@ class Expected:
         }  # fmt: skip
 
 
+def stall_of(question: Question) -> float:
+    """Seconds that all devices write a checkpoint for."""
+    return _STATE * question.shape.parameters / (question.storage * question.cluster.count)
+
+
 def expected(question: Question) -> Expected | None:
     """None where the cluster does not say how often its devices fail."""
     mtbf = question.cluster.mtbf
     if mtbf is None:
         return None
-    size = _STATE * question.shape.parameters
-    stall = size / (question.storage * question.cluster.count)
+    size, stall = _STATE * question.shape.parameters, stall_of(question)
     try:
         shares = goodput.goodput(stall, question.restart, mtbf)
     except JobError:  # of hundreds of failures in each interval

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from shoal.observe.trace import Kind, Recording, Span
 from shoal.planning.schedules import BACKWARD, FORWARD, INPUT, WEIGHT
-from shoal.planning.simulation import Scene
-from shoal.planning.timeline import Event, Timeline
+from shoal.planning.simulation import Picture, Scene
+from shoal.planning.timeline import Event
 
 _NAMES: dict[int, tuple[str, Kind]] = {
     FORWARD: ("forward", "forward"),
@@ -17,23 +17,22 @@ _NAMES: dict[int, tuple[str, Kind]] = {
 }
 
 
-def recordings(scene: Scene, step: Timeline, pipelines: Iterable[int]) -> list[Recording]:
+def recordings(scene: Scene, picture: Picture, pipelines: Iterable[int]) -> list[Recording]:
     """Of every actor of these pipelines, numbered as `Scene.slow` counts them: all ranks of the first pipeline, then
-    those of the next. step: of `simulation.picture`."""
-    longest = float(step.seconds.max())
+    those of the next."""
     return [
         Recording(pipeline * scene.ranks + rank, f"pipeline {pipeline}", "simulated", 0, list(spans))
         for pipeline in pipelines
-        for rank, spans in _by_rank(scene, step, pipeline, longest)
+        for rank, spans in _by_rank(scene, picture, pipeline)
     ]
 
 
-def _by_rank(scene: Scene, step: Timeline, pipeline: int, longest: float) -> Iterator[tuple[int, Iterator[Span]]]:
+def _by_rank(scene: Scene, picture: Picture, pipeline: int) -> Iterator[tuple[int, Iterator[Span]]]:
     events: list[list[Event]] = [[] for _ in range(scene.ranks)]
-    for event in step.events(pipeline):
+    for event in picture.step.events(pipeline):
         events[event.rank].append(event)
     for rank, own in enumerate(events):
-        yield rank, _spans(scene, own, longest)
+        yield rank, _spans(scene, own, picture.longest)
 
 
 def _spans(scene: Scene, events: list[Event], longest: float) -> Iterator[Span]:

@@ -39,7 +39,7 @@ def search(question: Question, best: int = 10) -> Answer:
     """At most `best` plans, the fastest first, each of another base: of its splits the fastest. JobError for what is
     not tried: several kinds of devices."""
     begin = time.perf_counter()
-    require(len(question.cluster.pools) == 1, "clusters of several pools are not planned yet", "one pool: h100x64")
+    require(len(question.cluster.pools) == 1, "clusters of several pools are not searched so", "one pool: h100x64")
     space = Space(question)
     if not len(space.bases):
         return Answer((), time.perf_counter() - begin, 0, 0, None)
@@ -150,14 +150,14 @@ class Space:
         return ranked
 
     def plan(self, one: Split) -> Plan:
-        candidate, known = self._alone(one)
+        candidate, known = self.alone(one)
         schedule = NAMES[self.bases.schedule[one.base]]
         found = self._cost(candidate, schedule, known)
         kept = memory.cost(candidate, schedule)
         parts = {name: float(part[0]) for name, part in found.parts.items()}
         of_memory = {name: float(part[0]) for name, part in kept._asdict().items()}
         of_memory["beside"] = one.total - sum(of_memory.values())
-        low, high = self._interval()
+        low, high = self.interval()
         question, seconds = self.question, one.seconds
         rate, price = question.global_batch * question.sequence / seconds, question.cluster.price
         peak = self.pool.device.peak.get(question.precision, self.pool.device.peak_16)
@@ -180,7 +180,7 @@ class Space:
 
     def _limit(self, one: Split, seconds: float, bubble: float) -> str:
         """What a step would be shortened most by, were it twice as fast: or the pipeline's waiting, were there none."""
-        candidate, _ = self._alone(one)
+        candidate, _ = self.alone(one)
         schedule, usual = NAMES[self.bases.schedule[one.base]], Rates.of(self.known, candidate)
         called = {
             "compute": replace(usual, product=usual.product * 2, product_low=usual.product_low * 2),
@@ -198,7 +198,7 @@ class Space:
             saved["updating on servers"] = seconds - float(faster.seconds[0])
         return max(saved, key=lambda name: saved[name])
 
-    def _interval(self) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         fitted = {one.group for one in self.known.all if one.kind == DEVICE}
         unseen = self.pool.device.name.partition("-")[0] not in fitted
         spread = score.ROW**2 + score.TABLE**2 + score.STACK**2 + score.DEVICE**2 * unseen
@@ -230,7 +230,7 @@ class Space:
         fsdp, zero = np.array([pair for some in splits for pair in some], dtype=np.int64).T
         seconds, total = np.empty(len(which)), np.empty(len(which))
         for schedule, rows in self._by_schedule(which):
-            candidate, known = self._work(which[rows], fsdp[rows], zero[rows])
+            candidate, known = self.work(which[rows], fsdp[rows], zero[rows])
             seconds[rows] = self._cost(candidate, schedule, known).seconds
             total[rows] = memory.cost(candidate, schedule).total("device")
         at = 0
@@ -255,8 +255,8 @@ class Space:
                 some = rows[first : first + _CHUNK]
                 # Replicas, where they are given, share nothing.
                 fsdp = self.bases.data[some] // (self.question.replicas or 1)
-                plain, known = self._work(some, fsdp, np.ones_like(fsdp))
-                shared, _ = self._work(some, fsdp, np.full_like(fsdp, 3))
+                plain, known = self.work(some, fsdp, np.ones_like(fsdp))
+                shared, _ = self.work(some, fsdp, np.full_like(fsdp, 3))
                 found = step.cost(plain, self.known, schedule, known)
                 seconds[some] = found.seconds - found.parts["data"] - found.parts["optimizer"]
                 seconds[some] += syncs.least(self.question, known.rates)
@@ -269,10 +269,11 @@ class Space:
             if len(rows):
                 yield name, rows
 
-    def _alone(self, one: Split) -> tuple[Work, Blocks]:
-        return self._work(np.array([one.base]), np.array([one.fsdp]), np.array([one.zero]))
+    def alone(self, one: Split) -> tuple[Work, Blocks]:
+        """Of one candidate."""
+        return self.work(np.array([one.base]), np.array([one.fsdp]), np.array([one.zero]))
 
-    def _work(self, which: Numbers, fsdp: Numbers, zero: Numbers) -> tuple[Work, Blocks]:
+    def work(self, which: Numbers, fsdp: Numbers, zero: Numbers) -> tuple[Work, Blocks]:
         """Of these bases, split so; and what their blocks take."""
         leaves, blocks = self._leaves
         sharers = fsdp * (self.bases.context[which] if self.stack.shares_context else 1)

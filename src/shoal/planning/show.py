@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
-from shoal.planning import failures, syncs
+from shoal.planning import failures, syncs, uneven
 from shoal.planning.plan import Answer, Plan, Question, why
 
 _GIB = 2.0**30
@@ -173,6 +173,29 @@ def _mfu(question: Question, plan: Plan) -> str:
     )
 
 
+def pools(question: Question, plan: Plan, alone: Sequence[tuple[str, Plan | None]]) -> str:
+    """Of a plan on several pools: who computes how much, and whether each pool by itself would do better."""
+    of_pools = uneven.shares(question, plan)
+    whole = sum(sum(shares) for _, shares in of_pools)
+    lines, first = [], 0
+    for pool, shares in of_pools:
+        last = first + len(shares) - 1
+        numbered = f"replicas {first} to {last}" if last > first else f"replica {first}"
+        lines.append(f"pool {pool.name}: {numbered}, {100 * sum(shares) / whole:.1f} % of the batch")
+        first = last + 1
+    for name, one in alone:
+        told = "nothing fits" if one is None else f"{_seconds(one.seconds)} a step, {layout_of(one.layout)}"
+        lines.append(f"pool {name} alone: {told}")
+    known = [(one.seconds, name) for name, one in alone if one is not None]
+    if not known:
+        return "\n".join([*lines, "No pool would do alone."])
+    seconds, name = min(known)
+    times = seconds / plan.seconds
+    gain = f"Together they are {times:.2f} times as fast as {name} alone."
+    worse = f"Take {name} alone: together they are slower, {times:.2f} times as fast."
+    return "\n".join([*lines, gain if times > 1 else worse])
+
+
 def explained(plan: Plan, number: int) -> str:
     """Where a plan's time and memory go, largest first."""
     time = [[name, _seconds(part), f"{100 * part / plan.seconds:.1f} %"] for name, part in _largest(plan.parts)]
@@ -210,6 +233,11 @@ def result(question: Question, answer: Answer) -> dict[str, Any]:
         "failures": None if failing is None else failing.told(),
         "plans": [_plan(plan, failing) for plan in answer.plans],
     }  # fmt: skip
+
+
+def told(question: Question, plan: Plan) -> dict[str, Any]:
+    """Of one plan, for scripts."""
+    return _plan(plan, failures.expected(question))
 
 
 def _plan(plan: Plan, failing: failures.Expected | None) -> dict[str, Any]:

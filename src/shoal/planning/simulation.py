@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,9 @@ from shoal.planning.work import Array
 # Cases of a schedule that are computed at once: (operations, cases) stays in a few dozen MB.
 _CELLS = 4_000_000
 MOST = 10_000_000
-"""Actors times steps that are simulated."""
+"""Actors times steps that are simulated, or steps alone where all take equally long."""
+# Failures within one restart, after which no run is taken to get on.
+_HOPELESS = 1000
 
 
 @dataclass(frozen=True)
@@ -119,13 +122,14 @@ class Outcome:
 def run(scene: Scene, steps: int, failures: Failures | None = None, seed: int = 0) -> Outcome:
     """JobError for what cannot be simulated, LayoutError for a schedule that cannot run so. A run whose devices fail
     more often than it gets from one checkpoint to the next is given up, with a JobError, after 100 times as many
-    steps as asked for."""
+    steps as asked for; one that does not get through a restart, after 1,000 failures in it."""
     failures = failures or Failures()
     scene.validate()
     failures.validate()
     at_least("steps", steps, 1)
-    fix = f"{max(1, MOST // scene.actors)} steps or less, or planning.goodput for the mean of a long run"
-    require(scene.actors * steps <= MOST, f"{steps} steps of {scene.actors} actors are too many to simulate", fix)
+    drawn = scene.actors if scene.jitter else 1
+    what = f"{steps} steps of {scene.actors} actors are too many to simulate"
+    require(drawn * steps <= MOST, what, f"{max(1, MOST // drawn)} steps or less")
     usual = usual_seconds(scene)
     draws = np.random.default_rng((seed, 1))
     taken, counted = _steps(scene, seed), _Count(failures, draws)
@@ -143,7 +147,7 @@ def run(scene: Scene, steps: int, failures: Failures | None = None, seed: int = 
 
 def _never(failures: Failures, usual: float) -> JobError:
     what = f"a failure each {failures.mtbf:.3g} s leaves no time for {failures.every or 'all'} steps of {usual:.3g} s"
-    return JobError(what, fix="checkpoints more often (every), or fewer devices")
+    return JobError(what, fix="checkpoints more often, or fewer devices")
 
 
 def usual_seconds(scene: Scene) -> float:
@@ -151,11 +155,31 @@ def usual_seconds(scene: Scene) -> float:
     return float(_pipelines(scene, np.ones((1, scene.ranks)))[0]) + scene.after
 
 
-def picture(scene: Scene, seed: int = 0) -> Timeline:
-    """The first step as `run` simulates it with this seed; a case is a pipeline."""
+def of_groups(scene: Scene, groups: int, steps: int, seed: int = 0) -> Array:
+    """Seconds of each group of pipelines that wait for each other, (steps, groups); (1, groups) where all steps take
+    equally long. Each pipeline belongs to one, in their order."""
+    scene.validate()
+    counted = steps if scene.jitter else 1
+    what = f"{counted} steps of {scene.actors} actors are too many to simulate"
+    require(scene.actors * counted <= MOST, what, f"{max(1, MOST // scene.actors)} steps or less")
+    each = (np.concatenate(list(_blocks(scene, speeds))) for speeds in _factors(scene, seed))
+    taken = np.stack([next(each).reshape(groups, -1).max(axis=1) for _ in range(counted)])
+    return taken + scene.after
+
+
+class Picture(NamedTuple):
+    """step: of some pipelines, a case each. longest: seconds until the last of all is done with it."""
+
+    step: Timeline
+    longest: float
+
+
+def picture(scene: Scene, seed: int = 0, pipelines: int | None = None) -> Picture:
+    """The first step as `run` simulates it with this seed, of the first pipelines; None = of all."""
     scene.validate()
     speeds = next(_factors(scene, seed))
-    return timeline.simulate(*_shape(scene), _at(scene, speeds), scene.message)
+    step = timeline.simulate(*_shape(scene), _at(scene, speeds[:pipelines]), scene.message)
+    return Picture(step, _longest(scene, speeds))
 
 
 class _Count:
@@ -193,10 +217,13 @@ class _Count:
         self.failures.append(Failure(self._next, self.step, lost))
         self.again += lost
         self.now, self.step = self._next, self._saved
-        while True:
+        for failed in count():
             ready, self._next = self.now + self._of.restart, self._drawn()
             if self._next >= ready:
                 break
+            if failed == _HOPELESS:
+                what = f"a failure each {self._of.mtbf:.3g} s leaves no time for a restart of {self._of.restart:.3g} s"
+                raise JobError(what, fix="a faster restart, or fewer devices")
             self.failures.append(Failure(self._next, self.step, 0.0))
             self.restarted += self._next - self.now
             self.now = self._next
@@ -214,11 +241,15 @@ def _steps(scene: Scene, seed: int) -> Iterator[float]:
 
 
 def _longest(scene: Scene, speeds: Array) -> float:
-    """Of all pipelines, in blocks where they are many."""
+    """Of all pipelines."""
+    return max(float(part.max()) for part in _blocks(scene, speeds))
+
+
+def _blocks(scene: Scene, speeds: Array) -> Iterator[Array]:
+    """Seconds of all pipelines, some at a time where they are many."""
     operations = 4 * scene.micro_batches * scene.ranks * scene.chunks
     each = max(1, _CELLS // operations)
-    parts = (speeds[first : first + each] for first in range(0, len(speeds), each))
-    return max(float(_pipelines(scene, part).max()) for part in parts)
+    return (_pipelines(scene, speeds[first : first + each]) for first in range(0, len(speeds), each))
 
 
 def _factors(scene: Scene, seed: int) -> Iterator[Array]:

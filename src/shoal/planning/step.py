@@ -43,6 +43,17 @@ class _Stages(NamedTuple):
     all: Array
 
 
+class Passes(NamedTuple):
+    """Seconds of a micro-batch with what FSDP shows, (n,) each: of a block (with experts, where there are any), of one
+    of the leading ones without, and of output layer, loss and embedding."""
+
+    forward: Array
+    backward: Array
+    leading_forward: Array
+    leading_backward: Array
+    head: Array
+
+
 class Blocks(NamedTuple):
     """What a block takes, which no choice of pipeline, ZeRO or replicas changes, (n,) each. rates: of the devices.
     dense: of a block without experts. routed: of one with them, None where no candidate has any. head: seconds of
@@ -73,20 +84,11 @@ def cost(work: Work, constants: Constants, schedule: str = "1f1b", known: Blocks
     """schedule: of all candidates' pipelines, a name of `job.layout.SCHEDULES`; 1f1b is interleaved where a rank has
     several chunks. known: as `blocks` gives them."""
     known = known or blocks(work, constants)
-    rates, of_block = known.rates, known.dense
-    fsdp = _fsdp(work, constants, rates, of_block)
-    head = known.head + fsdp.head
-    layer = of_block.forward + of_block.backward + fsdp.forward + fsdp.backward
-    dearer = np.zeros(len(work))
-    if known.routed is not None:
-        # From here on a block is one with experts, where there are any, and the leading ones are so much dearer.
-        dense, some = layer, work.experts > 0
-        of_block = Cost(*(np.where(some, a, b) for a, b in zip(known.routed, of_block, strict=True)))
-        apart = _fsdp(work, constants, rates, of_block, routed=True)
-        fsdp = _Fsdp(*(np.where(some, a, b) for a, b in zip(apart, fsdp, strict=True)))
-        layer = of_block.forward + of_block.backward + fsdp.forward + fsdp.backward
-        dearer = np.where(some, dense - layer, 0.0)
-    stages = _stages(work, layer, dearer, head)
+    rates = known.rates
+    passed, of_block, fsdp = _passes(work, constants, known)
+    layer = passed.forward + passed.backward
+    dearer = passed.leading_forward + passed.leading_backward - layer
+    stages = _stages(work, layer, dearer, passed.head)
     batches = work.micro_batches
     steady = batches * stages.slowest
     bubble = np.where(work.pipeline > 1, _bubble(work, schedule, of_block, stages), 0.0)
@@ -107,6 +109,32 @@ def cost(work: Work, constants: Constants, schedule: str = "1f1b", known: Blocks
     seconds = steady + bubble + messages + data + optimizer
     parts["compute"] = seconds - sum(parts.values())
     return Step(seconds, parts)
+
+
+def gradients(work: Work, constants: Constants, known: Blocks, between: Rates) -> Array:
+    """Seconds of reducing gradients that show, as in `cost`, of replicas that share no node and are joined by links of
+    these rates."""
+    return _data(work, constants, known.rates, _passes(work, constants, known)[1], between)
+
+
+def passes(work: Work, constants: Constants, known: Blocks) -> Passes:
+    """What `cost` makes its stages of."""
+    return _passes(work, constants, known)[0]
+
+
+def _passes(work: Work, constants: Constants, known: Blocks) -> tuple[Passes, Cost, _Fsdp]:
+    """And what a block (with experts, where there are any) takes by itself, and what shows of FSDP in it."""
+    plain, fsdp = known.dense, _fsdp(work, constants, known.rates, known.dense)
+    head = known.head + fsdp.head
+    leading = plain.forward + fsdp.forward, plain.backward + fsdp.backward
+    if known.routed is None:
+        return Passes(*leading, *leading, head), plain, fsdp
+    some = work.experts > 0
+    of_block = Cost(*(np.where(some, a, b) for a, b in zip(known.routed, plain, strict=True)))
+    apart = _fsdp(work, constants, known.rates, of_block, routed=True)
+    fsdp = _Fsdp(*(np.where(some, a, b) for a, b in zip(apart, fsdp, strict=True)))
+    passed = Passes(of_block.forward + fsdp.forward, of_block.backward + fsdp.backward, *leading, head)
+    return passed, of_block, fsdp
 
 
 def _layers(work: Work) -> Array:
@@ -134,6 +162,8 @@ def _bubble(work: Work, schedule: str, of_block: Cost, stages: _Stages) -> Array
     gradients of inputs and of weights as dear as each other: of ZBV and DualPipeV an estimate; `timeline` simulates
     them."""
     waited = closed.bubble(work.chunks, stages.slowest, stages.all)
+    if schedule == "looped_bfs":
+        return waited + closed.around(work.pipeline, work.chunks, work.micro_batches, stages.slowest)
     if schedule not in _SPLIT:
         return waited
     forward = of_block.forward / np.maximum(of_block.forward + of_block.backward, 1e-30)
@@ -187,12 +217,18 @@ def _fsdp(work: Work, constants: Constants, rates: Rates, of_block: Cost, *, rou
 def _messages(work: Work, rates: Rates) -> Array:
     """Of a pipeline, on its critical path; of interleaved schedules that wait for what they send, all."""
     p, v, batches = work.pipeline, work.chunks, work.micro_batches
+    one = message(work, rates)
+    counted = np.where((v > 1) & (work.overlaps_messages == 0), 2 * v * batches, closed.messages(p, v, batches))
+    return np.where(p > 1, counted * one, 0.0)
+
+
+def message(work: Work, rates: Rates) -> Array:
+    """Seconds from one stage to the next, of a micro-batch, (n,)."""
     size = block.tokens(work) * work.hidden * 2
     split = np.where((work.shards > 0) | (work.tensor > 1), work.tensor, 1.0)
     gathered = np.where((work.tensor > 1) & (work.shards == 0), size / rates.link, 0.0)
-    one = size / split / rates.nic + HOP + gathered
-    counted = np.where((v > 1) & (work.overlaps_messages == 0), 2 * v * batches, closed.messages(p, v, batches))
-    return np.where(p > 1, counted * one, 0.0)
+    found: Array = size / split / rates.nic + HOP + gathered
+    return found
 
 
 def owned(work: Work) -> Array:
@@ -209,13 +245,13 @@ def owned_experts(work: Work) -> Array:
     return np.where(work.experts > 0, routed * work.experts / work.expert * work.expert_parameters, 0.0)
 
 
-def _data(work: Work, constants: Constants, rates: Rates, of_block: Cost) -> Array:
+def _data(work: Work, constants: Constants, rates: Rates, of_block: Cost, between: Rates | None = None) -> Array:
     """Reducing gradients once a step, gathering weights where ZeRO shares the optimizer (1) or gradients (2): what
     shows. ZeRO's sharers scatter and gather; replicas add up what each of these has, beside."""
     own, routed = owned(work), owned_experts(work)
-    reduced, gathered = _reduced(work, rates, own, work.sharers, work.tensor)
+    reduced, gathered = _reduced(work, rates, own, work.sharers, work.tensor, between)
     if (routed > 0).any():
-        parts = _reduced(work, rates, routed, work.expert_sharers, work.expert)
+        parts = _reduced(work, rates, routed, work.expert_sharers, work.expert, between)
         reduced, gathered = reduced + parts[0], gathered + parts[1]
     expose, most = constants.shared("expose") / 2, _layers(work)
     under = collectives.shown(reduced, most * of_block.backward, expose)
@@ -223,7 +259,9 @@ def _data(work: Work, constants: Constants, rates: Rates, of_block: Cost) -> Arr
     return np.where(work.overlaps_data > 0, under, reduced + gathered) * (reduced + gathered > 0)
 
 
-def _reduced(work: Work, rates: Rates, own: Array, sharers: Array, apart: Array) -> tuple[Array, Array]:
+def _reduced(
+    work: Work, rates: Rates, own: Array, sharers: Array, apart: Array, between: Rates | None
+) -> tuple[Array, Array]:
     """Seconds of reducing the gradients of `own` weights, and of the way back: gathering what is reduced, or weights.
     apart: ranks between two sharers."""
     shared = (work.stage_zero >= 1) & (work.stage_zero < 3)
@@ -237,7 +275,7 @@ def _reduced(work: Work, rates: Rates, own: Array, sharers: Array, apart: Array)
     scattered = often * collectives.scatter(own * work.gradient_bytes, spread, ring, hops)
     back = collectives.scatter(own * 2.0, spread, ring, hops)
 
-    replicas, ring, hops = across(work, rates)
+    replicas, ring, hops = across(work, rates) if between is None else across(work, between, apart=True)
     own = own / np.where(work.zero > 0, sharers, 1.0)
     there, again = (
         np.where(size > 0, collectives.scatter(own * size, replicas, ring, hops), 0.0)
@@ -247,15 +285,20 @@ def _reduced(work: Work, rates: Rates, own: Array, sharers: Array, apart: Array)
     return whole * (scattered + there), back + again
 
 
-def across(work: Work, rates: Rates) -> tuple[Array, Array, Array]:
+def across(work: Work, rates: Rates, apart: bool = False) -> tuple[Array, Array, Array]:
     """Of a ring of those ranks of all replicas that have the same weights: (how many, bytes/s of one, seconds of
-    latency)."""
+    latency). apart: not all are in one node, however few."""
+    replicas = np.where(work.zero > 0, work.data / work.fsdp, work.data)
+    inside = (work.tensor * work.context * work.data <= work.per_node) & (not apart)
+    ring = collectives.bus(rates, inside, members(work))
+    return replicas, ring, np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(work.data, 2)))
+
+
+def members(work: Work) -> Array:
+    """Ranks of such a ring that are in a node, where it is larger than that."""
     shared = (work.stage_zero >= 1) & (work.stage_zero < 3)
     same = np.maximum(1.0, np.floor(work.per_node / (work.tensor * work.context)))
-    replicas = np.where(work.zero > 0, work.data / work.fsdp, work.data)
-    inside = work.tensor * work.context * work.data <= work.per_node
-    ring = collectives.bus(rates, inside, np.minimum(np.where(shared, 1.0, same), work.data))
-    return replicas, ring, np.where(inside, CALL, 2 * HOP * np.log2(np.maximum(work.data, 2)))
+    return np.minimum(np.where(shared, 1.0, same), work.data)
 
 
 def _optimizer(work: Work, rates: Rates) -> Array:

@@ -24,6 +24,8 @@ _ADDED, _COPIED, _FED, _OUTER, _MET = 12.0, 20.0, 24.0, 190.0, 230.0
 _UPDATED = 28.0 + 8.0
 SERVER_MEMORY = 2 * 8 * 3.2e9
 """Bytes/s of a server's memory: two channels of DDR4-3200. Assumed: no cluster's description says it."""
+ASYNCHRONOUS = ("asp", "ssp")
+"""Modes of the server in which each worker's gradient is an update."""
 # Steps of a shadow that a shard keeps; messages of a push and a pull that wait for each other.
 _STEPS, _MESSAGES = 16, 4
 
@@ -56,7 +58,7 @@ def columns(question: Question, replicas: Array) -> dict[str, Array]:
 
 def staleness(question: Question, replicas: int) -> float:
     """Updates between a worker's pull and its push, expected of workers that are equally fast: one of each other."""
-    return replicas - 1.0 if question.sync.name == "server" and question.server.mode in ("asp", "ssp") else 0.0
+    return replicas - 1.0 if question.sync.name == "server" and question.server.mode in ASYNCHRONOUS else 0.0
 
 
 def exchanged(
@@ -93,7 +95,7 @@ def least(question: Question, rates: Rates) -> float:
 
 def _in_rounds(question: Question) -> bool:
     """Workers wait for each other."""
-    return question.server.mode not in ("asp", "ssp")
+    return question.server.mode not in ASYNCHRONOUS
 
 
 class _Way(NamedTuple):
@@ -149,6 +151,45 @@ def _met(way: _Way, before: Array, expose: float, question: Question) -> Array:
     return np.asarray((message + way.own * _MET / way.memory) / question.sync.every)
 
 
+class Turn(NamedTuple):
+    """Seconds of a worker's push and pull, (n,) each. coded: on the worker, coding and messages. own_there, own_back:
+    through the link of one of its ranks; there, back: through a server's. added: in a server's memory, of a gradient;
+    updated: of an update."""
+
+    coded: Array
+    own_there: Array
+    own_back: Array
+    there: Array
+    back: Array
+    added: Array
+    updated: Array
+
+
+def turn(work: Work, rates: Rates, question: Question, servers: float = 1.0) -> Turn:
+    """servers: how many times as fast as usual their memory is."""
+    return _turn(_way(work, rates, question), rates, question, servers)
+
+
+def _turn(way: _Way, rates: Rates, question: Question, servers: float) -> Turn:
+    codec, sync = codecs.of(question.sync.codec), question.sync
+    numbers, workers = question.shape.parameters / question.server.shards, way.replicas
+    # What is pulled: a step of the shadow for each update since; or all, where that is fewer bytes.
+    steps = np.where(_in_rounds(question), 1.0, workers)
+    written = np.where(steps > _STEPS, np.inf, steps * codec.size * way.cut)
+    pulled = np.minimum(4.0, written)
+    decoded = np.where(written < 4.0, steps * way.cut * (codec.decode + _ADDED), 0.0) * (codec != codecs.PLAIN)
+    fed = sync.feedback and codec != codecs.PLAIN
+    coded = way.own * (codec.encode + fed * (codec.decode + _FED) + decoded) / way.memory
+    there, back = (numbers * size / rates.nic + np.zeros(len(workers)) for size in (codec.size, pulled))
+    own_there, own_back = way.own * codec.size / rates.nic, way.own * pulled / rates.nic
+    shadow = (codec.encode + codec.decode + _ADDED) * (codec != codecs.PLAIN)
+    each = numbers / (SERVER_MEMORY * servers) + np.zeros(len(workers))
+    return Turn(
+        coded + _MESSAGES * HOP, own_there, own_back, there, back, each * (_ADDED + codec.decode),
+        each * (_UPDATED + shadow),
+    )  # fmt: skip
+
+
 def _served(way: _Way, before: Array, rates: Rates, question: Question, servers: float) -> Array:
     """All workers push to all shards, each shard's link as a device's between nodes.
 
@@ -156,24 +197,13 @@ def _served(way: _Way, before: Array, rates: Rates, question: Question, servers:
     own way, nor than what the busiest of servers' links and memory has to do for all of them (operational analysis:
     Denning and Buzen 1978; equal workers reach the larger of both).
     """
-    codec, sync, of_server = codecs.of(question.sync.codec), question.sync, question.server
-    waits = _in_rounds(question)
-    numbers, workers = question.shape.parameters / of_server.shards, way.replicas
-    # What is pulled: a step of the shadow for each update since; or all, where that is fewer bytes.
-    steps = np.where(waits, 1.0, workers)
-    written = np.where(steps > _STEPS, np.inf, steps * codec.size * way.cut)
-    pulled = np.minimum(4.0, written)
-    decoded = np.where(written < 4.0, steps * way.cut * (codec.decode + _ADDED), 0.0) * (codec != codecs.PLAIN)
-    fed = sync.feedback and codec != codecs.PLAIN
-    coded = way.own * (codec.encode + fed * (codec.decode + _FED) + decoded) / way.memory
-    there, back = numbers * codec.size / rates.nic, numbers * pulled / rates.nic
-    own_there, own_back = way.own * codec.size / rates.nic, way.own * pulled / rates.nic
+    of_server, waits, workers = question.server, _in_rounds(question), way.replicas
+    one = _turn(way, rates, question, servers)
     at_once = workers if waits else 1.0
-    shadow = (codec.encode + codec.decode + _ADDED) * (codec != codecs.PLAIN)
-    update = numbers * (at_once * (_ADDED + codec.decode) + _UPDATED + shadow) / (SERVER_MEMORY * servers)
-    way_there, way_back = np.maximum(own_there, at_once * there), np.maximum(own_back, at_once * back)
-    once = way_there + update + way_back + coded + _MESSAGES * HOP
+    update = at_once * one.added + one.updated
+    way_there, way_back = np.maximum(one.own_there, at_once * one.there), np.maximum(one.own_back, at_once * one.back)
+    once = way_there + update + way_back + one.coded
     cycle = before * of_server.local_steps + once
     if not waits:
-        cycle = np.maximum(cycle, workers * np.maximum(np.maximum(there, back), update))
+        cycle = np.maximum(cycle, workers * np.maximum(np.maximum(one.there, one.back), update))
     return np.asarray(cycle / of_server.local_steps - before)

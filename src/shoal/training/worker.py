@@ -37,11 +37,21 @@ from shoal.training.stop import Stop
 _AFTERWARDS = 8.0
 
 
-def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, command: list[str]) -> dict[str, Any]:
+def main(
+    seat: Seat,
+    *,
+    folder: str,
+    job: str,
+    prepared: str,
+    started: float,
+    command: list[str],
+    predict: Callable[[Job, str], tuple[float | None, str]] = lambda job, device: (None, ""),
+) -> dict[str, Any]:
     """Trains a job (TOML), from the newest checkpoint in `folder` if there is one. Returns figures of the run.
 
     prepared: folder of the token store. started: time.time() of the user's command; `train.minutes` counts from it.
-    command: the user's words, for the record.
+    command: the user's words, for the record. predict: of a job without `auto` and a device's name, the seconds of a
+    step, if they are known, and a sentence about them.
     """
     stop, run = Stop(), Path(folder)
     given = parse(job)
@@ -75,6 +85,9 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
             with _keeping_the_old(show.say):
                 folders.fill(run, parts.job, corpus)
             environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
+        predicted, sentence = predict(parts.job, device.name(ranks.device))
+        if sentence:
+            show.say(sentence)
         precision = parts.job.train.precision
         flops = flops_per_token(parts.job.model, parts.job.data.sequence_length)
         show.begin(loop.step, parts.job.train.steps, ranks.world, matmul_peak(ranks.device, precision), flops)
@@ -97,6 +110,7 @@ def main(seat: Seat, *, folder: str, job: str, prepared: str, started: float, co
             "device": device.name(ranks.device),
             "stopped_by": "" if finished else stop.signal or "another rank",
             "mfu_note": show.note,
+            "predicted": predicted,
         }
 
 

@@ -1,0 +1,116 @@
+"""A planned layout as what `simulation` runs: seconds of each stage, of a message, and of what ends a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from shoal.errors import JobError
+from shoal.job.check import require
+from shoal.job.layout import Layout
+from shoal.planning import candidates, constants, step, syncs
+from shoal.planning.asynchrony import Shared
+from shoal.planning.plan import Plan, Question
+from shoal.planning.search import SPARE, Space, Split
+from shoal.planning.simulation import Scene
+from shoal.planning.timeline import Seconds
+from shoal.planning.work import Array
+
+# Of three products of the output layer one is forward, one is of the gradient of what it took, one of its weights'.
+_PRODUCTS = 3
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A candidate, what is predicted of it, and the scene of its steps. fits: in memory, with a tenth to spare. shared:
+    where its replicas are workers that do not wait for each other: of a push and a pull; they are not in the scene."""
+
+    plan: Plan
+    scene: Scene
+    fits: bool
+    shared: Shared | None = None
+
+
+def staged(question: Question, layout: Layout, chunks: int = 0) -> Staged:
+    """Of a layout. Where it says no micro-batch, of the fastest one that fits. chunks: stages of a rank; 0 = as the
+    layout says. JobError where it is none that the question leaves open."""
+    where, pipeline = question.cluster, layout.pipeline > 1
+    _refuse(question)
+    require(len(where.pools) == 1, "clusters of several pools are not simulated yet", "one pool: h100x64")
+    what = f"layout={layout} has {layout.world} ranks, and {where.name} has {where.count} devices"
+    require(layout.world == where.count, what, f"degrees that multiply to {where.count}, or another --cluster")
+    chunks = (chunks or layout.stages_per_rank) if pipeline else 1
+    space, whole = Space(question), replace(layout, stages="")
+    sizes = [layout.micro_batch] if layout.micro_batch else candidates.divisors(question.global_batch)
+    tried = [replace(whole, micro_batch=size) for size in sizes if size <= candidates.MICRO]
+    found = [one for each in tried if (one := space.find(each, chunks)) is not None]
+    if not found:
+        raise JobError(
+            f"layout={layout} cannot be had by {question.shape.name} with {question.global_batch} sequences of "
+            f"{question.sequence:,} tokens a step, or is none that is predicted",
+            fix="one that `shoal plan` shows, or leave out --layout for the fastest; docs/layouts.md says what divides "
+            "what, docs/planning.md what is predicted",
+        )
+    best = min(found, key=lambda one: (not _fits(space, one), one.seconds))
+    plan, shared = space.plan(best), _shared(space, best)
+    return Staged(plan, _scene(space, best, plan, shared), _fits(space, best), shared)
+
+
+def _refuse(question: Question) -> None:
+    """JobError for syncs that are not simulated."""
+    sync, server = question.sync.name, question.server
+    fix = "allreduce, or server with bsp, asp or ssp; `shoal simulate --sync local --help`: replicas of a small job"
+    require(sync not in ("local", "gossip"), f"sync={sync} is not simulated on a cluster", fix)
+    if sync == "server":
+        require(server.mode != "quorum", "mode=quorum is not simulated on a cluster", fix)
+        what = f"server.max_staleness={server.max_staleness}: rejected gradients are not simulated on a cluster"
+        require(server.max_staleness < 0, what, "max_staleness = -1")
+
+
+def _fits(space: Space, one: Split) -> bool:
+    return one.total * SPARE <= space.pool.device.memory
+
+
+def _shared(space: Space, one: Split) -> Shared | None:
+    sync, server = space.question.sync, space.question.server
+    if sync.name != "server" or server.mode not in syncs.ASYNCHRONOUS:
+        return None
+    work, known = space.alone(one)
+    turn = syncs.turn(work, known.rates, space.question)
+    there, back, own_there, own_back = (
+        float(part[0]) for part in (turn.there, turn.back, turn.own_there, turn.own_back)
+    )
+    return Shared(there, float(turn.added[0] + turn.updated[0]), back, own_there, own_back, float(turn.coded[0]))
+
+
+def _scene(space: Space, one: Split, plan: Plan, shared: Shared | None) -> Scene:
+    work, known = space.alone(one)
+    layout = plan.layout
+    passes = step.passes(work, constants.load(), known)
+    synced = 0.0 if shared else plan.parts.get("sync", 0.0)
+    return Scene(
+        layout.schedule, layout.pipeline, plan.chunks, round(float(work.micro_batches[0])),
+        _stages(space.question, passes, layout.pipeline * plan.chunks),
+        message=float(step.message(work, known.rates)[0]) if layout.pipeline > 1 else 0.0,
+        pipelines=layout.replicas * layout.fsdp, devices=layout.context * layout.tensor,
+        exchange=plan.parts["data"] + synced, optimizer=plan.parts["optimizer"],
+    )  # fmt: skip
+
+
+def _stages(question: Question, passes: step.Passes, count: int) -> Seconds:
+    """Blocks fill stages from the first one on, as the prediction has it; the output layer is in the last. Gradients of
+    inputs and of weights take equally long (as `step` has it of schedules that compute them apart)."""
+    shape = question.shape
+    each = -(-shape.layers // count)
+    begins = np.minimum(np.arange(count + 1) * each, shape.layers)
+    leading = np.minimum(begins, shape.dense_layers if shape.experts else 0)
+    blocks, of_leading = np.diff(begins).astype(np.float64), np.diff(leading).astype(np.float64)
+    head = np.zeros(count)
+    head[-1] = float(passes.head[0]) / _PRODUCTS
+
+    def of(usual: Array, dense: Array) -> Array:
+        return (blocks - of_leading) * float(usual[0]) + of_leading * float(dense[0])
+
+    backward = of(passes.backward, passes.leading_backward) / 2
+    return Seconds(of(passes.forward, passes.leading_forward) + head, backward + head, backward + head)
