@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -56,8 +57,13 @@ def _fits_nowhere(question: Question) -> JobError:
     """Of several pools. What fits in one of them is said."""
     fitting = [name for name, plan in alone(question) if plan is not None]
     fix = f"pool {fitting[0]} alone: it fits there" if fitting else "plan for one pool: its answer says what would do"
-    what = f"{question.shape.name} fits in no layout that replicas of all pools of {question.cluster.name} can share"
-    return JobError(what, fix=fix)
+    where = question.cluster
+    common = math.gcd(*(pool.count for pool in where.pools))
+    what = (
+        f"{question.shape.name} fits in no layout that replicas of all pools of {where.name} can share, with {common} "
+    )
+    what += f"rank{'s' * (common > 1)} or a divisor of them"
+    return JobError(what, fix=f"{fix}; or numbers of devices that have a larger divisor in common")
 
 
 def _refused(job: Job, plan: Plan) -> JobError | None:

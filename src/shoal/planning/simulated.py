@@ -109,7 +109,9 @@ def _while(seconds: float) -> str:
 
 
 def _table(outcome: Outcome) -> Sequence[str]:
-    parts = [(_NAMED[name], seconds) for name, seconds in outcome.parts.items() if seconds or name == "work"]
+    # What is left of sums that cancel is nothing.
+    least = 1e-9 * outcome.seconds
+    parts = [(_NAMED[name], seconds) for name, seconds in outcome.parts.items() if seconds > least]
     rows = [(name, _while(seconds), f"{percent(seconds / outcome.seconds)}") for name, seconds in parts]
     rows.append(("together", _while(outcome.seconds), "100.0 %"))
     widths = [max(len(row[n]) for row in rows) for n in range(3)]
