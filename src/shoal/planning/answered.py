@@ -59,10 +59,8 @@ def _fits_nowhere(question: Question) -> JobError:
     fix = f"pool {fitting[0]} alone: it fits there" if fitting else "plan for one pool: its answer says what would do"
     where = question.cluster
     common = math.gcd(*(pool.count for pool in where.pools))
-    what = (
-        f"{question.shape.name} fits in no layout that replicas of all pools of {where.name} can share, with {common} "
-    )
-    what += f"rank{'s' * (common > 1)} or a divisor of them"
+    ranks = "one rank" if common == 1 else f"{common} ranks, or a divisor of them"
+    what = f"{question.shape.name} fits in no layout that replicas of all pools of {where.name} can share, of {ranks}"
     return JobError(what, fix=f"{fix}; or numbers of devices that have a larger divisor in common")
 
 
