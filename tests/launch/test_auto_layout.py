@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shoal import device
+from shoal.errors import LayoutError
 from shoal.job import Job, Layout
 from shoal.launch import auto_layout
 from shoal.observe import machine as this
+from shoal.observe.units import short
 from shoal.planning import entry, local
 from tests.planning.test_local import JOB, line, machine, precision
 
@@ -51,6 +54,25 @@ def test_the_fastest_of_all_that_are_known(latency):
         other = local.predict(replace(JOB, layout=Layout.parse(text)), known).seconds
         assert best <= other * 1.0051
     assert "a step predicted; next " in said
+
+
+def test_the_next_one_and_why_it_lost():
+    """Exchanges of a second each: whoever has fewest comes next, and has nothing but them against it."""
+    known = calibrated(exchanges={name: line(1.0) for name in entry.EXCHANGES})
+    steps = {}
+    for layout in auto_layout.layouts([1, 2, 4]):
+        with contextlib.suppress(LayoutError):  # a pipeline with fsdp is not predicted
+            steps[layout] = local.predict(replace(JOB, layout=layout), known)
+    best = steps.pop(Layout())
+    second = min(steps, key=lambda layout: steps[layout].seconds)
+    lost = steps[second].parts["exchange"] - best.parts["exchange"]
+    assert chosen()[1].endswith(f", which spends {short(lost)} more on exchanges")
+    calibrated()
+    assert chosen()[1].endswith(", about the same")
+
+
+def test_every_part_of_a_step_has_a_name():
+    assert set(auto_layout._CALLED) == set(local.PARTS)
 
 
 def test_without_an_entry_one_replica_for_each_core():

@@ -120,6 +120,16 @@ def test_text_has_the_figures_and_is_escaped(tmp_path):
         assert text in shown.text, text
 
 
+def test_predicted_beside_measured_and_memory(tmp_path):
+    before = page(run_folder(tmp_path, [row(1)])).text
+    assert "step, predicted" not in before
+    assert "GiB at most" not in before
+    result.write(tmp_path, replace(RESULT, step_seconds=0.25, predicted_step_seconds=0.2, memory_gib=1.25))
+    after = page(tmp_path).text
+    assert "200 ms, 20 % less than measured, by what shoal calibrate had found" in after
+    assert "1.25 GiB at most, of the fullest rank" in after
+
+
 def test_a_run_that_goes_on_is_not_finished(tmp_path):
     """It was resumed a moment ago and has no step of its own yet."""
     run_folder(tmp_path, [row(1), row(2), row(3)])

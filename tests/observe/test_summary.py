@@ -40,6 +40,11 @@ def test_predicted_beside_measured():
     assert said(replace(RESULT, step_seconds=0.25, predicted_step_seconds=0.3))["a"].endswith("predicted, 20 % more")
 
 
+def test_memory():
+    assert "memory" not in said(RESULT)
+    assert said(replace(RESULT, memory_gib=0.625))["memory"] == "0.62 GiB at most, of the fullest rank"
+
+
 def test_one_of_each():
     found = said(replace(RESULT, steps=1, tokens=1, devices=1))
     assert found["speed"].startswith("2,000 tokens/s on 1 device,")

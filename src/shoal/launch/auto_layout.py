@@ -11,11 +11,18 @@ from shoal.launch.cores import cores, has_driver
 from shoal.observe import machine
 from shoal.observe.units import counted, short
 from shoal.planning import answered, asked, cluster, devices, entry, local
+from shoal.planning.local import Predicted
 from shoal.planning.plan import why
 
 _MOST_CPU_RANKS = 8
 # Layouts that differ by less are equal, and the simpler one is taken.
 _EQUAL = 0.005
+# What the parts of a step (local.PARTS) are called in a sentence.
+_CALLED = {
+    "products": "matrix products", "attention": "attention", "elements": "operations of each number by itself",
+    "launch": "Python between operations", "exchange": "exchanges", "update": "the update",
+    "bubble": "waiting for the pipeline",
+}  # fmt: skip
 
 
 def choose(job: Job, say: Callable[[str], None]) -> Layout:
@@ -44,23 +51,33 @@ def _measured(job: Job, most: int) -> tuple[Layout, str]:
     # As a run decides it where nothing is gained by anything else.
     train = replace(job.train, compile="off" if job.train.compile == "auto" else job.train.compile)
     train = replace(train, precision="fp32" if train.precision == "auto" else train.precision)
-    found: list[tuple[float, int, Layout]] = []
+    found: list[tuple[Predicted, int, Layout]] = []
     refused: ShoalError | None = None
     for layout in layouts([side.ranks for side in known.sides if side.ranks <= most]):
         try:
-            seconds = local.predict(replace(job, train=train, layout=layout), known).seconds
+            step = local.predict(replace(job, train=train, layout=layout), known)
         except ShoalError as error:
             refused = refused or error
         else:
-            found.append((seconds, _axes(layout), layout))
+            found.append((step, _axes(layout), layout))
     if not found:
         raise refused or JobError("none fits this machine")
-    least = min(seconds for seconds, _, _ in found)
-    best = min((one for one in found if one[0] <= least * (1 + _EQUAL)), key=lambda one: (one[1], one[0]))
-    rest = min((one for one in found if one is not best), default=None, key=lambda one: one[0])
-    after = f"; next {rest[2]} with {short(rest[0])}" if rest else ""
+    least = min(step.seconds for step, _, _ in found)
+    equal = (one for one in found if one[0].seconds <= least * (1 + _EQUAL))
+    best = min(equal, key=lambda one: (one[1], one[0].seconds))
+    rest = min((one for one in found if one is not best), default=None, key=lambda one: one[0].seconds)
+    after = f"; next {rest[2]} with {short(rest[0].seconds)}{_because(best[0], rest[0])}" if rest else ""
     of = f"of {counted(len(found), 'layout')} that the machine's entry knows the fastest"
-    return best[2], f"{of}, {short(best[0])} a step predicted{after}"
+    return best[2], f"{of}, {short(best[0].seconds)} a step predicted{after}"
+
+
+def _because(first: Predicted, second: Predicted) -> str:
+    """The part of a step on which the second spends most more, or that the first was taken as the simpler of equals."""
+    if second.seconds <= first.seconds * (1 + _EQUAL):
+        return ", about the same"
+    more = {name: second.parts[name] - first.parts[name] for name in local.PARTS}
+    part = max(more, key=lambda name: more[name])
+    return f", which spends {short(more[part])} more on {_CALLED[part]}"
 
 
 def layouts(worlds: list[int]) -> Iterator[Layout]:

@@ -19,6 +19,7 @@ from shoal.observe.exchange import exchange
 from shoal.observe.hold import held
 from shoal.observe.log import Log, tail
 from shoal.observe.result import Result
+from shoal.observe.summary import off
 from shoal.observe.units import counted, duration, number, percent, short
 from shoal.observe.waiting import waiting_charts
 
@@ -126,7 +127,12 @@ def _run_rows(folder: Path, job: Job | None, rows: Rows, done: Result | None) ->
         found.append(("last command", f"{duration(done.seconds)} to the end of its last step"))
     found.append(("step", _step(rows)))
     if done and done.predicted_step_seconds:
-        found.append(("step, predicted", f"{short(done.predicted_step_seconds)}, by shoal calibrate's measurements"))
+        far = off(done.predicted_step_seconds, done.step_seconds) if done.step_seconds else ""
+        beside = f"{far} than measured" if far else ""
+        told = f"{short(done.predicted_step_seconds)}{beside}, by what shoal calibrate had found"
+        found.append(("step, predicted", told))
+    if done and done.memory_gib:
+        found.append(("memory", f"{done.memory_gib:.2f} GiB at most, of the fullest rank"))
     found += exchange(job, rows)
     if done and done.mfu_note:
         found.append(("MFU", done.mfu_note))

@@ -21,8 +21,10 @@ def lines(result: Result) -> list[str]:
     )
     if result.predicted_step_seconds and result.step_seconds:
         measured, predicted = result.step_seconds, result.predicted_step_seconds
-        off = _off(predicted, measured)
-        out.append(f"a step       {short(measured)} in the median; {short(predicted)} were predicted{off}")
+        expected = f"{short(predicted)} were predicted{off(predicted, measured)}"
+        out.append(f"a step       {short(measured)} in the median; {expected}")
+    if result.memory_gib:
+        out.append(f"memory       {result.memory_gib:.2f} GiB at most, of the fullest rank")
     # Steps and tokens are those of the whole run, the time is that of this start.
     done = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')}"
     out.append(f"length       {done}; this command took {duration(result.seconds)}")
@@ -37,8 +39,8 @@ def lines(result: Result) -> list[str]:
     return out
 
 
-def _off(predicted: float, measured: float) -> str:
-    """`, 4 % less`."""
+def off(predicted: float, measured: float) -> str:
+    """`, 4 % less`; empty where they are the same to a percent."""
     share = round(100 * (predicted / measured - 1))
     return f", {abs(share)} % {'more' if share > 0 else 'less'}" if share else ""
 
