@@ -35,7 +35,8 @@ def _seconds(rng, stages):
 
 
 def _slowly(case, taken, message, waits):
-    """Makespan of the first case: every start is put off until nothing starts too early any more."""
+    """Makespan of the first case: every start is put off until nothing starts too early any more. message: of each
+    boundary between two stages."""
     name, ranks, chunks, _ = case
     orders = schedules.orders(*case)
     layout = Layout(pipeline=ranks, schedule=name, stages="+".join("1" * (ranks * chunks)))
@@ -50,13 +51,14 @@ def _slowly(case, taken, message, waits):
         if previous is not None:
             to = previous.stage + (1 if previous.kind == FORWARD else -1)
             sends = previous.kind != WEIGHT and to in home and home[to] != home[previous.stage]
-            found = end(previous) + (message if waits and sends else 0.0)
+            found = end(previous) + (message[min(previous.stage, to)] if waits and sends else 0.0)
         came = {FORWARD: (FORWARD, -1), BACKWARD: (None, 1), INPUT: (None, 1)}.get(one.kind)
         if came and one.stage + came[1] in home:
             kinds = (FORWARD,) if came[0] == FORWARD else (BACKWARD, INPUT)
             stage = one.stage + came[1]
             source = next(s for kind in kinds if (s := one._replace(kind=kind, stage=stage)) in start)
-            found = max(found, end(source) + (message if home[stage] != home[one.stage] else 0.0))
+            crosses = home[stage] != home[one.stage]
+            found = max(found, end(source) + (message[min(stage, one.stage)] if crosses else 0.0))
         return found
 
     def end(one):
@@ -77,8 +79,11 @@ def _slowly(case, taken, message, waits):
 def test_the_longest_path_is_found(drawn, message, waits):
     case, rng = drawn
     taken = Seconds(*rng.uniform(0.2, 2.0, (3, 2, case[1] * case[2])))
-    found = simulate(*case, taken, message, waits)
-    assert found.seconds[0] == pytest.approx(_slowly(case, taken, message, waits), rel=1e-12)
+    each = message * rng.uniform(0.5, 2.0, (2, case[1] * case[2] - 1))
+    found = simulate(*case, taken, each, waits)
+    assert found.seconds[0] == pytest.approx(_slowly(case, taken, each[0], waits), rel=1e-12)
+    alike = simulate(*case, taken, message, waits).seconds
+    assert (simulate(*case, taken, np.full_like(each, message), waits).seconds == alike).all()
 
 
 @settings(max_examples=30, deadline=None)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from shoal.errors import JobError
 from shoal.job import Job
-from shoal.planning import show, uneven, unfit, whatif
+from shoal.planning import show, spanning, uneven, unfit, whatif
 from shoal.planning.cluster import Cluster
 from shoal.planning.plan import Answer, Plan, Question
 from shoal.planning.search import search
@@ -21,7 +21,7 @@ def plans(question: Question, best: int, job: Job | None = None) -> Answer:
     """At most `best` of them, and one at least. JobError where no layout fits, with what would make one fit; or where
     the job's own options refuse all that do."""
     several = len(question.cluster.pools) > 1
-    found = (uneven.search if several else search)(question, best=best * _SPARE if job else best)
+    found = (_of_pools if several else search)(question, best=best * _SPARE if job else best)
     if several and not found.plans:
         raise _fits_nowhere(question)
     if not found.plans:
@@ -39,6 +39,14 @@ def plans(question: Question, best: int, job: Job | None = None) -> Answer:
         assert refused[0] is not None
         raise JobError(f"the job refuses the layouts that fit: {refused[0].what}", fix=refused[0].fix)
     return replace(found, plans=kept[:best])
+
+
+def _of_pools(question: Question, best: int) -> Answer:
+    """Replicas with shares by speed, and pipelines through all pools, together."""
+    each, through = uneven.search(question, best), spanning.search(question, best)
+    plans = sorted((*each.plans, *through.plans), key=lambda plan: plan.seconds)
+    seconds, candidates = each.seconds + through.seconds, each.candidates + through.candidates
+    return Answer(tuple(plans[:best]), seconds, candidates, each.compared + through.compared, None)
 
 
 def alone(question: Question, job: Job | None = None) -> list[tuple[str, Plan | None]]:
@@ -60,7 +68,10 @@ def _fits_nowhere(question: Question) -> JobError:
     where = question.cluster
     common = math.gcd(*(pool.count for pool in where.pools))
     ranks = "one rank" if common == 1 else f"{common} ranks, or a divisor of them"
-    what = f"{question.shape.name} fits in no layout that replicas of all pools of {where.name} can share, of {ranks}"
+    what = (
+        f"{question.shape.name} fits in no layout that replicas of all pools of {where.name} can share, of {ranks}, "
+        "and in no pipeline through all of them"
+    )
     return JobError(what, fix=f"{fix}; or numbers of devices that have a larger divisor in common")
 
 

@@ -41,6 +41,7 @@ class Plan:
     device waits for its pipeline, and for communication. limit: what the step's time is limited by. cost: of all
     devices for 1e9 tokens, in the cluster's currency; None without a price. days: to the token target; None without.
     Both as if nothing failed (`failures` says what it takes). staleness: updates between a worker's pull and its push.
+    along: of a pipeline through several pools their names in its order, and of each its ranks of the pipeline.
     """
 
     layout: Layout
@@ -60,6 +61,7 @@ class Plan:
     cost: float | None
     days: float | None
     staleness: float = 0.0
+    along: tuple[tuple[str, int], ...] = ()
 
     @property
     def total(self) -> float:

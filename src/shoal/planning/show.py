@@ -175,14 +175,7 @@ def _mfu(question: Question, plan: Plan) -> str:
 
 def pools(question: Question, plan: Plan, alone: Sequence[tuple[str, Plan | None]]) -> str:
     """Of a plan on several pools: who computes how much, and whether each pool by itself would do better."""
-    of_pools = uneven.shares(question, plan)
-    whole = sum(sum(shares) for _, shares in of_pools)
-    lines, first = [], 0
-    for pool, shares in of_pools:
-        last = first + len(shares) - 1
-        numbered = f"replicas {first} to {last}" if last > first else f"replica {first}"
-        lines.append(f"pool {pool.name}: {numbered}, {100 * sum(shares) / whole:.1f} % of the batch")
-        first = last + 1
+    lines = _stages(plan) if plan.along else _shares(question, plan)
     for name, one in alone:
         told = "nothing fits" if one is None else f"{_seconds(one.seconds)} a step, {layout_of(one.layout)}"
         lines.append(f"pool {name} alone: {told}")
@@ -194,6 +187,31 @@ def pools(question: Question, plan: Plan, alone: Sequence[tuple[str, Plan | None
     gain = f"Together they are {times:.2f} times as fast as {name} alone."
     worse = f"Take {name} alone: together they are slower, {times:.2f} times as fast."
     return "\n".join([*lines, gain if times > 1 else worse])
+
+
+def _stages(plan: Plan) -> list[str]:
+    """Of a pipeline through several pools."""
+    lines, first, blocks = [], 0, plan.layout.blocks_per_stage
+    of = "the pipeline" if plan.layout.replicas == 1 else "each replica's pipeline"
+    for name, ranks in plan.along:
+        last = first + ranks - 1
+        numbered = f"ranks {first} to {last}" if last > first else f"rank {first}"
+        lines.append(f"pool {name}: {numbered} of {of}, {sum(blocks[first : last + 1])} of {sum(blocks)} blocks")
+        first = last + 1
+    return lines
+
+
+def _shares(question: Question, plan: Plan) -> list[str]:
+    """Of replicas that each lie in one pool."""
+    of_pools = uneven.shares(question, plan)
+    whole = sum(sum(shares) for _, shares in of_pools)
+    lines, first = [], 0
+    for pool, shares in of_pools:
+        last = first + len(shares) - 1
+        numbered = f"replicas {first} to {last}" if last > first else f"replica {first}"
+        lines.append(f"pool {pool.name}: {numbered}, {100 * sum(shares) / whole:.1f} % of the batch")
+        first = last + 1
+    return lines
 
 
 def explained(plan: Plan, number: int) -> str:
@@ -248,7 +266,7 @@ def _plan(plan: Plan, failing: failures.Expected | None) -> dict[str, Any]:
         "high_seconds": plan.high, "tokens_per_second": plan.tokens_per_second,
         "tokens_per_second_per_device": plan.per_device, "mfu": plan.mfu, "memory_gib": plan.total / _GIB,
         "capacity_gib": plan.capacity / _GIB, "margin": 1 - plan.total / plan.capacity, "bubble": plan.bubble,
-        "exposed": plan.exposed, "limit": plan.limit, "staleness": plan.staleness,
+        "exposed": plan.exposed, "limit": plan.limit, "staleness": plan.staleness, "along": dict(plan.along),
         "cost_per_1e9_tokens": plan.cost, "days": plan.days,
         "cost_per_1e9_tokens_with_failures": None if failing is None else failing.cost(plan),
         "days_with_failures": None if failing is None else failing.days(plan),

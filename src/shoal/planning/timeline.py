@@ -53,6 +53,10 @@ class _Graph:
     """Whether that comes from another rank."""
     sends: Flags
     """Whether what comes before on the rank sends its result to another one."""
+    comes: Index
+    """Over which boundary what it takes comes: 0 between the first two stages."""
+    goes: Index
+    """Over which what comes before on the rank sends its result."""
     levels: tuple[int, ...]
     """Where each begins; and o."""
 
@@ -103,17 +107,17 @@ def simulate(
     message: Array | float = 0.0,
     waits: bool = False,
 ) -> Timeline:
-    """message: seconds from the end of an operation until another rank has its result, of all cases or (n,). waits:
-    whether the sender computes nothing meanwhile.
+    """message: seconds from the end of an operation until another rank has its result, of all cases or (n,); or of each
+    boundary between two stages, (n, stages - 1). waits: whether the sender computes nothing meanwhile.
 
     Raises LayoutError where the schedule cannot run so many chunks or micro-batches.
     """
     graph = _graph(schedule, ranks, chunks, micro_batches)
-    count, taken_ON, message_N = len(graph.rank), _taken(graph, taken), np.atleast_1d(np.asarray(message, np.float64))
-    (cases,) = np.broadcast_shapes(taken_ON.shape[1:], message_N.shape)
+    count, taken_ON = len(graph.rank), _taken(graph, taken)
+    late_ON = graph.crosses[:, None] * _over(graph.comes, message)
+    held_ON = graph.sends[:, None] * _over(graph.goes, message) if waits else None
+    (cases,) = np.broadcast_shapes(taken_ON.shape[1:], late_ON.shape[1:])
     start, end = np.zeros((count, cases)), np.zeros((count + 1, cases))
-    late_ON = graph.crosses[:, None] * message_N
-    held_ON = graph.sends[:, None] * message_N if waits else None
     for first, last in zip(graph.levels, graph.levels[1:], strict=False):
         free = end[graph.before[first:last]]
         if held_ON is not None:
@@ -146,6 +150,12 @@ def seconds(
     return found
 
 
+def _over(boundary: Index, message: Array | float) -> Array:
+    """Of each operation in each case, (o, n) or (1, n)."""
+    message = np.atleast_1d(np.asarray(message, dtype=np.float64))
+    return message[None] if message.ndim == 1 else message.T[np.clip(boundary, 0, message.shape[1] - 1)]
+
+
 def _taken(graph: _Graph, seconds: Seconds) -> Array:
     """Of each operation in each case, (o, n)."""
     forward, backward, weight = (np.atleast_2d(np.asarray(part, dtype=np.float64)) for part in seconds)
@@ -174,7 +184,12 @@ def _graph(schedule: str, ranks: int, chunks: int, micro_batches: int) -> _Graph
     begins = np.searchsorted(level, np.arange(level[-1] + 2))
     rank = np.array([one.rank for one in placed])
     kind, stage, micro_batch = np.array([one.operation for one in placed]).T
-    return _Graph(rank, kind, stage, micro_batch, before, needs, crosses, goes[before], tuple(begins.tolist()))
+    forward = kind == FORWARD
+    sent = np.append(stage - ~forward, 0)[before]
+    levels = tuple(begins.tolist())
+    return _Graph(
+        rank, kind, stage, micro_batch, before, needs, crosses, goes[before], stage - forward, sent, levels
+    )  # fmt: skip
 
 
 class _Placed(NamedTuple):
