@@ -1,10 +1,10 @@
-"""Predicted against measured seconds of a step on this machine, for models in layouts on 1, 2 and 4 processes.
+"""Predicted against measured seconds and memory of steps on this machine, of models in layouts on 1, 2, 4 processes.
 
     python benchmarks/local_plan.py [--entry FILE] [--steps 10] [--size usual] [--format json]
 
 `shoal calibrate` comes first, on the machine at rest. Each pair is built anew as `shoal train` builds it and takes
-steps on random tokens; the median of all but the first two counts, of the slowest rank. Pairs of 4 processes are
-reported apart: on fewer cores they wait for each other.
+steps on random tokens; the median of all but the first two counts, of the slowest rank. Memory: most that a process
+has had, of the fullest rank. Pairs of 4 processes are reported apart: on fewer cores they wait for each other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from shoal.job.optim import OptimOptions
 from shoal.job.train import TrainOptions
 from shoal.launch.cores import threads_per_rank
 from shoal.launch.pool import Pool
-from shoal.planning import entry, local
+from shoal.planning import entry, kept, local
 
 # Name -> hidden size, width of the feed-forward, blocks, heads, words, sequence length, sequences of a step.
 MODELS = {
@@ -69,8 +69,9 @@ def pairs(size: str) -> list[tuple[str, str, str]]:
     return [*found, ("usual", "replicas=1", "bf16"), ("usual", "replicas=2", "bf16")]
 
 
-def steps(seat: Any, job: str, number: int) -> list[float]:
-    """Seconds of each step, of the slowest rank."""
+def steps(seat: Any, job: str, number: int) -> dict[str, Any]:
+    """seconds: of each step, of the slowest rank. resident, memory: bytes, of the fullest rank, before anything is
+    built, and at most."""
     import torch
 
     from shoal import device, mesh
@@ -82,6 +83,7 @@ def steps(seat: Any, job: str, number: int) -> list[float]:
     assert what.layout is not None
     with mesh.build(what.layout, seat, timeout=120) as ranks:
         device.keep_memory(ranks.device, gathering=what.layout.sharers > 1)
+        resident = device.resident(ranks.device)
         parts = assemble(what, ranks)
         sequences, length = what.train.global_batch // what.layout.readers, what.data.sequence_length
         tokens_BL, labels_BL = (torch.randint(what.model.vocab_size, (sequences, length)) for _ in range(2))
@@ -98,37 +100,44 @@ def steps(seat: Any, job: str, number: int) -> list[float]:
             parts.sync.end(parts.replica.gradients(micro_batches(batch, what.layout.micro_batch), parts.objective))
             device.synchronize(ranks.device)
             taken.append(ranks.largest(time.perf_counter() - start))
-        return taken[2:]
+        memory = ranks.largest(device.memory_peak(ranks.device))
+        return {"seconds": taken[2:], "resident": ranks.largest(resident), "memory": memory}
 
 
 def measure(path: Path, size: str, number: int) -> dict[str, Any]:
     known = entry.read(path)
     rows: list[dict[str, Any]] = []
-    with Pool(1) as pool:
-        for model, layout, precision in pairs(size):
-            job = job_of(model, layout, precision)
-            assert job.layout is not None
-            world = job.layout.world
-            predicted = local.predict(job, known)
-            threads = threads_per_rank(0, world)
-            taken = pool.run("benchmarks.local_plan:steps", world, threads=threads, job=write(job), number=number)[0]
-            measured = median(taken)
-            row: dict[str, Any] = {"model": model, "layout": layout, "precision": precision, "processes": world}
-            row |= {"predicted": predicted.seconds, "measured": measured, "error": predicted.seconds / measured - 1}
-            rows.append(row | {"parts": dict(predicted.parts)})
-            print(table(rows[-1]), file=sys.stderr, flush=True)
+    for model, layout, precision in pairs(size):
+        job = job_of(model, layout, precision)
+        assert job.layout is not None
+        world, predicted = job.layout.world, local.predict(job, known)
+        # Processes that have done nothing yet: the most that one has had is of all that it has done.
+        with Pool(world) as pool:
+            how = {"threads": threads_per_rank(0, world), "job": write(job), "number": number}
+            taken = pool.run("benchmarks.local_plan:steps", world, **how)[0]
+        measured = median(taken["seconds"])
+        row: dict[str, Any] = {"model": model, "layout": layout, "precision": precision, "processes": world}
+        row |= {"predicted": predicted.seconds, "measured": measured, "error": predicted.seconds / measured - 1}
+        of_memory = kept.predict(job, taken["resident"])
+        row |= {"memory_predicted": sum(of_memory.values()), "memory_measured": taken["memory"]}
+        row["memory_error"] = row["memory_predicted"] / row["memory_measured"] - 1
+        rows.append(row | {"parts": dict(predicted.parts), "parts_bytes": of_memory})
+        print(table(rows[-1]), file=sys.stderr, flush=True)
     few = [abs(row["error"]) for row in rows if row["processes"] <= 2]
     many = [abs(row["error"]) for row in rows if row["processes"] > 2]
     return {
         "entry": str(path), "date": known.date, "pairs": len(few), "median": median(few),
-        "median_of_4": median(many) if many else None, "rows": rows,
+        "median_of_4": median(many) if many else None,
+        "memory_median": median(abs(row["memory_error"]) for row in rows), "rows": rows,
     }  # fmt: skip
 
 
 def table(row: dict[str, Any]) -> str:
     return (
         f"{row['model']:<6} {row['layout']:<28} {row['precision']} predicted {1e3 * row['predicted']:8.1f} ms   "
-        f"measured {1e3 * row['measured']:8.1f} ms   {row['error']:+.0%}"
+        f"measured {1e3 * row['measured']:8.1f} ms   {row['error']:+.0%}   "
+        f"memory {row['memory_predicted'] / 2**20:6.0f} MiB   {row['memory_measured'] / 2**20:6.0f} MiB   "
+        f"{row['memory_error']:+.0%}"
     )
 
 
@@ -143,7 +152,10 @@ def main() -> None:
     if asked.format == "json":
         print(json.dumps(found))
     else:
-        print(f"{found['pairs']} pairs on 1 and 2 processes: median error {found['median']:.1%}")
+        print(
+            f"{found['pairs']} pairs on 1 and 2 processes: median error {found['median']:.1%}; "
+            f"memory of all {len(found['rows'])}: {found['memory_median']:.1%}"
+        )
 
 
 if __name__ == "__main__":

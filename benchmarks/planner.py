@@ -32,12 +32,14 @@ from shoal.errors import ShoalError
 from shoal.planning import constants, fit, memory, published, score, step
 from shoal.planning.published import Filled, Published
 
-RERUN, FITTED = "rerun", "fitted"
+RERUN, FITTED, EXPERTS = "rerun", "fitted", "moe"
 
 
 def class_of(rows: Published, which: np.ndarray, fitted_devices: set[str]) -> str:
     """What kind of table it is, by most of its rows."""
     work = rows.work.take(which)
+    if (work.experts > 0).all():
+        return EXPERTS
     if np.mean([name.partition("-")[0] not in fitted_devices for name in work.device]) > 0.5:
         return "unseen device"
     if work.low.mean() > 0.5:
@@ -97,7 +99,8 @@ def scored(asked: argparse.Namespace) -> tuple[dict[str, Any], list[dict[str, An
             used = np.array([same in there_too for same in rows.same], dtype=bool) & of_table
         predicted[of_table] = step.cost(rows.work.take(of_table), constants_).seconds * factor
         wide = score.spread(rows, devices, bool(asked.calibrate))
-        for which, kind in ((of_table & ~again & ~used, ""), (of_table & again & ~used, RERUN)):
+        left, routed = of_table & ~used, rows.work.experts > 0
+        for which, kind in ((left & ~again & ~routed, ""), (left & ~again & routed, ""), (left & again, RERUN)):
             if not which.any():
                 continue
             kind = kind or (FITTED if own and not asked.leave_one_out else class_of(rows, which, devices))

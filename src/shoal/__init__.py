@@ -19,6 +19,7 @@ _HOME = {
     "Layout": "shoal.job",
     "ShoalError": "shoal.errors",
     "train": "shoal.launch.train",
+    "plan": "shoal.planning.answered",
     "check": "shoal.launch.check",
     "load": "shoal.serving.load",
     "generate": "shoal.launch.generate",
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
     from shoal.launch.generate import generate
     from shoal.launch.parallelize import parallelize
     from shoal.launch.train import train
+    from shoal.planning.answered import plan
     from shoal.serving.load import load
 
-__all__ = ["Job", "Layout", "ShoalError", "check", "generate", "load", "parallelize", "train"]
+__all__ = ["Job", "Layout", "ShoalError", "check", "generate", "load", "parallelize", "plan", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.launch import predicted
-from shoal.planning import entry, local
+from shoal.planning import entry, kept, local
 from tests.planning.test_local import JOB, in_layout, machine, precision
 
 
@@ -27,6 +27,17 @@ def test_seconds_are_those_of_the_entry(known):
     seconds, said = predicted.step(job, known.device)
     assert seconds == local.predict(job, known).seconds > 0
     assert said.endswith("predicted, by what `shoal calibrate` measured on 2026-11-23")
+
+
+def test_memory_is_predicted_where_a_rank_computes_itself(known):
+    job = in_layout("replicas=2")
+    figures, said = predicted.of_run(job, known.device, 2.0**28)
+    assert figures["predicted_step_seconds"] == predicted.step(job, known.device)[0]
+    assert figures["predicted_memory_gib"] * 2**30 == sum(kept.predict(job, 2.0**28).values())
+    assert said.endswith(f"memory of the fullest rank: {figures['predicted_memory_gib']:.2f} GiB predicted")
+    assert predicted.of_run(job, known.device, 0)[0].keys() == {"predicted_step_seconds"}
+    compiled = replace(job, train=replace(job.train, compile="on"))
+    assert predicted.of_run(compiled, known.device, 2.0**28)[0] == {}
 
 
 def test_why_there_are_none(known, monkeypatch):

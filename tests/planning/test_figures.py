@@ -26,8 +26,8 @@ SENTENCES = {
     "bubble of zbv": "waits {1:g} % with 16 micro-batches",
     "exchanges of tensor=1": "shows {2:g} s of it",
     "exchanges of tensor=16": "takes {1:.3g} s",
-    "pipeline=4,fsdp=16,context=2,tensor=4": "The winner ({0:g} s)",
-    "replicas=2,fsdp=256,recompute": "`fsdp` alone ({0:g} s)",
+    "replicas=2,pipeline=32,context=8": "The winner ({0:g} s)",
+    "pipeline=4,fsdp=16,context=2,tensor=4": "four stages ({0:g} s)",
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shoal.errors import JobError
-from shoal.planning import published
+from shoal.planning import published, shapes
 
 ROW = {
     "table": "t", "software": "NeMo / Megatron-Core", "model": "Llama 8B", "layers": "32", "hidden": "4096",
@@ -76,13 +76,39 @@ def test_what_a_field_means(tmp_path, row, column, value):
         ({"mem_kind": "formula"}, "memory is a formula, and there is no time"),
         ({"gpu": "Cerebras"}, "unknown device 'Cerebras'"),
         ({"global_batch": "2"}, "global batch < replicas × micro-batch"),
-        ({"ep": "8"}, "experts: how many is not told"),
+        ({"ep": "8"}, "experts, of a model that is not known"),
+        ({"model": "Snowflake 128x3.66B MoE"}, "experts, of a model that is not known"),
+        ({"model": "Mixtral 8x7B", "hidden": "2048"}, "hidden is not that of mixtral-8x7b"),
     ],
 )
 def test_a_row_with_too_little_is_skipped_and_says_why(tmp_path, row, reason):
     rows = published.read(file(tmp_path, row, {}))
     assert rows.skipped == {reason: 1}
     assert len(rows.seconds) == len(rows.work) == len(rows.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        ("Mixtral 8x7B", "mixtral-8x7b"), ("mixtral-8x22b-v0.1", "mixtral-8x22b"), ("DeepSeek-V3 671B", "deepseek-v3"),
+        ("DeepSeek V3 (proxy)", "deepseek-v3"), ("Qwen3-30B", "qwen3-30b-a3b"), ("qwen3_235b_a22b", "qwen3-235b-a22b"),
+    ],
+)  # fmt: skip
+def test_models_with_experts_are_known_by_name(tmp_path, said, name):
+    """What a table prints is its own, cut layers too; what it does not print is the model's."""
+    shape = shapes.named(name)
+    row = {"model": said, "layers": "2", "hidden": str(shape.hidden), "ep": "4", "tp": "2", "ffn": "", "vocab": ""}
+    work = published.read(file(tmp_path, row)).work
+    expected = shape.columns | {"layers": 2.0, "dense_layers": min(shape.dense_layers, 2), "expert": 4.0}
+    for column in ("experts", "chosen", "expert_feed", "shared_feed", "latent", "key_heads", *expected):
+        if column != "vocab":
+            assert work.columns[column] == expected[column], column
+    assert work.vocab >= shape.vocab
+
+
+def test_dense_models_of_a_family_that_has_experts_stay_dense(tmp_path):
+    work = published.read(file(tmp_path, {"model": "Qwen3 32B"}, {"model": "Llama 3 8B"}, {"model": "Mistral 7B"})).work
+    assert (work.experts == 0).all()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+import shoal
 from shoal.errors import JobError
 from shoal.job import Job, Layout
 from shoal.job.fits import check_layout, check_model
@@ -15,7 +16,8 @@ from shoal.job.layout import SCHEDULES
 from shoal.job.model import ModelOptions
 from shoal.job.server import ServerOptions
 from shoal.job.sync import SyncOptions
-from shoal.planning import asked, candidates, cluster, memory, search, shapes, step, syncs
+from shoal.planning import asked, candidates, cluster, memory, piped, search, shapes, step, syncs, timeline
+from shoal.planning import scene as scenes
 from shoal.planning.asked import Wanted
 from shoal.planning.constants import Rates
 from shoal.planning.plan import Question
@@ -175,6 +177,8 @@ def test_it_finds_what_trying_all_finds(model: str, where: str, wanted: Wanted, 
     """In small portions, so that where it stops is seen."""
     monkeypatch.setattr(search, "_BLOCK", 1 if where == "h100x8" else 4)
     monkeypatch.setattr(search, "_RANKED", 20)
+    # Bounds are those of the closed forms, by which the fastest are found before some are simulated.
+    monkeypatch.setattr(search.Space, "simulated", lambda space, found: found)
     question = asked.of_model(model, cluster.named(where), wanted)
     space = search.Space(question)
     computed = all_computed(space)
@@ -208,6 +212,38 @@ def test_it_finds_what_trying_all_finds(model: str, where: str, wanted: Wanted, 
         one = known[plan.layout]
         assert plan.seconds == pytest.approx(one.seconds, rel=1e-9)
         assert plan.total == pytest.approx(one.total, rel=1e-9)
+
+
+def test_schedules_without_an_exact_closed_form_are_simulated(monkeypatch: pytest.MonkeyPatch):
+    """Each as the whole schedule takes, operation by operation; and those that there is no time for as before."""
+    question = asked.of_model("llama3-8b", cluster.named("h100x16"), Wanted(global_batch=256))
+    space = search.Space(question)
+    found, _ = space.fastest(100)
+    after = space.simulated(found)
+    changed = [(one, other) for one, other in zip(found, after, strict=True) if one is not other]
+    assert {space._case(one).schedule for one, _ in changed} == set(piped.SIMULATED)
+    for one, other in changed:
+        plan = space.plan(other)
+        scene = scenes.staged(question, replace(plan.layout, stages=""), plan.chunks).scene
+        whole = timeline.simulate(
+            scene.schedule, scene.ranks, scene.chunks, scene.micro_batches, scene.taken, scene.message
+        ).seconds[0]
+        assert plan.seconds == pytest.approx(whole + scene.exchange + scene.optimizer, rel=0.01)
+        assert sum(plan.parts.values()) == pytest.approx(plan.seconds)
+        assert plan.parts["bubble"] >= 0
+        assert plan.seconds == pytest.approx(one.seconds, rel=0.1)
+    assert [plan.layout.schedule for plan in search.search(question, best=3).plans]
+    monkeypatch.setattr(piped, "_OPERATIONS", 0)
+    assert space.simulated(found) == found
+
+
+def test_of_what_there_is_time_for_each_schedule_is_laid_out_once(monkeypatch: pytest.MonkeyPatch):
+    few = piped.Case("zbv", 2, 2, 6)
+    cases = [few._replace(micro_batches=m) for m in (6, 60, 600)]
+    larger = piped.Case("dualpipev", 4, 2, 100)
+    monkeypatch.setattr(piped, "_OPERATIONS", 2 * 3 * 6 * 2 * 2)
+    assert list(piped.affordable([*cases, larger, few])) == cases
+    assert list(piped.affordable([larger, *cases])) == cases
 
 
 def test_a_plan_adds_up():
@@ -267,5 +303,15 @@ def test_a_layout_by_itself_is_what_the_search_says_of_it():
     for plan in answer.plans:
         found = space.find(plan.layout, plan.chunks)
         assert found is not None
-        assert space.plan(found) == plan
+        assert space.plan(*space.simulated([found])) == plan
     assert space.find(Layout(tensor=4, fsdp=2, micro_batch=1)) is None, "6 heads are not cut in 4"
+
+
+def test_it_is_asked_from_python_too():
+    found = shoal.plan("llama3-8b", "h100x16", best=2, price=2.0, global_batch=64, tokens="1T")
+    question = asked.of_model("llama3-8b", asked.cluster_of("h100x16", 2.0), Wanted(global_batch=64, tokens="1T"))
+    assert found.plans == search.search(question, best=2).plans
+    job = Job(model=DENSE, train=replace(Job().train, global_batch=24))
+    assert shoal.plan(job, "h100x8", best=1).plans[0].layout.world == 8
+    with pytest.raises(JobError, match="no model is called"):
+        shoal.plan("llama9-8b", "h100x16")

@@ -165,6 +165,7 @@ def _result(run: Path, job: Job, corpus: Prepared | None, figures: dict[str, Any
         gzip_bits_per_byte=rivals.get("gzip -9"),
         xz_bits_per_byte=rivals.get("xz -9"),
         step_seconds=median(latest) if latest else None,
-        predicted_step_seconds=figures.get("predicted"),
+        predicted_step_seconds=figures.get("predicted_step_seconds"),
+        predicted_memory_gib=figures.get("predicted_memory_gib"),
         memory_gib=max(memory, default=None),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import time
@@ -29,6 +30,8 @@ from shoal.training.folder import DATA, LOCK
 
 # Seconds between two looks for a run that has not begun, and for what it is and whether somebody is at work on it.
 _AGAIN, _LOOK = 0.2, 1.0
+# Seconds after which a part ends by itself when its run is over and nobody has told it.
+_LEFT = 20.0
 JOB = "job.toml"
 # What stands for a worker on top of those of the job; how one is named, and below what its number is.
 MORE, _NUMBER, _MOST = "worker", re.compile(r"worker (0|[1-9]\d{0,3})"), 1000
@@ -119,22 +122,41 @@ def _ends(
     ranks: Ranks, part: Role, say: Callable[[str], None], stopping: Callable[[str], None] | None, start: Start,
     folder: Path,
 ) -> bool:  # fmt: skip
-    """Runs this part; False where it was killed because the run was resumed meanwhile.
+    """Runs this part; False where it was killed because the run was resumed meanwhile. True too where nobody told it
+    that the run is over, as when it came just then.
 
     As after kill -9 nothing is lost: a server's log has what it has acknowledged, and a gradient that was not is
     computed again.
     """
-    resumed = partial(_resumed, folder, start.nonce)
+    resumed, over = partial(_resumed, folder, start.nonce), _over(folder)
     try:
-        roles.run(ranks, [part], say=say, on_signal=stopping, superseded=resumed)
+        roles.run(ranks, [part], say=say, on_signal=stopping, superseded=lambda: resumed() or over())
     except roles.Superseded:
-        return False
+        if resumed():
+            return False
+        say(f"the run is over: {part.name} ends")
     except ShoalError:
         # Of a start that is over anything may fail.
         if not resumed():
             raise
         return False
     return True
+
+
+def _over(folder: Path) -> Callable[[], bool]:
+    """Whether the run has been over for a while, as nobody is at work on it and it has all its steps. A first machine
+    that was killed leaves none of that behind, and its parts wait until it is resumed."""
+    since = math.inf
+
+    def asked() -> bool:
+        nonlocal since
+        done = None if held(folder) else result.read(folder)
+        steps = read_run(folder).train.steps if done is not None else 0
+        over = done is not None and result.state(done, steps) == "finished"
+        since = min(since, time.monotonic()) if over else math.inf
+        return time.monotonic() - since > _LEFT
+
+    return asked
 
 
 def _resumed(folder: Path, nonce: str) -> bool:

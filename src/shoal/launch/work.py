@@ -11,4 +11,4 @@ from shoal.training import worker
 
 def main(seat: Seat, **arguments: Any) -> dict[str, Any]:
     """As `worker.main`."""
-    return worker.main(seat, predict=predicted.step, **arguments)
+    return worker.main(seat, predict=predicted.of_run, **arguments)

@@ -19,7 +19,7 @@ from shoal.observe.exchange import exchange
 from shoal.observe.hold import held
 from shoal.observe.log import Log, tail
 from shoal.observe.result import Result
-from shoal.observe.summary import off
+from shoal.observe.summary import of_memory, off
 from shoal.observe.units import counted, duration, number, percent, short
 from shoal.observe.waiting import waiting_charts
 
@@ -132,7 +132,7 @@ def _run_rows(folder: Path, job: Job | None, rows: Rows, done: Result | None) ->
         told = f"{short(done.predicted_step_seconds)}{beside}, by what shoal calibrate had found"
         found.append(("step, predicted", told))
     if done and done.memory_gib:
-        found.append(("memory", f"{done.memory_gib:.2f} GiB at most, of the fullest rank"))
+        found.append(("memory", f"{done.memory_gib:.2f} GiB at most, of the fullest rank{of_memory(done)}"))
     found += exchange(job, rows)
     if done and done.mfu_note:
         found.append(("MFU", done.mfu_note))

@@ -54,7 +54,9 @@ class Result:
     predicted_step_seconds: float | None = None
     """Before the run, by what `shoal calibrate` measured; None where it could not be predicted."""
     memory_gib: float | None = None
-    """Most memory of the fullest rank."""
+    """Most memory of the fullest rank: on a CPU of its process, on a GPU in tensors."""
+    predicted_memory_gib: float | None = None
+    """Before the run; None where it could not be predicted."""
 
     def line(self) -> str:
         """One JSON object in one line, without what only result.json keeps. NaN and inf are null."""

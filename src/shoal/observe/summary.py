@@ -24,7 +24,7 @@ def lines(result: Result) -> list[str]:
         expected = f"{short(predicted)} were predicted{off(predicted, measured)}"
         out.append(f"a step       {short(measured)} in the median; {expected}")
     if result.memory_gib:
-        out.append(f"memory       {result.memory_gib:.2f} GiB at most, of the fullest rank")
+        out.append(f"memory       {result.memory_gib:.2f} GiB at most, of the fullest rank{of_memory(result)}")
     # Steps and tokens are those of the whole run, the time is that of this start.
     done = f"{counted(result.steps, 'step')}, {counted(result.tokens, 'token')}"
     out.append(f"length       {done}; this command took {duration(result.seconds)}")
@@ -37,6 +37,12 @@ def lines(result: Result) -> list[str]:
     out.append(f"resume       {commands.resume(result.run)}{more}")
     out.append(f"generate     {commands.generate(result.run, result.prompt or commands.PROMPT)}")
     return out
+
+
+def of_memory(result: Result) -> str:
+    """`; 0.87 GiB were predicted, 4 % less`, if they were."""
+    predicted, measured = result.predicted_memory_gib, result.memory_gib
+    return f"; {predicted:.2f} GiB were predicted{off(predicted, measured)}" if predicted and measured else ""
 
 
 def off(predicted: float, measured: float) -> str:

@@ -5,16 +5,33 @@ from __future__ import annotations
 import math
 import shutil
 from dataclasses import replace
+from typing import Any
 
 from shoal.errors import JobError
 from shoal.job import Job
-from shoal.planning import show, spanning, uneven, unfit, whatif
+from shoal.planning import asked, show, spanning, uneven, unfit, whatif
 from shoal.planning.cluster import Cluster
 from shoal.planning.plan import Answer, Plan, Question
 from shoal.planning.search import search
 
 # Plans that are looked through for those that a job can have, for each that is wanted.
 _SPARE = 5
+
+
+def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, **wanted: Any) -> Answer:
+    """The fastest layouts of a model on a cluster, as `shoal plan` finds them: `.plans`, the fastest first.
+
+    what: a job, or a model by name or by the path of its config.json. where: a cluster's file, or `h100x64`. price: of
+    a device for an hour; 0 = as the file says. wanted: fields of `asked.Wanted`, such as sequence (tokens),
+    global_batch (sequences), precision, tokens (as text, `15T`), replicas.
+
+    Raises JobError, with what would do, where no layout fits; for what is unknown or absurd; for several pools with
+    another sync than all-reduce.
+    """
+    devices, options = asked.cluster_of(where, price), asked.Wanted(**wanted)
+    if isinstance(what, Job):
+        return plans(asked.of_job(what, devices, options), best, what)
+    return plans(asked.of_model(what, devices, options), best)
 
 
 def plans(question: Question, best: int, job: Job | None = None) -> Answer:
@@ -28,12 +45,12 @@ def plans(question: Question, best: int, job: Job | None = None) -> Answer:
         raise unfit.refusal(question, found)
     if job is None:
         return found
-    asked = replace(
+    wanted = replace(
         job,
         data=replace(job.data, sequence_length=question.sequence),
         train=replace(job.train, global_batch=question.global_batch),
     )
-    refused = [_refused(asked, plan) for plan in found.plans]
+    refused = [_refused(wanted, plan) for plan in found.plans]
     kept = tuple(plan for plan, error in zip(found.plans, refused, strict=True) if error is None)
     if not kept:
         assert refused[0] is not None

@@ -14,17 +14,17 @@ from shoal.planning.work import Array
 Numbers = npt.NDArray[np.int64]
 # A share of a second's count that rounding may take.
 _ROUNDING = 1e-9
-_BUSIEST = 4
+# Ranks that blocks are taken from; divisions that are returned.
+_BUSIEST, _FEW = 4, 8
 
 
-def divided(
-    blocks: int, forward: Array, backward: Array, head: Array, most: Numbers, micro_batches: int
-) -> Numbers | None:
-    """Of each rank its blocks, one at least, so that all micro-batches are done as early as can be.
+def divided(blocks: int, forward: Array, backward: Array, head: Array, most: Numbers, micro_batches: int) -> Numbers:
+    """Of each rank its blocks, one at least, so that all micro-batches are done as early as can be: the best few
+    divisions by `closed.seconds`, (n, ranks), the best first. (0, ranks) where there are fewer blocks than ranks, or no
+    memory for all.
 
     forward, backward: (ranks,) seconds of one block and micro-batch on each rank. head: (2,), forward and backward of
-    what the last rank has beside. most: (ranks,) blocks that a rank has memory for. None where there are not as many
-    blocks as ranks, or no memory for all.
+    what the last rank has beside. most: (ranks,) blocks that a rank has memory for.
 
     Any limit on the seconds of a micro-batch on a rank says how many blocks each can have; the fastest ranks are filled
     up first, so that the sum over ranks is as small as it can be; ranks that are as fast get as many each. Tried are
@@ -34,12 +34,12 @@ def divided(
     both, extra = forward + backward, np.zeros(ranks)
     extra[-1] = head.sum()
     if blocks < ranks or (most < 1).any() or most.sum() < blocks:
-        return None
+        return np.empty((0, ranks), dtype=np.int64)
     limits = np.unique(np.arange(1, blocks + 1)[:, None] * both + extra)[:, None]
     held = np.minimum(np.floor((limits - extra) / both + _ROUNDING).astype(np.int64), most)
     held = held[(held >= 1).all(axis=1) & (held.sum(axis=1) >= blocks)]
     if not len(held):
-        return None
+        return np.empty((0, ranks), dtype=np.int64)
     # What does not come out even goes to the first ranks of those that are as fast, or to the last.
     tried = np.concatenate([_filled(held, both, blocks, first) for first in (True, False)])
 
@@ -51,7 +51,10 @@ def divided(
         assert taken is not None
         return taken
 
-    return _mended(tried[int(np.argmin(seconds(tried)))], most, both, seconds)
+    tried = np.unique(tried, axis=0)
+    tried = tried[np.argsort(seconds(tried), kind="stable")[:_FEW]]
+    mended = _mended(tried[0], most, both, seconds)
+    return tried if (mended == tried[0]).all() else np.concatenate([mended[None], tried])
 
 
 def _filled(held: Numbers, both: Array, blocks: int, first: bool) -> Numbers:

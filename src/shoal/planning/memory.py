@@ -155,7 +155,7 @@ def _activations(work: Work, layers: Array, dense: Array, live: Array) -> Array:
     given, rest, scores = of_block(work)
     routed = of_block(work, routed=True)[1]
     kept, kept_routed = layers * live, (layers - dense) * live
-    there = (kept > 0).astype(np.float64)
+    there = np.minimum(kept, 1.0)
     most = np.where(kept_routed > 0, np.where(dense > 0, np.maximum(rest, routed), routed), rest)
     again = np.maximum(kept - 1, 0) * given + there * (most + scores)
     more = kept_routed * (routed - rest)
@@ -170,14 +170,14 @@ def dense_layers(work: Work, rank: Array, schedule: str = "1f1b") -> Array:
 
 
 def _layers(work: Work, rank: Array, schedule: str) -> Array:
-    """Of a rank: as many on all stages as fit, what remains on the last."""
+    """Of a rank: as many on all as fit, what remains on the last, where the output layer is."""
     return _before(work, rank, schedule, work.layers)
 
 
 def _before(work: Work, rank: Array, schedule: str, count: Array) -> Array:
     """Of the model's first `count` blocks those that a rank holds."""
     chunks = np.full(len(work), 2.0) if schedule in V_SHAPED else work.chunks
-    each = np.ceil(work.layers / work.pipeline / chunks)
+    each = np.ceil(work.layers / work.pipeline) / chunks
     found = np.zeros(len(work))
     for chunk in range(int(chunks.max(initial=0))):
         place = chunk * work.pipeline + rank

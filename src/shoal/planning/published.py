@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from shoal.errors import JobError
-from shoal.planning import devices, stacks, work
+from shoal.planning import devices, published_model, stacks, work
 from shoal.planning.devices import Device
+from shoal.planning.published_model import either, number
 from shoal.planning.stacks import Stack
 from shoal.planning.work import Array, Flags, Names, Work
 
@@ -149,22 +150,10 @@ def _kind(said: str) -> str:
 def _ran_out(row: Row) -> bool:
     """Of memory: what stands where a measurement would, or in the notes where there is no measurement at all."""
     measured = ("iteration_s", "tokens_per_s_per_gpu", "tflops_per_gpu", "peak_mem_gib")
-    if any(_number(row, name) > 0 for name in measured):
+    if any(number(row, name) > 0 for name in measured):
         return False
     said = " ".join(row.get(name, "") for name in (*measured, "mem_kind", "notes")).lower()
     return bool(re.search(r"\boom\b|out[ -]of[ -]memory", said))
-
-
-def _number(row: Row, name: str) -> float:
-    """NaN where it is empty, or no number."""
-    try:
-        return float(row.get(name, "").replace(",", ""))
-    except ValueError:
-        return math.nan
-
-
-def _or(value: float, other: float) -> float:
-    return other if math.isnan(value) else value
 
 
 def _case(row: Row) -> _Case | str:
@@ -172,16 +161,17 @@ def _case(row: Row) -> _Case | str:
     if row.get("mem_kind") == "formula":
         return "memory is a formula, and there is no time"
     for name in ("layers", "hidden", "seq_len", "num_gpus", "micro_batch", "global_batch"):
-        if not _number(row, name) > 0:
+        if not number(row, name) > 0:
             return f"no {name}"
-    if _number(row, "ep") > 1:
-        return "experts: how many is not told"
+    model = published_model.columns(row)
+    if isinstance(model, str):
+        return model
     device = devices.published(row["gpu"])
     if device is None:
         return f"unknown device {row['gpu']!r}"
     sharded = bool(re.search(r"fsdp|zero-?3", f"{row.get('zero_stage_or_fsdp', '')} {row['software']}".lower()))
     stack, known = stacks.of(row["software"], sharded=sharded, flash_age=device.name.startswith(_NEW))
-    columns = _model(row) | _device(row, device) | {name: float(getattr(stack, name)) for name in work.STACK}
+    columns = model | _device(row, device) | {name: float(getattr(stack, name)) for name in work.STACK}
     if stack.kept_bf16 is not None and "bf16" in row.get("precision", "").lower():
         columns["kept_bytes"] = stack.kept_bf16
     columns |= _layout(row, columns, stack)
@@ -195,20 +185,7 @@ def _case(row: Row) -> _Case | str:
         columns["vocab"] = math.ceil(columns["vocab"] / whole) * whole
     layout = tuple(columns[name] for name in work.LAYOUT)
     same = (*(columns[name] for name in work.MODEL), device.name, *layout, stack.name)
-    return _Case(columns, device, stack, known, seconds, _number(row, "peak_mem_gib"), same)
-
-
-def _model(row: Row) -> dict[str, float]:
-    name = row.get("model", "").lower()
-    hidden = _number(row, "hidden")
-    heads = _or(_number(row, "heads"), float(round(hidden / 128)))
-    gated = any(family in name for family in ("llama", "mistral", "mixtral", "qwen", "deepseek", "gemma"))
-    return {
-        "layers": _number(row, "layers"), "hidden": hidden, "heads": heads, "head_size": hidden / heads,
-        "key_heads": _or(_number(row, "kv_heads"), heads), "gated": float(gated),
-        "feed": _or(_number(row, "ffn"), 4 * hidden), "sequence": _number(row, "seq_len"),
-        "vocab": _or(_number(row, "vocab"), 250_880.0 if "bloom" in name else 51_200.0),
-    }  # fmt: skip
+    return _Case(columns, device, stack, known, seconds, number(row, "peak_mem_gib"), same)
 
 
 def _device(row: Row, device: Device) -> dict[str, float]:
@@ -216,14 +193,14 @@ def _device(row: Row, device: Device) -> dict[str, float]:
     told = next((rate for words, rate in _NETWORKS if re.search(words, wires)), None)
     usual = _CLOUD.get(device.name)
     nic = device.nic if told is None and usual is None else (told or usual or 0.0) * 1e9 / 8
-    return device.columns | {"nic": nic, "per_node": _or(_number(row, "gpus_per_node"), float(device.per_node))}
+    return device.columns | {"nic": nic, "per_node": either(number(row, "gpus_per_node"), float(device.per_node))}
 
 
 def _layout(row: Row, columns: dict[str, float], stack: Stack) -> dict[str, float]:
-    devices_ = _number(row, "num_gpus")
-    tensor, pipeline, chunks, context = (max(1.0, _or(_number(row, name), 1.0)) for name in ("tp", "pp", "vpp", "cp"))
+    devices_ = number(row, "num_gpus")
+    tensor, pipeline, chunks, context = (max(1.0, either(number(row, name), 1.0)) for name in ("tp", "pp", "vpp", "cp"))
     data = max(1.0, devices_ / (tensor * pipeline * context))
-    micro, batch = _number(row, "micro_batch"), _number(row, "global_batch")
+    micro, batch = number(row, "micro_batch"), number(row, "global_batch")
     zero, fsdp = _sharding(row.get("zero_stage_or_fsdp", ""), data)
     if stack.interleaves and pipeline > 1 and not row.get("vpp"):
         # The paper interleaves and does not print how many chunks.
@@ -255,11 +232,11 @@ def _sharding(said: str, data: float) -> tuple[float, float]:
 
 def _seconds(row: Row, columns: dict[str, float]) -> float:
     """Of a step, as printed or as a printed rate says. NaN where neither is."""
-    if (seconds := _number(row, "iteration_s")) > 0:
+    if (seconds := number(row, "iteration_s")) > 0:
         return seconds
-    if (rate := _number(row, "tokens_per_s_per_gpu")) > 0:
+    if (rate := number(row, "tokens_per_s_per_gpu")) > 0:
         return columns["global_batch"] * columns["sequence"] / (rate * columns["devices"])
-    if row["table"] == "sc21" and (rate := _number(row, "tflops_per_gpu")) > 0:
+    if row["table"] == "sc21" and (rate := number(row, "tflops_per_gpu")) > 0:
         # Narayanan et al. 2021, equation 3: with what is computed again.
         h, s, layers = columns["hidden"], columns["sequence"], columns["layers"]
         part = 1 + s / (6 * h) + columns["vocab"] / (16 * layers * h)

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from shoal.errors import JobError
 from shoal.job.check import require
 from shoal.job.layout import Layout
-from shoal.planning import candidates, constants, step, syncs
+from shoal.planning import candidates, constants, piped, step, syncs
 from shoal.planning.asynchrony import Shared
 from shoal.planning.plan import Plan, Question
 from shoal.planning.search import SPARE, Space, Split
 from shoal.planning.simulation import Scene
 from shoal.planning.timeline import Seconds
-from shoal.planning.work import Array
-
-# Of three products of the output layer one is forward, one is of the gradient of what it took, one of its weights'.
-_PRODUCTS = 3
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,7 @@ def staged(question: Question, layout: Layout, chunks: int = 0) -> Staged:
             fix="one that `shoal plan` shows, or leave out --layout for the fastest; docs/layouts.md says what divides "
             "what, docs/planning.md what is predicted",
         )
-    best = min(found, key=lambda one: (not _fits(space, one), one.seconds))
+    (best,) = space.simulated([min(found, key=lambda one: (not _fits(space, one), one.seconds))])
     plan, shared = space.plan(best), _shared(space, best)
     return Staged(plan, _scene(space, best, plan, shared), _fits(space, best), shared)
 
@@ -91,26 +85,8 @@ def _scene(space: Space, one: Split, plan: Plan, shared: Shared | None) -> Scene
     synced = 0.0 if shared else plan.parts.get("sync", 0.0)
     return Scene(
         layout.schedule, layout.pipeline, plan.chunks, round(float(work.micro_batches[0])),
-        _stages(space.question, passes, layout.pipeline * plan.chunks),
+        Seconds(*(part[0] for part in piped.stages(space.question.shape, passes, layout.pipeline, plan.chunks))),
         message=float(step.message(work, known.rates)[0]) if layout.pipeline > 1 else 0.0,
         pipelines=layout.replicas * layout.fsdp, devices=layout.context * layout.tensor,
         exchange=plan.parts["data"] + synced, optimizer=plan.parts["optimizer"],
     )  # fmt: skip
-
-
-def _stages(question: Question, passes: step.Passes, count: int) -> Seconds:
-    """Blocks fill stages from the first one on, as the prediction has it; the output layer is in the last. Gradients of
-    inputs and of weights take equally long (as `step` has it of schedules that compute them apart)."""
-    shape = question.shape
-    each = -(-shape.layers // count)
-    begins = np.minimum(np.arange(count + 1) * each, shape.layers)
-    leading = np.minimum(begins, shape.dense_layers if shape.experts else 0)
-    blocks, of_leading = np.diff(begins).astype(np.float64), np.diff(leading).astype(np.float64)
-    head = np.zeros(count)
-    head[-1] = float(passes.head[0]) / _PRODUCTS
-
-    def of(usual: Array, dense: Array) -> Array:
-        return (blocks - of_leading) * float(usual[0]) + of_leading * float(dense[0])
-
-    backward = of(passes.backward, passes.leading_backward) / 2
-    return Seconds(of(passes.forward, passes.leading_forward) + head, backward + head, backward + head)

@@ -23,6 +23,8 @@ _WIDTH = 1.45
 # Standard deviations of a logarithm: of a row; of a table; more for a device, or a stack, of which no row was fitted.
 # After three rows of the target: of a row, and of the rest.
 ROW, TABLE, DEVICE, STACK, CALIBRATED = 0.06, 0.12, 0.08, 0.10, 0.04
+EXPERTS = 0.10
+"""More where a model has experts: no row of any has been fitted."""
 
 
 def interval(spread: Array) -> tuple[Array, Array]:
@@ -36,7 +38,8 @@ def spread(rows: Published, fitted_devices: Iterable[str], calibrated: bool) -> 
         return np.full(len(rows.work), np.hypot(ROW, CALIBRATED))
     fitted = set(fitted_devices)
     unseen = np.array([name.partition("-")[0] not in fitted for name in rows.work.device], dtype=bool)
-    return np.sqrt(ROW**2 + TABLE**2 + DEVICE**2 * unseen + STACK**2 * ~rows.known)
+    routed = rows.work.experts > 0
+    return np.sqrt(ROW**2 + TABLE**2 + DEVICE**2 * unseen + STACK**2 * ~rows.known + EXPERTS**2 * routed)
 
 
 def constant(work: Work, fitted: Work, seconds: Array, table: Names) -> Array:

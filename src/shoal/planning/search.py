@@ -18,9 +18,10 @@ import numpy as np
 
 from shoal.job.check import require
 from shoal.job.layout import Layout
-from shoal.planning import candidates, constants, memory, score, stacks, step, syncs, work
+from shoal.planning import candidates, constants, memory, piped, score, stacks, step, syncs, work
 from shoal.planning.candidates import NAMES, Bases, Numbers
 from shoal.planning.constants import DEVICE, Rates
+from shoal.planning.piped import Case
 from shoal.planning.plan import Answer, Plan, Question
 from shoal.planning.step import Blocks, Step
 from shoal.planning.work import Array, Work
@@ -31,8 +32,8 @@ SPARE = 1.10
 _EQUAL = 0.005
 # Bases that are ranked; that are computed in full at once; candidates whose bounds are.
 _RANKED, _BLOCK, _CHUNK = 100, 256, 65_536
-# What experts add to the standard deviation of a prediction's logarithm: no row of any has been seen.
-_EXPERTS = 0.10
+# Parts of a step that are not the pipeline's.
+_BESIDE = ("data", "optimizer", "sync")
 
 
 def search(question: Question, best: int = 10) -> Answer:
@@ -44,7 +45,7 @@ def search(question: Question, best: int = 10) -> Answer:
     if not len(space.bases):
         return Answer((), time.perf_counter() - begin, 0, 0, None)
     found, compared = space.fastest(max(best, _RANKED))
-    ranked = space.ranked(found)[:best]
+    ranked = space.ranked(space.simulated(found))[:best]
     plans = tuple(space.plan(one) for one in ranked)
     nearest = None if plans else space.plan(space.smallest())
     return Answer(plans, time.perf_counter() - begin, space.size, compared, nearest)
@@ -52,13 +53,15 @@ def search(question: Question, best: int = 10) -> Answer:
 
 @dataclass(frozen=True)
 class Split:
-    """A base and one of its splits, computed: seconds of a step, bytes on the fullest device."""
+    """A base and one of its splits, computed: seconds of a step, bytes on the fullest device. alone: where its pipeline
+    was simulated, seconds that it takes when messages take none."""
 
     base: int
     fsdp: int
     zero: int
     seconds: float
     total: float
+    alone: float | None = None
 
 
 class Space:
@@ -102,6 +105,37 @@ class Space:
                 if fitting:
                     found.append(self._simplest(fitting))
         return found, compared
+
+    def simulated(self, found: list[Split]) -> list[Split]:
+        """With the pipelines of the fastest simulated, where their schedules have no exact closed form."""
+        order = sorted(range(len(found)), key=lambda n: found[n].seconds)[:_RANKED]
+        cases: dict[Case, list[int]] = {}
+        for n in order:
+            if (case := self._case(found[n])).schedule in piped.SIMULATED:
+                cases.setdefault(case, []).append(n)
+        found = list(found)
+        for case in piped.affordable(list(cases)):
+            some = [found[n] for n in cases[case]]
+            for n, one, (seconds, alone) in zip(cases[case], some, self._piped(case, some), strict=True):
+                found[n] = replace(one, seconds=float(seconds), alone=float(alone))
+        return found
+
+    def _case(self, one: Split) -> Case:
+        bases, base = self.bases, one.base
+        batches = self.question.global_batch // (bases.data[base] * bases.micro_batch[base])
+        return Case(
+            NAMES[bases.schedule[base]] if bases.pipeline[base] > 1 else "",
+            int(bases.pipeline[base]), int(bases.chunks[base]), int(batches),
+        )  # fmt: skip
+
+    def _piped(self, case: Case, some: list[Split]) -> Array:
+        """Seconds of each of these steps, its pipeline simulated, and of that pipeline without messages, (n, 2)."""
+        work, known = self.work(*np.array([(one.base, one.fsdp, one.zero) for one in some]).T)
+        passes, sent = step.passes(work, self.known, known), step.message(work, known.rates)
+        simulated, alone = piped.seconds(case, self.question.shape, passes, sent)
+        parts = self._cost(work, case.schedule, known).parts
+        beside = sum((parts[name] for name in _BESIDE if name in parts), start=np.zeros(len(some)))
+        return np.stack([simulated + beside, alone], axis=-1)
 
     def smallest(self) -> Split:
         """The candidate with the least bytes on its fullest device."""
@@ -155,6 +189,11 @@ class Space:
         found = self._cost(candidate, schedule, known)
         kept = memory.cost(candidate, schedule)
         parts = {name: float(part[0]) for name, part in found.parts.items()}
+        if one.alone is not None:
+            steady = sum(part for name, part in parts.items() if name not in ("bubble", "messages", *_BESIDE))
+            waited = parts["bubble"] + parts["messages"] + one.seconds - float(found.seconds[0])
+            parts["bubble"] = max(one.alone - steady, 0.0)
+            parts["messages"] = waited - parts["bubble"]
         of_memory = {name: float(part[0]) for name, part in kept._asdict().items()}
         of_memory["beside"] = one.total - sum(of_memory.values())
         low, high = self.interval()
@@ -202,7 +241,7 @@ class Space:
         fitted = {one.group for one in self.known.all if one.kind == DEVICE}
         unseen = self.pool.device.name.partition("-")[0] not in fitted
         spread = score.ROW**2 + score.TABLE**2 + score.STACK**2 + score.DEVICE**2 * unseen
-        spread += _EXPERTS**2 * bool(self.question.shape.experts)
+        spread += score.EXPERTS**2 * bool(self.question.shape.experts)
         (low,), (high,) = score.interval(np.sqrt(np.array([spread])))
         return float(low), float(high)
 

@@ -62,7 +62,7 @@ class Search:
             if one.estimate is not None and (base not in found or one.estimate < found[base][0]):
                 found[base] = one.estimate, one
         nearest = heapq.nsmallest(wanted, found.values(), key=lambda pair: pair[0])
-        return sorted((one.plan() for _, one in nearest), key=lambda plan: plan.seconds)[:best]
+        return sorted((one.fastest().plan() for _, one in nearest), key=lambda plan: plan.seconds)[:best]
 
     def _sorted(self) -> Iterator[tuple[float, Through]]:
         """All candidates that have memory for all blocks, by their bounds."""

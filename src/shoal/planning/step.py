@@ -138,8 +138,8 @@ def _passes(work: Work, constants: Constants, known: Blocks) -> tuple[Passes, Co
 
 
 def _layers(work: Work) -> Array:
-    """Of the fullest stage."""
-    return np.ceil(work.layers / work.pipeline / work.chunks) * work.chunks
+    """Of the fullest rank."""
+    return np.ceil(work.layers / work.pipeline)
 
 
 def _stages(work: Work, layer: Array, dearer: Array, head: Array) -> _Stages:

@@ -23,12 +23,13 @@ from shoal.planning.work import Array
 @dataclass(frozen=True)
 class Through:
     """candidate: of `stages`. order: numbers of its pools, along the pipeline. most: blocks that each rank has memory
-    for, (ranks,)."""
+    for, (ranks,). choice: of the divisions of blocks."""
 
     stages: Stages
     candidate: int
     order: tuple[int, ...]
     most: Numbers
+    choice: int = 0
 
     @property
     def batches(self) -> int:
@@ -60,19 +61,36 @@ class Through:
         return float(found.total("device")[0])
 
     @cached_property
-    def blocks(self) -> Numbers | None:
-        """Of each rank; None where there is no memory for all."""
+    def divisions(self) -> Numbers:
+        """Blocks of each rank, (n, ranks), the best first as far as a closed form tells; none where nothing fits."""
         return divided(self.stages.question.shape.layers, *self.block, self.most, self.batches)
 
-    @cached_property
+    @property
+    def blocks(self) -> Numbers:
+        """Of each rank."""
+        return np.asarray(self.divisions[self.choice])
+
+    @property
     def taken(self) -> tuple[Array, Array]:
         """Seconds of a micro-batch on each rank, forward and backward."""
+        return self._taken(self.blocks)
+
+    def _taken(self, blocks: Numbers) -> tuple[Array, Array]:
         forward, backward, head = self.block
-        assert self.blocks is not None
-        forward, backward = self.blocks * forward, self.blocks * backward
-        forward[-1] += head[0]
-        backward[-1] += head[1]
+        forward, backward = blocks * forward, blocks * backward
+        forward[..., -1] += head[0]
+        backward[..., -1] += head[1]
         return forward, backward
+
+    def fastest(self) -> Through:
+        """With that division of blocks with which the pipeline is fastest, simulated."""
+        return replace(self, choice=int(np.argmin(self._simulated(self.divisions, self.messages))))
+
+    def _simulated(self, blocks: Numbers, sent: Array) -> Array:
+        """Seconds of the pipeline, (n,) of (n, ranks) blocks."""
+        forward, backward = self._taken(np.atleast_2d(blocks))
+        taken = Seconds(forward, backward, np.zeros_like(forward))
+        return timeline.seconds(SCHEDULE, self.stages.ranks, 1, self.batches, taken, sent[None])
 
     @cached_property
     def messages(self) -> Array:
@@ -94,7 +112,6 @@ class Through:
     def after(self) -> tuple[float, Mapping[str, float]]:
         """Of the pool that takes longest of them: seconds of reducing gradients and of the optimizer; its step's
         parts."""
-        assert self.blocks is not None
         costs = []
         for pool in self.order:
             most = max(int(n) for n, place in zip(self.blocks, self.places, strict=True) if place == pool)
@@ -109,7 +126,7 @@ class Through:
     @cached_property
     def estimate(self) -> float | None:
         """Seconds of a step, without simulating; None where nothing fits."""
-        if self.blocks is None:
+        if not len(self.divisions):
             return None
         both = self.taken[0] + self.taken[1]
         steady = (self.batches - 1) * max(float(both.max()), float(self.messages.max()))
@@ -122,13 +139,11 @@ class Through:
 
     def pipeline(self) -> dict[str, float]:
         """Parts of what the pipeline takes, simulated."""
-        case = SCHEDULE, self.stages.ranks, 1, self.batches, Seconds(*self.taken, np.zeros(self.stages.ranks))
-        alone, waited = (float(timeline.seconds(*case, sent)[0]) for sent in (0.0, self.messages[None]))
+        alone, waited = (float(self._simulated(self.blocks, sent)[0]) for sent in (0 * self.messages, self.messages))
         # A line carries one message at a time each way.
         waited = max(waited, self._first + (self.batches - 1) * float(self.messages.max()))
         both = self.taken[0] + self.taken[1]
         slowest = int(np.argmax(both))
-        assert self.blocks is not None
         here = self._parts(self.places[slowest], int(self.blocks[slowest]))
         parts = {name: here[name] for name in ("tensor", "context", "fsdp")}
         steady = self.batches * float(both[slowest])
@@ -136,7 +151,6 @@ class Through:
         return parts | {"bubble": alone - steady, "messages": waited - alone}
 
     def plan(self) -> Plan:
-        assert self.blocks is not None
         stages, question = self.stages, self.stages.question
         parts = self.pipeline() | {name: self.after[1][name] for name in ("data", "optimizer")}
         seconds = sum(parts.values())
@@ -161,11 +175,9 @@ class Through:
         )  # fmt: skip
 
     def _of(self, rank: int) -> int:
-        assert self.blocks is not None
         return int(self.blocks[rank])
 
     def layout(self) -> Layout:
-        assert self.blocks is not None
         base, fsdp, zero = (int(part[self.candidate]) for part in self.stages.splits)
         one = self.stages.spaces[0].bases.layout(base, fsdp, zero, self.stages.question.shape.layers)
         blocks = "+".join(str(n) for n in self.blocks)

@@ -137,8 +137,8 @@ def seconds(
     waits: bool = False,
 ) -> Array:
     """As `simulate(...).seconds`, from at most three micro-batches a rank: each more is taken to add as much as the
-    last ones did. Exact with equal stages and no messages; within 10 %, mostly too low, with stages of up to twice each
-    other's cost and messages of up to half a stage's forward, drawn at random.
+    last ones did, and no less than the busiest rank computes. Exact with equal stages and no messages; within 2 % with
+    stages of up to twice each other's cost and messages of up to a third of a stage's forward, drawn at random.
     """
     less = 3 * ranks
     # The rounds of an interleaved schedule have other lengths where they do not come out even.
@@ -146,7 +146,10 @@ def seconds(
     if micro_batches <= less or uneven:
         return simulate(schedule, ranks, chunks, micro_batches, taken, message, waits).seconds
     few, more = (simulate(schedule, ranks, chunks, m, taken, message, waits).seconds for m in (less - ranks, less))
-    found: Array = more + (more - few) * ((micro_batches - less) / ranks)
+    home = np.array(schedules.home(schedule, ranks, chunks))
+    each = np.atleast_2d(sum(np.asarray(part, dtype=np.float64) for part in taken))
+    busiest = np.max([each[:, home == rank].sum(axis=-1) for rank in range(ranks)], axis=0)
+    found: Array = more + (micro_batches - less) * np.maximum((more - few) / ranks, busiest)
     return found
 
 

@@ -45,19 +45,20 @@ def main(
     prepared: str,
     started: float,
     command: list[str],
-    predict: Callable[[Job, str], tuple[float | None, str]] = lambda job, device: (None, ""),
+    predict: Callable[[Job, str, float], tuple[dict[str, float], str]] = lambda job, device, resident: ({}, ""),
 ) -> dict[str, Any]:
     """Trains a job (TOML), from the newest checkpoint in `folder` if there is one. Returns figures of the run.
 
     prepared: folder of the token store. started: time.time() of the user's command; `train.minutes` counts from it.
-    command: the user's words, for the record. predict: of a job without `auto` and a device's name, the seconds of a
-    step, if they are known, and a sentence about them.
+    command: the user's words, for the record. predict: of a job without `auto`, a device's name and the bytes that
+    a rank's process has before anything is built, figures that are known before the run, and a sentence about them.
     """
     stop, run = Stop(), Path(folder)
     given = parse(job)
     assert given.layout is not None
     ranks = mesh.build(given.layout, seat, timeout=given.sync.timeout)
     device.keep_memory(ranks.device, gathering=given.layout.sharers > 1)
+    resident = device.resident(ranks.device)
     with contextlib.ExitStack() as ending:
         ending.enter_context(ranks)
         show = ending.enter_context(Show(run, quiet=ranks.rank > 0))
@@ -81,11 +82,8 @@ def main(
         if chosen:
             _go_on(loop, run, Path(chosen))
         if ranks.rank == 0:
-            folders.set_aside(run, show.say)
-            with _keeping_the_old(show.say):
-                folders.fill(run, parts.job, corpus)
-            environment.record(run, environment.collect(ranks.device, ranks.world, command), show.say)
-        predicted, sentence = predict(parts.job, device.name(ranks.device))
+            _write_down(run, parts.job, corpus, environment.collect(ranks.device, ranks.world, command), show.say)
+        predicted, sentence = predict(parts.job, device.name(ranks.device), resident)
         if sentence:
             show.say(sentence)
         precision = parts.job.train.precision
@@ -101,17 +99,18 @@ def main(
         # A run that was stopped has only a glance, of an earlier step.
         last = {"nats": loop.last.nats, "tokens": loop.last.tokens} if loop.last and finished else None
         return {
-            "job": write(parts.job),
-            "step": loop.step,
-            "skipped": loop.skipped,
-            "validation": last,
-            "seconds": time.time() - started,
-            "devices": ranks.world,
-            "device": device.name(ranks.device),
-            "stopped_by": "" if finished else stop.signal or "another rank",
-            "mfu_note": show.note,
-            "predicted": predicted,
-        }
+            "job": write(parts.job), "step": loop.step, "skipped": loop.skipped, "validation": last,
+            "seconds": time.time() - started, "devices": ranks.world, "device": device.name(ranks.device),
+            "stopped_by": "" if finished else stop.signal or "another rank", "mfu_note": show.note, **predicted,
+        }  # fmt: skip
+
+
+def _write_down(run: Path, job: Job, corpus: Prepared, found: dict[str, Any], say: Callable[[str], None]) -> None:
+    """What the run is, into its folder. found: of the machine."""
+    folders.set_aside(run, say)
+    with _keeping_the_old(say):
+        folders.fill(run, job, corpus)
+    environment.record(run, found, say)
 
 
 def _saver(run: Path, job: Job, ranks: Mesh, started: float) -> Saver:

@@ -16,9 +16,11 @@ from shoal import checkpoint
 from shoal.checkpoint import manifest
 from shoal.cli.main import main
 from shoal.errors import JobError
-from shoal.job import parse, write
+from shoal.job import parse, read_run, write
 from shoal.launch import roles
 from shoal.launch.server import START, TRIAL, Start
+from shoal.observe import result
+from shoal.observe.hold import hold
 from shoal.sync.server import journal
 from tests.training.server import runs
 from tests.training.server.test_equality import QUIET, through_a_server
@@ -147,6 +149,28 @@ def test_a_part_that_the_later_start_does_not_name_is_told_so(started, capsys):
     acts(act)
     assert main(["join", str(run), "worker 1"]) == 2
     assert "this run has no part 'worker 1' for another machine" in capsys.readouterr().err
+
+
+def test_a_part_that_nobody_tells_that_the_run_is_over_finds_out(started, capsys, monkeypatch):
+    """Not while somebody is at work on it, nor of a run that was killed, which has no result."""
+    run, _, acts = started
+    monkeypatch.setattr("shoal.launch.join._LEFT", 0.0)
+
+    def act(part, superseded, **options):
+        assert not superseded(), "a run that was killed"
+        steps = read_run(run).train.steps
+        for done, over in ((steps - 1, False), (steps, True)):
+            result.write(run, result.Result(str(run), done, 0, None, None, None, None, None, None, 0.0))
+            with hold(run):
+                assert not superseded(), "somebody is at work on it"
+            superseded()
+            time.sleep(0.01)
+            assert superseded() == over
+        raise roles.Superseded
+
+    acts(act)
+    assert main(["join", str(run), "worker 1"]) == 0
+    assert capsys.readouterr().out == "the run is over: worker 1 ends\n"
 
 
 def test_what_fails_in_a_start_that_is_over_is_no_error(started, capsys):
