@@ -174,7 +174,13 @@ class _Rank:
         return _WIDE * o.hidden_size * (self._tokens + words) + tile + narrow
 
     def _gathered(self) -> float:
-        """Of fsdp: weights of the running block and of the next one, gradients of one."""
-        if self.layout.sharers == 1 or self.layout.zero < 3:
+        """Of fsdp. Weights that are gathered block by block: of the running one and the next, and gradients of one, as
+        they are made and as they are sent; tables are gathered all the time, with their gradients. Else gradients once
+        more, as they are sent."""
+        if self.layout.sharers == 1:
             return 0.0
-        return self._block / self.layout.tensor * (2 * (2 if self._narrow else _WIDE) + 2 * _WIDE)
+        if self.layout.zero < 3:
+            return self._own * _WIDE
+        o, size = self.job.model, 2 if self._narrow else _WIDE
+        tables = sum(self._ends) * o.vocab_size * o.hidden_size
+        return (self._block * (2 * size + 2 * _WIDE) + tables * (size + _WIDE)) / self.layout.tensor
