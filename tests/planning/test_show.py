@@ -77,6 +77,7 @@ def test_the_sentences():
     assert "No cost" not in text
     alone = show.remarks(QUESTION, answer(ONE))
     assert "No other layout fits." in alone
+    assert "No other layout fits." not in show.remarks(QUESTION, replace(answer(ONE), more=True))
     assert "No cost: the cluster has no price" in alone
 
 

@@ -55,7 +55,7 @@ def plans(question: Question, best: int, job: Job | None = None) -> Answer:
     if not kept:
         assert refused[0] is not None
         raise JobError(f"the job refuses the layouts that fit: {refused[0].what}", fix=refused[0].fix)
-    return replace(found, plans=kept[:best])
+    return replace(found, plans=kept[:best], more=found.more or len(kept) > best)
 
 
 def _of_pools(question: Question, best: int) -> Answer:
@@ -63,7 +63,8 @@ def _of_pools(question: Question, best: int) -> Answer:
     each, through = uneven.search(question, best), spanning.search(question, best)
     plans = sorted((*each.plans, *through.plans), key=lambda plan: plan.seconds)
     seconds, candidates = each.seconds + through.seconds, each.candidates + through.candidates
-    return Answer(tuple(plans[:best]), seconds, candidates, each.compared + through.compared, None)
+    compared, more = each.compared + through.compared, len(plans) > best or each.more or through.more
+    return Answer(tuple(plans[:best]), seconds, candidates, compared, None, more)
 
 
 def alone(question: Question, job: Job | None = None) -> list[tuple[str, Plan | None]]:

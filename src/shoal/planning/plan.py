@@ -93,13 +93,15 @@ class Question:
 @dataclass(frozen=True)
 class Answer:
     """plans: the best first. seconds: that the search took. candidates: layouts that there are; compared: of them those
-    that had to be computed in full. nearest: where none fits, the one that is least too large."""
+    that had to be computed in full. nearest: where none fits, the one that is least too large. more: whether others fit
+    that are not among the plans."""
 
     plans: tuple[Plan, ...]
     seconds: float
     candidates: int
     compared: int
     nearest: Plan | None
+    more: bool = False
 
 
 def why(first: Plan, second: Plan) -> str:

@@ -45,10 +45,10 @@ def search(question: Question, best: int = 10) -> Answer:
     if not len(space.bases):
         return Answer((), time.perf_counter() - begin, 0, 0, None)
     found, compared = space.fastest(max(best, _RANKED))
-    ranked = space.ranked(space.simulated(found))[:best]
-    plans = tuple(space.plan(one) for one in ranked)
+    ranked = space.ranked(space.simulated(found))
+    plans = tuple(space.plan(one) for one in ranked[:best])
     nearest = None if plans else space.plan(space.smallest())
-    return Answer(plans, time.perf_counter() - begin, space.size, compared, nearest)
+    return Answer(plans, time.perf_counter() - begin, space.size, compared, nearest, len(ranked) > best)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,8 @@ def _known(answer: Answer, name: str) -> Callable[[Plan], str] | None:
 def remarks(question: Question, answer: Answer) -> str:
     """Below the table: why the first wins, what limits it, what the columns mean, and what is not told."""
     best = answer.plans[0]
-    found = [f"{why(best, answer.plans[1])}." if len(answer.plans) > 1 else "No other layout fits."]
+    found = [f"{why(best, other)}." for other in answer.plans[1:2]]
+    found += [] if found or answer.more else ["No other layout fits."]
     found.append(f"What limits it: {best.limit}.")
     if best.total > _NEAR * best.capacity:
         found.append(

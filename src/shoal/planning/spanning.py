@@ -79,5 +79,6 @@ def search(question: Question, best: int = 10) -> Answer:
     """As `search.search`, of a cluster of several pools."""
     begin = time.perf_counter()
     found = Search(question)
-    plans = tuple(found.fastest(best))
-    return Answer(plans, time.perf_counter() - begin, found.candidates, found.computed, None)
+    plans = tuple(found.fastest(best + 1))
+    seconds, more = time.perf_counter() - begin, len(plans) > best
+    return Answer(plans[:best], seconds, found.candidates, found.computed, None, more)

@@ -262,8 +262,9 @@ def search(question: Question, best: int = 10) -> Answer:
     """As `search.search`, of a cluster of several pools."""
     begin = time.perf_counter()
     found = Search(question)
-    plans = tuple(one.plan for one in found.fastest(best))
-    return Answer(plans, time.perf_counter() - begin, len(found.ranks), found.computed, None)
+    plans = tuple(one.plan for one in found.fastest(best + 1))
+    seconds, more = time.perf_counter() - begin, len(plans) > best
+    return Answer(plans[:best], seconds, len(found.ranks), found.computed, None, more)
 
 
 def shares(question: Question, plan: Plan) -> list[tuple[Pool, tuple[int, ...]]]:
