@@ -9,7 +9,7 @@ import pytest
 
 from shoal.errors import JobError
 from shoal.job import Layout
-from shoal.planning import asked, scene, simulation
+from shoal.planning import asked, scene, simulation, spanning
 from shoal.planning.search import Space
 
 
@@ -83,3 +83,23 @@ def test_what_cannot_be(layout, words):
 def test_several_pools_are_refused():
     with pytest.raises(JobError, match="several pools"):
         scene.staged(question(where="h100x32+a100-80x32"), Layout.parse("replicas=64,micro_batch=1"))
+
+
+def test_a_pipeline_through_several_pools_takes_what_was_planned():
+    """And one that is given, with its stages, in whatever order of the pools is best."""
+    asked_ = question(where="h100x8+a100-80x8")
+    plan = spanning.search(asked_, 1).plans[0]
+    found = scene.staged(asked_, plan.layout, along=[name for name, _ in plan.along])
+    assert (found.plan.layout, found.plan.along, found.fits) == (plan.layout, plan.along, True)
+    assert found.plan.seconds == pytest.approx(plan.seconds)
+    assert simulation.usual_seconds(found.scene) == pytest.approx(plan.seconds, rel=0.01)
+    assert scene.staged(asked_, plan.layout).plan.seconds == pytest.approx(plan.seconds)
+    blocks = plan.layout.blocks_per_stage
+    worse = replace(plan.layout, stages="+".join(map(str, (blocks[0] + 1, *blocks[1:-1], blocks[-1] - 1))))
+    other = scene.staged(asked_, worse)
+    assert other.plan.layout == worse
+    assert other.plan.seconds >= plan.seconds
+    one, many = (replace(found.scene, message=(seconds,) * (plan.layout.pipeline - 1)) for seconds in (0.0, 0.5))
+    assert simulation.usual_seconds(many) > simulation.usual_seconds(one) + 1.0
+    with pytest.raises(JobError, match="message"):
+        replace(found.scene, message=(-1.0,)).validate()

@@ -173,7 +173,7 @@ def _staged(question: Question, job: Job | None, layout: str) -> Staged:
         asked.validate()
         return scene.staged(question, asked)
     best = answered.plans(question, 1, job).plans[0]
-    return scene.staged(question, best.layout, best.chunks)
+    return scene.staged(question, best.layout, best.chunks, [name for name, _ in best.along])
 
 
 def _slow(text: str) -> dict[tuple[int, int], float]:

@@ -32,7 +32,8 @@ _HOPELESS = 1000
 @dataclass(frozen=True)
 class Scene:
     """What runs. ranks, chunks: of a pipeline, and stages on each. taken: seconds of a micro-batch in each stage,
-    (stages,), on a device of the usual speed. message: seconds of one between stages. pipelines: replicas × fsdp.
+    (stages,), on a device of the usual speed. message: seconds of one between stages, or of one over each of the
+    boundaries between two. pipelines: replicas × fsdp.
     devices: of an actor. exchange, optimizer: seconds of a step when the last pipeline is done, of gradients that are
     still on their way, and of the update.
 
@@ -45,7 +46,7 @@ class Scene:
     chunks: int
     micro_batches: int
     taken: Seconds
-    message: float = 0.0
+    message: float | tuple[float, ...] = 0.0
     pipelines: int = 1
     devices: int = 1
     exchange: float = 0.0
@@ -59,6 +60,11 @@ class Scene:
         return self.pipelines * self.ranks
 
     @property
+    def sent(self) -> Array:
+        """Seconds of a message as `timeline` takes them."""
+        return np.atleast_2d(self.message) if isinstance(self.message, tuple) else np.atleast_1d(self.message)
+
+    @property
     def after(self) -> float:
         return self.exchange + self.optimizer
 
@@ -66,8 +72,10 @@ class Scene:
         """JobError. (What a schedule cannot run, `timeline` says.)"""
         for name in ("ranks", "chunks", "micro_batches", "pipelines", "devices"):
             at_least(name, getattr(self, name), 1)
-        for name in ("message", "exchange", "optimizer", "spread", "jitter"):
+        for name in ("exchange", "optimizer", "spread", "jitter"):
             at_least(name, getattr(self, name), 0)
+        for seconds in self.sent.flat:
+            at_least("message", float(seconds), 0)
         for (pipeline, rank), times in self.slow.items():
             there = 0 <= pipeline < self.pipelines and 0 <= rank < self.ranks
             what = f"there is no rank {rank} of pipeline {pipeline} that could be slow"
@@ -178,7 +186,7 @@ def picture(scene: Scene, seed: int = 0, pipelines: int | None = None) -> Pictur
     """The first step as `run` simulates it with this seed, of the first pipelines; None = of all."""
     scene.validate()
     speeds = next(_factors(scene, seed))
-    step = timeline.simulate(*_shape(scene), _at(scene, speeds[:pipelines]), scene.message)
+    step = timeline.simulate(*_shape(scene), _at(scene, speeds[:pipelines]), scene.sent)
     return Picture(step, _longest(scene, speeds))
 
 
@@ -271,7 +279,7 @@ def _pipelines(scene: Scene, speeds: Array) -> Array:
     if scene.ranks == 1:
         each = sum(np.sum(part) for part in scene.taken)
         return np.asarray(scene.micro_batches * each * speeds[:, 0], dtype=np.float64)
-    return timeline.simulate(*_shape(scene), _at(scene, speeds), scene.message).seconds
+    return timeline.simulate(*_shape(scene), _at(scene, speeds), scene.sent).seconds
 
 
 def _shape(scene: Scene) -> tuple[str, int, int, int]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 import numpy as np
 
+from shoal.job.layout import Layout
 from shoal.planning import candidates
 from shoal.planning.plan import Answer, Plan, Question
 from shoal.planning.stages import Stages
@@ -73,6 +74,29 @@ class Search:
                 fitting = np.flatnonzero((most >= 1).all(axis=1) & (most.sum(axis=1) >= layers))
                 rows += [(float(bounds[n]), Through(stages, int(n), order, most[n])) for n in fitting]
         return iter(sorted(rows, key=lambda row: row[0]))
+
+
+def find(question: Question, layout: Layout, along: Sequence[str] = ()) -> Through | None:
+    """This layout through all pools, with blocks divided as it says, or as is fastest; None where it is none of the
+    candidates. along: names of the pools in its order; else the order that is best."""
+    stages, pools = Stages(question, layout.world // layout.pipeline), question.cluster.pools
+    base, fsdp, zero = stages.splits
+    bases, same = stages.spaces[0].bases, (fsdp == layout.fsdp) & (zero == layout.zero)
+    wanted = {name: getattr(layout, name) for name in ("tensor", "context", "expert")}
+    wanted |= {"micro_batch": layout.micro_batch or None, "data": layout.replicas * layout.fsdp}
+    wanted["recompute"] = layout.recompute == "block"
+    for name, value in wanted.items():
+        same &= (value is None) | (getattr(bases, name)[base] == value)
+    found = []
+    for order in permutations(range(len(pools))):
+        if along and tuple(pools[n].name for n in order) != tuple(along):
+            continue
+        for n in np.flatnonzero(same):
+            one = Through(stages, int(n), order, stages.most(order)[n], given=layout.blocks_per_stage)
+            if len(one.divisions):
+                one = one.fastest()
+                found.append((not one.fits, one.plan().seconds, one))
+    return min(found, key=lambda row: row[:2])[2] if found else None
 
 
 def search(question: Question, best: int = 10) -> Answer:

@@ -23,13 +23,14 @@ from shoal.planning.work import Array
 @dataclass(frozen=True)
 class Through:
     """candidate: of `stages`. order: numbers of its pools, along the pipeline. most: blocks that each rank has memory
-    for, (ranks,). choice: of the divisions of blocks."""
+    for, (ranks,). choice: of the divisions of blocks. given: the only one, if it is."""
 
     stages: Stages
     candidate: int
     order: tuple[int, ...]
     most: Numbers
     choice: int = 0
+    given: tuple[int, ...] = ()
 
     @property
     def batches(self) -> int:
@@ -63,6 +64,8 @@ class Through:
     @cached_property
     def divisions(self) -> Numbers:
         """Blocks of each rank, (n, ranks), the best first as far as a closed form tells; none where nothing fits."""
+        if self.given:
+            return np.array([self.given], dtype=np.int64)
         return divided(self.stages.question.shape.layers, *self.block, self.most, self.batches)
 
     @property
@@ -173,6 +176,11 @@ class Through:
             days=None if question.tokens is None else question.tokens / rate / 86400,
             along=tuple((stages.pools[n].name, stages.counts[n]) for n in self.order),
         )  # fmt: skip
+
+    @property
+    def fits(self) -> bool:
+        """In memory, with a tenth to spare."""
+        return bool((self.blocks <= self.most).all())
 
     def _of(self, rank: int) -> int:
         return int(self.blocks[rank])
