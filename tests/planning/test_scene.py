@@ -101,5 +101,8 @@ def test_a_pipeline_through_several_pools_takes_what_was_planned():
     assert other.plan.seconds >= plan.seconds
     one, many = (replace(found.scene, message=(seconds,) * (plan.layout.pipeline - 1)) for seconds in (0.0, 0.5))
     assert simulation.usual_seconds(many) > simulation.usual_seconds(one) + 1.0
+    served = replace(asked_, sync=replace(asked_.sync, name="server"))
+    with pytest.raises(JobError, match="another sync than all-reduce"):
+        scene.staged(served, plan.layout)
     with pytest.raises(JobError, match="message"):
         replace(found.scene, message=(-1.0,)).validate()

@@ -55,6 +55,7 @@ def _through(question: Question, layout: Layout, along: Sequence[str]) -> Staged
     what = f"layout={layout} has replicas in several pools, whose shares are not simulated"
     fix = "a pipeline through all pools (docs/planning.md), or one pool: h100x64"
     require(layout.pipeline > 1 and not layout.replica_share and layout.schedule == SCHEDULE, what, fix)
+    require(syncs.plain(question), "another sync than all-reduce is not simulated on several pools", "--sync allreduce")
     one = spanning.find(question, layout, along)
     if one is None:
         raise _unknown(question, layout)
