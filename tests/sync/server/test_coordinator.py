@@ -352,6 +352,24 @@ def test_late_ones_of_a_quorum_are_rejected_and_their_samples_used_by_the_next()
     assert bench.granted(Key(0, 0, 1)).samples == second.samples
 
 
+def test_grace_begins_anew_where_the_quorum_was_lost():
+    bench = Bench("quorum", workers=3, quorum=2, grace=1.0, reconnect=0.1, lease=100.0)
+    for worker in (0, 1, 2):
+        bench.join(worker)
+    grants = [bench.granted(Key(worker, 0, 0)) for worker in (0, 1, 2)]
+    for grant in grants[:2]:
+        bench.push(grant)
+    assert bench.coordinator.alarm == 1.0
+    bench.do(bench.coordinator.lost(Address("worker", 1, 0), 0.2))
+    bench.now = 0.9
+    bench.do(bench.coordinator.tick(bench.now))
+    assert bench.coordinator.version == 0
+    bench.now = 5.0
+    bench.join(3)
+    bench.push(grants[2])
+    assert bench.coordinator.alarm == 6.0, "another may come within a second"
+
+
 def test_a_silent_worker_is_fenced_and_its_samples_go_to_others():
     bench = Bench(workers=2, lease=5.0, reconnect=0.5)
     for worker in (0, 1):
@@ -559,7 +577,8 @@ def test_the_bound_of_ssp_counts_who_has_lived_since():
 def test_nothing_can_be_learned_from_nan_or_from_no_tokens():
     bench = Bench(workers=1)
     bench.join(0)
-    useless = [(float("nan"), 1.0, "not finite"), (0.0, 0.0, "no valid tokens")]
+    nan, none = float("nan"), "no valid tokens"
+    useless = [(nan, 1.0, "not finite"), (0.0, 0.0, none), (1.0, nan, none), (1.0, float("inf"), none)]
     for clock, (square, weight, reason) in enumerate(useless):
         grant = bench.granted(Key(0, 0, clock))
         assert grant.samples == Range(4 * clock, 4 * clock + 4)
@@ -567,7 +586,7 @@ def test_nothing_can_be_learned_from_nan_or_from_no_tokens():
         assert answer is not None
         assert answer.reason == reason
     assert bench.coordinator.version == 0
-    assert bench.coordinator.at.samples.watermark == 8
+    assert bench.coordinator.at.samples.watermark == 16
 
 
 def test_a_push_of_other_samples_than_granted_is_rejected_and_of_fewer_is_not():

@@ -110,6 +110,25 @@ def test_a_pull_of_some_pieces():
         pull(server, 0, (Piece("a", (4, 0), (3, 2)),))
 
 
+NO_PIECES = [
+    Piece("b", (0, 0), (6, 2)), Piece("a", (0,), (6,)), Piece("a", (0, 0), (6,)), Piece("a", (0, 0), (-1, 2)),
+    Piece("s", (0,), (1,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", NO_PIECES)
+def test_pieces_that_are_none_are_refused_and_change_nothing(piece):
+    """Nor is anything passed on to other copies, or staged: neither the piece before it."""
+    server, before = shard(others=(1,)), VALUES["a"].clone()
+    with pytest.raises(JobError, match="is not on this shard"):
+        pull(server, 0, (piece,))
+    with pytest.raises(JobError, match="is not on this shard"):
+        server.handle(WORKER, m.Stage(Key(0, 0, 0), 0, 1, (WHOLE[0], piece)), (torch.ones(6, 2), torch.ones(1)), 0.0)
+    assert not server.staged
+    assert server.tick(1e9) == []
+    assert torch.equal(server.held.live()[0], before)
+
+
 def test_bytes_are_in_the_log_before_they_are_called_staged_and_come_back_from_it():
     server, key = shard(logged=True), Key(0, 0, 0)
     tensors = (torch.ones(6, 2), torch.tensor(1.0))

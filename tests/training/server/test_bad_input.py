@@ -108,10 +108,16 @@ def stranger(run: Path, job: Job, **other: str) -> str:
 def no_message(session: Session, chance: random.Random) -> bytes:
     """Whole frames whose header is no message, or another one than its buffers are of."""
     piece = Piece("model.norm.weight", (0,), (chance.choice([12, 1 << 40, -1]),))
-    messages = [m.Over(), m.Stage(Key(0, 0, 0), 0, 1, (piece,)), m.Pulled(Key(0, 0, 0), 0, 1, (piece, piece))]
+    key, bent = Key(9, 7, 0), Piece("model.norm.weight", (0,), chance.choice([(12, 1), (), (-1,)]))
+    messages = [
+        m.Over(), m.Stage(key, 0, 1, (piece,)), m.Pulled(key, 0, 1, (piece, piece)), m.Pull(key, 0, (bent,)),
+        m.Stage(key, 0, 1, chance.choice([(), (piece, piece), (bent,)]), encoded=True), m.Apply(1, (key,), 1.0, 1.0, 0),
+        m.Drop((key,)), m.Save(0, b"{}"),
+    ]  # fmt: skip
     header = m.encode(chance.choice(messages))
-    header = chance.choice([header, chance.randbytes(40), header[: chance.randrange(len(header))]])
-    return pack(session.send_key, 0, header, [40]) + bytes(40)
+    header = chance.choice([header, header, header, chance.randbytes(40), header[: chance.randrange(len(header))]])
+    lengths = chance.choice([[], [40], [40, 8]])
+    return pack(session.send_key, 0, header, lengths) + bytes(sum(lengths))
 
 
 def fuzz(run: Path, frames: int) -> dict[int, int]:
@@ -126,7 +132,7 @@ def fuzz(run: Path, frames: int) -> dict[int, int]:
         assert entry is not None
         sock, session = raw_at((entry.host, entry.port), token, "worker 9 7")
         with sock:
-            attack(sock, chance.choice([*KINDS, no_message])(session, chance))
+            attack(sock, chance.choice([*KINDS, *[no_message] * len(KINDS)])(session, chance))
         if number == frames // 10:
             before = {pid: resident(pid) for pid in held}
     return {pid: resident(pid) - before[pid] for pid in held}

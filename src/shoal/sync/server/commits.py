@@ -41,7 +41,7 @@ class Commits:
             return
         if not math.isfinite(sum(square.value for square in self._squares(member.staged))):
             self.reject(member, "not finite", push.samples)
-        elif push.weight <= 0:
+        elif not 0 < push.weight < math.inf:
             self.reject(member, "no valid tokens", push.samples)
         else:
             self.at.ready[member.key] = member

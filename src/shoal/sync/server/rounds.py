@@ -37,6 +37,8 @@ class Round:
             return here == len(going)
         real = sum(member.push is not None and not member.push.rest for member in at.ready.values())
         if real < min(self.rules.quorum, sum(not member.leaving for member in at.members.values())):
+            # Whoever made it a quorum may be lost: the grace begins anew with the next one.
+            self.ends = None
             # At the end of the data there may be no work for so many.
             return here == len(going) and (at.draining or not at.samples.available)
         if self.ends is None:

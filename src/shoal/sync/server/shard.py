@@ -197,27 +197,29 @@ class ServerShard:
     def _stage(self, message: m.Stage, tensors: Sequence[Any], now: float) -> None:
         if self._over(message.key):
             return
+        new = self._put(message, tensors)
         if not message.forwarded:
             forward = m.Stage(message.key, message.part, message.parts, message.pieces, True, message.encoded)
             self._out += [Send(Address("shard", self.number, copy), forward, tuple(tensors)) for copy in self.others]
-        new = self._put(message, tensors)
         staged = self.staged[message.key]
         if new and self.logged:
             self._out.append(Write(message, tuple(tensors), durable=staged.squares is not None))
         self._say_staged(message.key, staged, now)
 
     def _put(self, message: m.Stage, tensors: Sequence[Any]) -> bool:
-        """False if this part was there."""
+        """False if this part was there. JobError for pieces that are not held here; then nothing has been entered."""
         staged = self.staged.get(message.key)
         if staged is None:
+            staged = _Staged(self.held.blank(), message.parts)
+        if message.part in staged.parts:
+            return False
+        self.held.put(staged.gradient, message.pieces, tensors, message.encoded)
+        if message.key not in self.staged:
             # What the worker left half sent is of a push that was given up: none of it can have been committed.
             for key in [k for k, s in self.staged.items() if k.worker == message.key.worker and s.squares is None]:
                 if key < message.key:
                     del self.staged[key]
-            staged = self.staged[message.key] = _Staged(self.held.blank(), message.parts)
-        if message.part in staged.parts:
-            return False
-        self.held.put(staged.gradient, message.pieces, tensors, message.encoded)
+            self.staged[message.key] = staged
         staged.parts.add(message.part)
         if len(staged.parts) == message.parts:
             staged.squares = self.held.squares(staged.gradient)

@@ -36,11 +36,14 @@ def places(message: m.AnyMessage, lengths: Sequence[int], dtype: torch.dtype, po
     FrameError where there are more or fewer of them than the message says, or of other shapes.
     """
     take = (pool or Pool(0)).take
-    if getattr(message, "encoded", False):
-        return [take((length,), torch.uint8) for length in lengths]
     pieces: Sequence[m.Piece] = message.pieces if isinstance(message, m.Stage | m.Pulled | m.Whole | m.Backup) else ()
-    if len(pieces) != len(lengths):
+    encoded = isinstance(message, m.Stage | m.Pulled) and message.encoded
+    # Of a chain of deltas each has all pieces.
+    often = len(message.links) if encoded and isinstance(message, m.Pulled) else 1
+    if len(pieces) * often != len(lengths):
         raise FrameError("does not fit", f"sent {len(lengths)} tensors with {type(message).__name__}")
+    if encoded:
+        return [take((length,), torch.uint8) for length in lengths]
     rows = message.rows if isinstance(message, m.Pulled) else ()
     if not fits(pieces, rows):
         raise FrameError("does not fit", "sent rows of what it does not send")

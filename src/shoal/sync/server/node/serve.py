@@ -40,7 +40,7 @@ class Serving:
         self._hello()
         while True:
             event = self.station.next(self.machine.retry / 4)
-            if isinstance(event, Said) and isinstance(event.message, m.Over):
+            if isinstance(event, Said) and isinstance(event.message, m.Over) and event.sender == COORDINATOR:
                 return
             if event is not None:
                 self._take(event)
@@ -90,7 +90,7 @@ class Serving:
             if self.log is not None:
                 self.log.forget(message.version)
             return
-        if not isinstance(message, _HEARD):
+        if not isinstance(message, _HEARD) or (isinstance(message, _LEADS) and sender != COORDINATOR):
             return
         try:
             effects = self.machine.handle(sender, message, tensors, time.monotonic())
@@ -159,4 +159,6 @@ def join(machine: ServerShard, station: Station, patience: float) -> None:
     )
 
 
+# What only the coordinator may say.
+_LEADS = m.Apply | m.Combine | m.Drop | m.Copies | m.Save | m.Refused
 _HEARD = m.Stage | m.Apply | m.Pull | m.Combine | m.Drop | m.Copies | m.Save | m.Refused
