@@ -117,7 +117,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_the_installed_command_refuses_without_traceback():
-    command = [sys.executable, "-m", "shoal.cli.main", "train", "--optim.lrr", "3"]
+    command = [sys.executable, "-m", "shoal", "train", "--optim.lrr", "3"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stdout == ""

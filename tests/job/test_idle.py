@@ -7,11 +7,12 @@ from dataclasses import fields, replace
 import pytest
 
 from shoal.errors import JobError
-from shoal.job import Job
-from shoal.job.idle import OF_MODE, OF_SYNC, without_idle
+from shoal.job import Job, Layout
+from shoal.job.idle import OF_MODE, OF_SYNC, idle_here, without_idle
 from shoal.job.run import RunOptions
 from shoal.job.server import MODES, ServerOptions
 from shoal.job.sync import SyncOptions
+from shoal.job.train import TrainOptions
 
 SYNCS = ("allreduce", "local", "gossip", "server")
 # Of every option a value that some sync or mode takes.
@@ -42,6 +43,27 @@ def test_an_option_of_another_sync_is_refused_and_its_own_is_not(name: str, opti
     else:
         assert f"sync.{option}" in found
         assert name in found
+
+
+@pytest.mark.parametrize(
+    ("sync", "replicas", "steps", "said"),
+    [
+        (SyncOptions(), 1, 10, ""),
+        (SyncOptions(codec="int8"), 1, 10, "sync.codec=int8 does nothing here"),
+        (SyncOptions(codec="int8"), 2, 10, ""),
+        (SyncOptions(codec="auto"), 1, 10, ""),
+        (SyncOptions(name="gossip"), 1, 100, "sync.name=gossip does nothing here"),
+        (SyncOptions(name="local"), 1, 100, "one outer step"),
+        (SyncOptions(name="local"), 2, 49, "replicas do not meet before the end, after 49 steps"),
+        (SyncOptions(name="gossip", every=8), 2, 7, "replicas do not meet before the end"),
+        (SyncOptions(name="local"), 2, 50, ""),
+        (SyncOptions(name="local"), 2, 0, ""),
+        (SyncOptions(name="server"), 1, 10, ""),
+    ],
+)
+def test_what_does_nothing_in_this_layout_is_said(sync: SyncOptions, replicas: int, steps: int, said: str):
+    found = idle_here(Job(layout=Layout(replicas=replicas), sync=sync, train=TrainOptions(steps=steps)))
+    assert [said in sentence for sentence in found] == ([True] if said else [])
 
 
 @pytest.mark.parametrize("option", SERVER)

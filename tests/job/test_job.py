@@ -48,7 +48,7 @@ def test_every_recipe_is_valid(path: Path):
         ("train.compile = 'yes'", "train.compile='yes' is unknown", "auto"),
         ("train.on_nonfinite = 'stopp'", "train.on_nonfinite='stopp' is unknown", "'stop'"),
         ("optim.lr = 0", "optim.lr=0.0 is not positive", "above 0"),
-        ("optim.lr = inf", "optim.lr=inf is not positive", ""),
+        ("optim.lr = inf", "optim.lr=inf is not a finite number", ""),
         ("optim.betas = [0.9, 1.0]", "optim.betas: 1.0 is not in [0, 1)", "0.9"),
         ("optim.warmup = 2.5", "optim.warmup=2.5 is neither a share nor a number of steps", "whole number"),
         ("optim.warmup = inf", "optim.warmup=inf is not a finite number", ""),

@@ -19,7 +19,7 @@ from shoal.models.spec import count
 from shoal.observe import report
 from shoal.observe.charts import charts
 from shoal.observe.charts_server import server_charts
-from shoal.observe.exchange import exchange
+from shoal.observe.exchange import exchange, figures
 from shoal.observe.metrics import Metrics
 from shoal.observe.waiting import waiting_charts
 from tests.observe.rows import row, server_row, waiting_row
@@ -110,6 +110,32 @@ def test_the_sentences_of_a_server():
         "gradients": "6 gradients; 2 more (25.0 %) rejected",
         "staleness": "1.67 in the mean, 4 at most",
     }
+
+
+def test_the_figures_of_a_server_for_scripts():
+    coded = replace(SERVER, sync=SyncOptions(name="server", codec="int8"))
+    rows = [
+        server_row(1, {0: 3}, sent_bytes=WHOLE, received_bytes=WHOLE, rejected=1, wasted_s=0.5, waited_s={"1": 0.25}),
+        server_row(2, {1: 2, 10: 1}, sent_bytes=WHOLE, received_bytes=WHOLE, lost=2, waited_s={"1": 0.25, "0": 1.0}),
+        server_row(3, {1: 4}, sent_bytes=WHOLE, received_bytes=2 * WHOLE, outer_drift=0.125, waited_s={}),
+    ]
+    found = figures(coded, rows)
+    assert found == {
+        "sent_bytes": 3 * WHOLE, "received_bytes": 4 * WHOLE, "rejected": 1, "lost": 2, "wasted_s": 0.5,
+        "times_fewer": {"pushed": 4.0, "pulled": 3.0}, "waited_s": {"0": 1.0, "1": 0.5},
+        "staleness": {"0": 3, "1": 6, "10": 1}, "outer_drift": 0.125,
+    }  # fmt: skip
+    assert list(found["staleness"]) == ["0", "1", "10"]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_figures_without_a_server_and_none_of_one_process():
+    local = replace(JOB, sync=SyncOptions(name="local", every=4))
+    rows = [row(s, sent_bytes=WHOLE * (s % 4 == 0), received_bytes=WHOLE, plain_bytes=WHOLE) for s in range(1, 9)]
+    assert figures(local, rows) == {
+        "sent_bytes": 2 * WHOLE, "received_bytes": 8 * WHOLE, "times_fewer": {"sent": 4.0},
+    }  # fmt: skip
+    assert figures(JOB, [row(1, sent_bytes=0, received_bytes=0)]) == figures(None, rows) == {}
 
 
 def test_what_a_codec_saves():

@@ -58,7 +58,8 @@ def at_least(name: str, value: float, least: float) -> None:
 
 
 def positive(name: str, value: float) -> None:
-    require(value > 0 and math.isfinite(value), f"{name}={value} is not positive", "give a number above 0")
+    require(math.isfinite(value), f"{name}={value} is not a finite number", "give a number above 0")
+    require(value > 0, f"{name}={value} is not positive", "give a number above 0")
 
 
 def one_of(name: str, value: Any, known: Iterable[Any]) -> None:

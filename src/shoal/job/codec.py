@@ -18,6 +18,9 @@ ROUNDING = ("bf16", "fp16", "int8", "int4", "int2", "sign")
 POWERSGD = "powersgd"
 """Writes each matrix as a product of two thin ones; alone."""
 
+_ALONE = ("none", "auto")
+"""No codec, and the one that is chosen: read before `parse`."""
+
 _MOST = 0.5
 """Of a larger share, what is kept and where it lay take more bytes than all numbers in fewer bits each."""
 
@@ -58,7 +61,8 @@ def parse(text: str, option: str = "sync.codec") -> tuple[Part, ...]:
             fix = f"e.g. {part.name}:{part.share:g}+{first.name}" if first.name in ROUNDING else "leave one of them out"
             _refuse(text, option, f"{part.name} cannot come after {first.name}", fix)
         if first.name not in KEEPING:
-            _refuse(text, option, f"{first.name} and {part.name} both round", f"{first.name} or {part.name} alone")
+            either = " or ".join(dict.fromkeys((first.name, part.name)))
+            _refuse(text, option, f"{first.name} and {part.name} both round", f"{either} alone")
     if len(others) > 1:
         what = "what is kept is rounded twice"
         _refuse(text, option, what, f"e.g. {first.name}:{first.share:g}+{others[0].name}")
@@ -69,9 +73,11 @@ def _part(word: str, text: str, option: str, after: str = "") -> Part:
     """after: the name of the part before it."""
     name, *settings = word.strip().split(":")
     if name not in (*KEEPING, *ROUNDING, POWERSGD):
-        alone = ("none",) if name == text else ()
+        if name in _ALONE and name != text:
+            _refuse(text, option, f"{name!r} goes with nothing else", f"{name} alone, or leave it out")
+        alone = _ALONE if name == text else ()
         names = ROUNDING if after in KEEPING else (*alone, *ROUNDING, *KEEPING, POWERSGD)
-        _refuse(text, option, f"{name!r} is unknown", nearest(name, names))
+        _refuse(text, option, f"{name!r} is unknown", nearest(name.lower(), names))
     share = _share(name, settings.pop(0) if settings else "", text, option) if name in KEEPING else 0.0
     rank = _rank(settings.pop(0) if settings else "", text, option) if name == POWERSGD else 0
     unbiased = settings[:1] == ["unbiased"] and name in _UNBIASED
@@ -101,7 +107,7 @@ def _rank(setting: str, text: str, option: str) -> int:
     if setting.isascii() and setting.isdecimal() and len(setting) <= 6 and int(setting):
         return int(setting)
     what = f"{POWERSGD} needs the rank of what it sends" if not setting else f"{setting!r} is not a rank"
-    _refuse(text, option, what, f"a whole number from 1 on, e.g. {POWERSGD}:4")
+    _refuse(text, option, what, f"a whole number from 1 to 999999, e.g. {POWERSGD}:4")
 
 
 def _refuse(text: str, option: str, what: str, fix: str) -> NoReturn:

@@ -48,6 +48,25 @@ def refuse_idle(options: Any, known: Mapping[str, tuple[str, ...]], table: str, 
         require(given == usual or value in users, what, fix)
 
 
+def idle_here(job: Job) -> list[str]:
+    """Sentences about options that do nothing in this job's layout and length, or less than who gave them may expect.
+    Not of a server, whose workers push also where there is one."""
+    sync, layout = job.sync, job.layout
+    if layout is None or sync.name == "server":
+        return []
+    said: list[str] = []
+    if layout.replicas == 1:
+        if sync.codec not in ("none", "auto"):
+            said.append(f"sync.codec={sync.codec} does nothing here: one replica has no other to send gradients to")
+        if sync.name == "gossip":
+            said.append("sync.name=gossip does nothing here: one replica meets no other")
+        if sync.name == "local":
+            said.append(f"sync.name=local with one replica: what {sync.every} steps moved is taken as one outer step")
+    elif sync.name in ("local", "gossip") and 0 < job.train.steps < sync.every:
+        said.append(f"sync.every={sync.every}: replicas do not meet before the end, after {job.train.steps} steps")
+    return said
+
+
 def without_idle(job: Job) -> Job:
     """The job with every option that has no effect with its sync at its default: of [sync] and [server], and run.trace.
     What was said for another sync is no mistake where a run goes on with this one."""

@@ -23,7 +23,7 @@ from shoal.mesh import Seat
 from shoal.models.decoder import Decoder
 from shoal.models.spec import count
 from shoal.models.storage import canonical
-from shoal.observe import metrics, report, result, summary
+from shoal.observe import exchange, metrics, report, result, summary
 from shoal.observe.hold import hold
 from shoal.observe.log import speaker
 from shoal.observe.result import Result
@@ -168,4 +168,5 @@ def _result(run: Path, job: Job, corpus: Prepared | None, figures: dict[str, Any
         predicted_step_seconds=figures.get("predicted_step_seconds"),
         predicted_memory_gib=figures.get("predicted_memory_gib"),
         memory_gib=max(memory, default=None),
+        exchange=exchange.figures(job, rows),
     )

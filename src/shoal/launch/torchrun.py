@@ -4,14 +4,14 @@ torchrun's own store listens on all interfaces, also with --standalone or --mast
 machine, this keeps everything on loopback (the rendezvous is a file, and the store is ours):
 
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 2 --local-addr 127.0.0.1 \
-        --rdzv-backend c10d --rdzv-conf store_type=file -m shoal.cli.main train recipes/quickstart.toml
+        --rdzv-backend c10d --rdzv-conf store_type=file -m shoal train recipes/quickstart.toml
 
 On several (docs/several-machines.md), with a folder that all of them have, this keeps everything on the interface that
 is named; ADDRESS is the machine's own there:
 
     GLOO_SOCKET_IFNAME=eth0 TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes 4 --nproc-per-node 1 \
         --local-addr ADDRESS --rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint /shared/meet-1 \
-        -m shoal.cli.main train recipes/quickstart.toml --run-dir /shared/run-1 --data.cache /shared/cache
+        -m shoal train recipes/quickstart.toml --run-dir /shared/run-1 --data.cache /shared/cache
 """
 
 from __future__ import annotations

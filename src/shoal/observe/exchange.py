@@ -1,15 +1,16 @@
-"""What it took to keep replicas consistent, in words: bytes, what a codec saved, staleness, work in vain."""
+"""What it took to keep replicas consistent, in words and figures: bytes, what a codec saved, staleness, waste."""
 
 from __future__ import annotations
 
 from statistics import median
+from typing import Any
 
 from shoal.job import Job
 from shoal.models.spec import count
 from shoal.observe.charts import Rows, of_server
 from shoal.observe.charts_server import staleness
 from shoal.observe.units import counted, percent, short, size
-from shoal.observe.waiting import shares
+from shoal.observe.waiting import shares, waited
 
 Facts = list[tuple[str, str]]
 
@@ -17,6 +18,29 @@ Facts = list[tuple[str, str]]
 def exchange(job: Job | None, rows: Rows) -> Facts:
     """(label, sentence) of each; nothing where nothing was sent."""
     return [*_network(rows), *(_saved(job, rows) if job else []), *_waiting(rows), *_gradients(rows)]
+
+
+def figures(job: Job | None, rows: Rows) -> dict[str, Any]:
+    """The same for scripts, of the whole run; without what is not known or would only be zero.
+
+    sent_bytes, received_bytes: by all workers of a server, else by rank 0. times_fewer: bytes than in float32, of
+    `pushed` and `pulled` with a server, else of what was `sent`. waited_s: seconds of each replica or worker.
+    staleness: gradients by it. rejected, lost: gradients. wasted_s: seconds computed in vain. outer_drift: after the
+    last local steps.
+    """
+    if not job:
+        return {}
+    added = {
+        key: sum(row.get(key) or 0 for row in rows)
+        for key in ("sent_bytes", "received_bytes", "rejected", "lost", "wasted_s")
+    }
+    drifts = [row["outer_drift"] for row in rows if row.get("outer_drift") is not None]
+    found = added | {
+        "times_fewer": _times(job, rows), "waited_s": {str(each): value for each, value in waited(rows).items()},
+        "staleness": {str(late): number for late, number in sorted(staleness(rows).items())},
+        "outer_drift": drifts[-1] if drifts else None,
+    }  # fmt: skip
+    return {key: value for key, value in found.items() if value}
 
 
 def _network(rows: Rows) -> Facts:
@@ -34,7 +58,17 @@ def _network(rows: Rows) -> Facts:
 
 
 def _saved(job: Job, rows: Rows) -> Facts:
-    """How many times fewer bytes than plainly, where a codec or local steps save any.
+    times = _times(job, rows)
+    if "sent" in times:
+        return [("compression", f"{times['sent']:.3g} times fewer bytes than an all-reduce in float32 every step")]
+    if times:
+        text = f"pushed {times['pushed']:.3g}, pulled {times['pulled']:.3g} times fewer bytes than in float32"
+        return [("compression", text)]
+    return []
+
+
+def _times(job: Job, rows: Rows) -> dict[str, float]:
+    """How many times fewer bytes than plainly, where a codec or local steps save any: `pushed` and `pulled`, or `sent`.
 
     Plainly: in float32, 4 bytes a number. With a server a push has every parameter once, rejected or not, and so has a
     pull, the median of steps. Else an all-reduce of R replicas every step would send 2 (R − 1) / R of a rank's part of
@@ -43,7 +77,7 @@ def _saved(job: Job, rows: Rows) -> Facts:
     """
     known = [row for row in rows if row.get("sent_bytes") and row.get("received_bytes")]
     if not known or (job.sync.name in ("allreduce", "server") and job.sync.codec == "none"):
-        return []
+        return {}
     if of_server(known):
         whole = 4.0 * count(job.model)
         plain = [whole * (staleness([row]).total() + (row.get("rejected") or 0)) for row in known]
@@ -51,15 +85,12 @@ def _saved(job: Job, rows: Rows) -> Facts:
             median(at / row[key] for at, row in zip(plain, known, strict=True))
             for key in ("sent_bytes", "received_bytes")
         )
-        return [("compression", f"pushed {sent:.3g}, pulled {received:.3g} times fewer bytes than in float32")]
+        return {"pushed": sent, "pulled": received}
     # A run that began with an earlier version has rows without.
     told = [row for row in rows if row.get("plain_bytes")]
     plain_bytes = sum(row["plain_bytes"] for row in told)
     sent_bytes = sum(row.get("sent_across_bytes", row.get("sent_bytes")) or 0 for row in told)
-    if not plain_bytes or not sent_bytes:
-        return []
-    times = plain_bytes / sent_bytes
-    return [("compression", f"{times:.3g} times fewer bytes than an all-reduce in float32 every step")]
+    return {"sent": plain_bytes / sent_bytes} if plain_bytes and sent_bytes else {}
 
 
 def _waiting(rows: Rows) -> Facts:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -57,6 +58,8 @@ class Result:
     """Most memory of the fullest rank: on a CPU of its process, on a GPU in tensors."""
     predicted_memory_gib: float | None = None
     """Before the run; None where it could not be predicted."""
+    exchange: dict[str, Any] = field(default_factory=dict)
+    """What it took to keep replicas consistent, as `observe.exchange.figures` has it."""
 
     def line(self) -> str:
         """One JSON object in one line, without what only result.json keeps. NaN and inf are null."""

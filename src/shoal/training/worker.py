@@ -19,6 +19,7 @@ from shoal.data.loader import Loader
 from shoal.data.prepare import Prepared
 from shoal.errors import CheckpointError, JobError
 from shoal.job import Job, parse, read, write
+from shoal.job.idle import idle_here
 from shoal.mesh import Mesh, Seat
 from shoal.models.spec import flops_per_token
 from shoal.observe import environment, metrics
@@ -136,8 +137,6 @@ def length_of(job: Job, corpus: Prepared, started: float) -> Length:
 
 def settled(job: Job, ranks: Mesh, training: Loader, length: Length | None, say: Callable[[str], None]) -> Job:
     """The job with every `auto` resolved, and so many steps as fit."""
-    if job.sync.codec not in ("none", "auto") and ranks.layout.replicas == 1:
-        say(f"sync.codec={job.sync.codec} does nothing here: one replica has no other to send gradients to")
     job = settle(job, ranks, step_batches(training, ranks, 0), say)
     assert job.layout is not None
     ranks.decide(job.layout)
@@ -151,6 +150,8 @@ def settled(job: Job, ranks: Mesh, training: Loader, length: Length | None, say:
         if steps < 1:
             say("warning: the start alone took that long; one step is trained. Ask for more minutes, or for steps")
         job = replace_train(job, steps=max(1, steps))
+    for sentence in idle_here(replace(job, layout=ranks.layout)):
+        say(sentence)
     return cadences(job)
 
 

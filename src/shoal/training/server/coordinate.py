@@ -95,7 +95,7 @@ def main(
         for row in lead.before:
             if row["step"] not in known:
                 show.keep(row)
-        station.listen(given.server.host, lead.refusals)
+        station.listen(given.server.host, lead.refusals, most=0)
         stop.listen()
         finished = lead.run_on()
         show.end(lead.rows.step, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,18 @@ def main(
         )
         station = ending.enter_context(plan.station(given, run, machine.address, ("coordinator", "shard"), nonce))
         say = speaker(None if joined else run)
-        station.listen(host, Refusals(lambda text: say(f"server {number}: {text}")))
+        refusals = Refusals(lambda text: say(f"server {number}: {text}"))
+        station.listen(host, refusals, most=_pushed(held))
         if cloned:
             join(machine, station, _CLONED)
         part = _Part(number, held, saver)
         Serving(machine, station, log, save=part.save, poll=part.poll, say=say if joined else None).run()
+
+
+def _pushed(held: Parameters) -> int:
+    """Bytes of a push, at most: of each number itself and its place, in 4 bytes each, and what codecs put before."""
+    pieces = held.pieces()
+    return sum(8 * math.prod(piece.shape) + 4096 for piece in pieces)
 
 
 def served(level: str, host: str, credentials: Credentials) -> str:

@@ -16,6 +16,7 @@ from shoal.sync.server.messages import COORDINATOR, Address, Key, Piece, Range
 from shoal.sync.server.node.book import Book
 from shoal.sync.server.node.station import Lost, Said, Station
 from shoal.sync.server.wire import Connection, Credentials, connect
+from shoal.sync.server.wire.frame import pack
 from tests.sync.server.peers import TOKEN, TRUSTED
 
 WORKER, SHARD = Address("worker", 3, 12345), Address("shard", 1, 2)
@@ -31,10 +32,12 @@ def station(tmp_path) -> Iterator[Make]:
     """station(address, listens=..., calls=...): closed at the end."""
     made: list[Station] = []
 
-    def make(me: Address, *, listens: bool = False, calls: tuple[str, ...] = (), token: str = TOKEN) -> Station:
+    def make(
+        me: Address, *, listens: bool = False, calls: tuple[str, ...] = (), token: str = TOKEN, most: int = 1 << 50
+    ) -> Station:
         made.append(Station(me, Book(tmp_path), Credentials(token), torch.float32, calls))
         if listens:
-            made[-1].listen("127.0.0.1")
+            made[-1].listen("127.0.0.1", most=most)
         return made[-1]
 
     yield make
@@ -199,6 +202,25 @@ def test_what_is_no_message_ends_its_connection_and_nothing_else(station, tmp_pa
     _eventually(lambda: shard._listener.ended == {reason: 1})
     worker.send(SHARD, m.Drop(()))
     assert said(shard).sender == WORKER
+
+
+def test_more_than_is_taken_at_a_time_and_more_than_there_is_memory_end_their_connection(station, tmp_path):
+    huge = m.Stage(STAGE.key, 0, 1, (Piece("huge", (0,), (1 << 47,)),))
+    for most, reason in ((32, "too large"), (1 << 50, "no memory")):
+        shard, worker = station(SHARD, listens=True, most=most), station(WORKER, calls=("shard",))
+        worker.send(SHARD, STAGE, [torch.ones(3, 2), torch.ones(())])
+        assert len(said(shard).tensors) == 2
+        with stranger(shard, tmp_path, "worker 4 1") as connection:
+            # Of so many bytes, and none of them: told in the header alone.
+            head = pack(connection._session.send_key, 0, m.encode(huge), [1 << 49])
+            connection._stream.write([head], time.monotonic() + PATIENCE)
+            assert heard(shard) == Lost(Address("worker", 4, 1))
+        assert shard._listener is not None
+        _eventually(lambda shard=shard, reason=reason: shard._listener.ended == {reason: 1})
+        worker.send(SHARD, m.Drop(()))
+        assert said(shard).sender == WORKER
+        worker.close()
+        shard.close()
 
 
 @pytest.mark.parametrize("name", ["", "worker", "worker 1", "worker one 1", "thief 1 1", "worker 1 1 1"])

@@ -24,6 +24,7 @@ from shoal.sync.server.wire import (
     Connection,
     Credentials,
     FrameError,
+    Limits,
     Listener,
     NotLetIn,
     Outbox,
@@ -90,9 +91,11 @@ class Station:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def listen(self, host: str, refused: Refused | None = None) -> None:
-        """Lets others connect, and says in the book where. refused: told of who is not let in, as by `Listener`."""
-        self._listener = Listener(self._serve, host=host, credentials=self.credentials, refused=refused)
+    def listen(self, host: str, refused: Refused | None = None, most: int = Limits.payload) -> None:
+        """Lets others connect, and says in the book where. refused: told of who is not let in, as by `Listener`. most:
+        bytes of tensors that who calls may send at a time: no memory is taken for more."""
+        limits = Limits(payload=most)
+        self._listener = Listener(self._serve, host=host, credentials=self.credentials, limits=limits, refused=refused)
         self.book.enter(self.me, *self._listener.address)
 
     def next(self, timeout: float) -> Event | None:
@@ -226,7 +229,10 @@ class Station:
 
         def into(header: bytes, lengths: list[int]) -> list[Tensor]:
             found.append(frames.read(header))
-            return frames.places(found[0], lengths, self.dtype, self._pool)
+            try:
+                return frames.places(found[0], lengths, self.dtype, self._pool)
+            except RuntimeError as error:  # torch's allocator
+                raise FrameError("no memory", f"sent {sum(lengths):,} bytes: {error}") from None
 
         return connection.receive(into, timeout=_IDLE, slowest=_SLOWEST), found[0]
 

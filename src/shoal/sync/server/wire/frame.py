@@ -36,9 +36,6 @@ class Limits:
     payload: int = 1 << 40
     """Bytes of all buffers together. What they are must fit the message before there is memory for them."""
 
-    def within(self, other: Limits) -> bool:
-        return self.header <= other.header and self.buffers <= other.buffers and self.payload <= other.payload
-
 
 class FrameError(ConnectionError):
     """A frame that must not be believed. The connection has been closed. `reason`: one or two words, to count by."""
