@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,6 +51,19 @@ def test_the_search_is_asked_and_its_plans_can_be_had(capsys: pytest.CaptureFixt
         assert sum(plan["parts_gib"].values()) == pytest.approx(plan["memory_gib"])
         assert plan["memory_gib"] * 1.1 <= plan["capacity_gib"]
         assert plan["tokens_per_second_per_device"] * 16 * plan["step_seconds"] == pytest.approx(2**22)
+
+
+def test_layouts_that_differ_in_little_are_shown_on_demand(capsys: pytest.CaptureFixture):
+    def kinds(*more: str) -> list[Layout]:
+        assert main([*SMALL, "--best", "6", "--format", "json", *more]) == 0
+        layouts = [Layout.parse(plan["layout"]) for plan in answer(capsys)["plans"]]
+        return [replace(one, micro_batch=0, schedule="1f1b", stages="") for one in layouts]
+
+    few, all_ = kinds(), kinds("--alike")
+    assert few[0] == all_[0]
+    assert len(set(few)) == len(few) == 6
+    assert len(set(all_)) < len(all_) == 6
+    assert kinds("--alike", "False") == few
 
 
 def test_no_torch_is_imported():

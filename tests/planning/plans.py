@@ -19,7 +19,7 @@ def plan(layout: str, seconds: float, gib: float = 40.0, capacity: float = 80.0,
     return Plan(Layout.parse(layout), seconds=seconds, **values | changes)
 
 
-def search(question: Question, best: int = 10) -> Answer:
+def search(question: Question, best: int = 10, alike: bool = True) -> Answer:
     """A device holds 2 bytes of each parameter and token's sequence; whole replicas, or fsdp over all."""
     devices, pool = question.cluster.count, question.cluster.pools[0]
     need = 2.0 * question.shape.parameters + 1e5 * question.sequence * question.shape.layers

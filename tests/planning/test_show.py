@@ -11,7 +11,7 @@ from shoal.job.server import ServerOptions
 from shoal.job.sync import SyncOptions
 from shoal.planning import asked, cluster, failures, show
 from shoal.planning.asked import Wanted
-from shoal.planning.plan import Answer
+from shoal.planning.plan import _CALLED, Answer, why
 from tests.planning.plans import plan
 
 QUESTION = asked.of_model("llama3-8b", cluster.named("h100x8"), Wanted())
@@ -79,6 +79,29 @@ def test_the_sentences():
     assert "No other layout fits." in alone
     assert "No other layout fits." not in show.remarks(QUESTION, replace(answer(ONE), more=True))
     assert "No cost: the cluster has no price" in alone
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        ({"tensor": 2.0, "compute": -1.0}, "2 s less of a step on {tensor}, though 1 s more on {compute}"),
+        (
+            {"tensor": 1.0, "data": 0.5, "compute": -1.0},
+            "1 s less of a step on {tensor} and 0.5 s less on {data}, though 1 s more on {compute}",
+        ),
+        ({"data": 0.5, "tensor": 0.25}, "0.5 s less of a step on {data}"),
+        (
+            {"data": 0.5, "tensor": 0.4, "bubble": 0.3, "compute": -0.8},
+            "0.5 s less of a step on {data} and 0.4 s less on {tensor}, though 0.8 s more on {compute}",
+        ),
+    ],
+)
+def test_what_is_said_to_be_saved_is_more_than_what_is_said_to_be_lost(saved: dict[str, float], said: str):
+    first = replace(ONE, parts=dict.fromkeys(saved, 3.0), seconds=10.0)
+    parts = {name: 3.0 + more for name, more in saved.items()}
+    second = replace(PIPE, parts=parts, seconds=10.0 + sum(saved.values()))
+    found = why(first, second)
+    assert f"because it spends {said.format(**_CALLED)}; the step takes" in found
 
 
 def test_a_nearly_full_device_is_warned_of():

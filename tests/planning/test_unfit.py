@@ -83,7 +83,7 @@ def test_what_nothing_helps():
 def test_where_one_change_alone_is_not_enough(monkeypatch: pytest.MonkeyPatch):
     """With 40 GiB or less nothing fits, and what does needs two devices or more."""
 
-    def search(question: Question, best: int = 10) -> Answer:
+    def search(question: Question, best: int = 10, alike: bool = True) -> Answer:
         (pool,) = question.cluster.pools
         found = plans.plan("replicas=1", 1.0, gib=60.0, capacity=pool.device.memory / 2**30)
         fits = pool.device.memory > 40 * 2**30 and pool.count > 1

@@ -76,6 +76,8 @@ class PlanOptions:
     """GB/s that one device writes of a checkpoint, while all of them do."""
     best: int = 10
     """Layouts to show."""
+    alike: bool = False
+    """Also layouts that differ from a better one in nothing but schedule, stages or micro-batch."""
     what_if: str = ""
     """Plans a changed cluster too, with the same batch, and compares: `devices=2x` (or a number), `device=h200`,
     `network=0.5x` (between nodes), `link=2x` (within a node), `memory=2x`, `price=2.50`; several with commas."""
@@ -102,13 +104,13 @@ def run(args: list[str]) -> answer.Answer:
     agreed = asked.synced(job or Job(), *_of_sync(options))
     job = agreed if job else None
     question = _question(options, job, agreed)
-    found = answered.plans(question, options.best, job)
+    found = answered.plans(question, options.best, job, options.alike)
     print(answered.text(question, found, options.explain, job))
     result = show.result(question, found)
     if others := answered.alone(question, job):
         result["alone"] = {name: plan and show.told(question, plan) for name, plan in others}
     if options.what_if:
-        other, after = answered.instead(question, options.what_if, options.best, job)
+        other, after = answered.instead(question, options.what_if, options.best, job, options.alike)
         print(f"\n{answered.text(other, after, options.explain, job)}\n\n{show.compared(found, after)}")
         result["what_if"] = {"change": options.what_if} | show.result(other, after)
     if options.out:
@@ -118,10 +120,14 @@ def run(args: list[str]) -> answer.Answer:
 
 
 def _with_number(args: list[str]) -> list[str]:
-    """`--explain` without one is `--explain 1`."""
-    following = [*args[1:], ""]
-    pairs = zip(args, following, strict=True)
-    return [w for word, after in pairs for w in ([word, "1"] if word == "--explain" and _none(after) else [word])]
+    """`--explain` without one is `--explain 1`, `--alike` is `--alike True`."""
+    found: list[str] = []
+    for word, after in zip(args, [*args[1:], ""], strict=True):
+        found += [word, _USUAL[word]] if word in _USUAL and _none(after) else [word]
+    return found
+
+
+_USUAL = {"--explain": "1", "--alike": "True"}
 
 
 def _none(word: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 
 from shoal.errors import JobError
 from shoal.job import Job
+from shoal.job.layout import Layout
 from shoal.planning import asked, show, spanning, uneven, unfit, whatif
 from shoal.planning.cluster import Cluster
 from shoal.planning.plan import Answer, Plan, Question
@@ -18,11 +19,12 @@ from shoal.planning.search import search
 _SPARE = 5
 
 
-def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, **wanted: Any) -> Answer:
+def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, alike: bool = False, **wanted: Any) -> Answer:
     """The fastest layouts of a model on a cluster, as `shoal plan` finds them: `.plans`, the fastest first.
 
     what: a job, or a model by name or by the path of its config.json. where: a cluster's file, or `h100x64`. price: of
-    a device for an hour; 0 = as the file says. wanted: fields of `asked.Wanted`, such as sequence (tokens),
+    a device for an hour; 0 = as the file says. alike: also those that differ from a better one in nothing but
+    schedule, stages or micro-batch. wanted: fields of `asked.Wanted`, such as sequence (tokens),
     global_batch (sequences), precision, tokens (as text, `15T`), replicas.
 
     Raises JobError, with what would do, where no layout fits; for what is unknown or absurd; for several pools with
@@ -30,15 +32,15 @@ def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, **want
     """
     devices, options = asked.cluster_of(where, price), asked.Wanted(**wanted)
     if isinstance(what, Job):
-        return plans(asked.of_job(what, devices, options), best, what)
-    return plans(asked.of_model(what, devices, options), best)
+        return plans(asked.of_job(what, devices, options), best, what, alike)
+    return plans(asked.of_model(what, devices, options), best, alike=alike)
 
 
-def plans(question: Question, best: int, job: Job | None = None) -> Answer:
-    """At most `best` of them, and one at least. JobError where no layout fits, with what would make one fit; or where
-    the job's own options refuse all that do."""
+def plans(question: Question, best: int, job: Job | None = None, alike: bool = False) -> Answer:
+    """At most `best` of them, and one at least. alike: as in `search`. JobError where no layout fits, with what would
+    make one fit; or where the job's own options refuse all that do."""
     several = len(question.cluster.pools) > 1
-    found = (_of_pools if several else search)(question, best=best * _SPARE if job else best)
+    found = (_of_pools if several else search)(question, best * _SPARE if job else best, alike)
     if several and not found.plans:
         raise _fits_nowhere(question)
     if not found.plans:
@@ -58,13 +60,24 @@ def plans(question: Question, best: int, job: Job | None = None) -> Answer:
     return replace(found, plans=kept[:best], more=found.more or len(kept) > best)
 
 
-def _of_pools(question: Question, best: int) -> Answer:
+def _of_pools(question: Question, best: int, alike: bool) -> Answer:
     """Replicas with shares by speed, and pipelines through all pools, together."""
-    each, through = uneven.search(question, best), spanning.search(question, best)
+    looked = best if alike or best == 1 else best * _SPARE
+    each, through = uneven.search(question, looked), spanning.search(question, looked)
     plans = sorted((*each.plans, *through.plans), key=lambda plan: plan.seconds)
+    plans = plans if alike else _unlike(plans)
     seconds, candidates = each.seconds + through.seconds, each.candidates + through.candidates
     compared, more = each.compared + through.compared, len(plans) > best or each.more or through.more
     return Answer(tuple(plans[:best]), seconds, candidates, compared, None, more)
+
+
+def _unlike(plans: list[Plan]) -> list[Plan]:
+    """As `Space.unlike`."""
+    first: dict[Layout, Plan] = {}
+    for plan in plans:
+        usual = replace(plan.layout, micro_batch=0, schedule="1f1b", stages="", replica_share="")
+        first.setdefault(usual, plan)
+    return list(first.values())
 
 
 def alone(question: Question, job: Job | None = None) -> list[tuple[str, Plan | None]]:
@@ -102,11 +115,13 @@ def _refused(job: Job, plan: Plan) -> JobError | None:
     return None
 
 
-def instead(question: Question, change: str, best: int, job: Job | None = None) -> tuple[Question, Answer]:
+def instead(
+    question: Question, change: str, best: int, job: Job | None = None, alike: bool = False
+) -> tuple[Question, Answer]:
     """The same batch on a changed cluster, and its plans."""
     try:
         other = replace(question, cluster=whatif.changed(question.cluster, change))
-        return other, plans(other, best, job)
+        return other, plans(other, best, job, alike)
     except JobError as error:
         raise type(error)(error.what, where=error.where or f"--what-if {change}", fix=error.fix) from None
 

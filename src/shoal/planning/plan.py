@@ -105,9 +105,10 @@ class Answer:
 
 
 def why(first: Plan, second: Plan) -> str:
-    """One sentence: the part of a step of which the better plan saves most against the other one."""
+    """One sentence: the parts of a step of which the better plan saves most against the other one, and the one of which
+    it needs most more; as many as are needed for what it saves to be more."""
     saved = {name: second.parts.get(name, 0.0) - first.parts.get(name, 0.0) for name in {**first.parts, **second.parts}}
-    part = max(saved, key=lambda name: saved[name])
+    part, *further = sorted(saved, key=lambda name: -saved[name])
     one, other = first.layout, second.layout
     if saved[part] <= 0:
         return f"{one} wins over {other} because it is simpler, at a step that is no slower"
@@ -115,7 +116,12 @@ def why(first: Plan, second: Plan) -> str:
     beginning = f"{one} wins over {other} because it spends {_told(saved[part])} less of a step on {_CALLED[part]}"
     if difference <= 0:
         return f"{beginning}, and is simpler at about the same step time"
-    lost = min(saved, key=lambda name: saved[name])
+    lost, sum_ = min(saved, key=lambda name: saved[name]), saved[part]
+    for name in further:
+        if sum_ > -saved[lost] or saved[name] <= 0:
+            break
+        beginning += f" and {_told(saved[name])} less on {_CALLED[name]}"
+        sum_ += saved[name]
     if saved[lost] < -0.1 * saved[part]:
         beginning += f", though {_told(-saved[lost])} more on {_CALLED[lost]}"
     return f"{beginning}; the step takes {_told(difference)} less"

@@ -36,9 +36,10 @@ _RANKED, _BLOCK, _CHUNK = 100, 256, 65_536
 _BESIDE = ("data", "optimizer", "sync")
 
 
-def search(question: Question, best: int = 10) -> Answer:
-    """At most `best` plans, the fastest first, each of another base: of its splits the fastest. JobError for what is
-    not tried: several kinds of devices."""
+def search(question: Question, best: int = 10, alike: bool = True) -> Answer:
+    """At most `best` plans, the fastest first, each of another base: of its splits the fastest. alike: also those that
+    differ from a better one in nothing but schedule, stages or micro-batch. JobError for what is not tried: several
+    kinds of devices."""
     begin = time.perf_counter()
     require(len(question.cluster.pools) == 1, "clusters of several pools are not searched so", "one pool: h100x64")
     space = Space(question)
@@ -46,9 +47,10 @@ def search(question: Question, best: int = 10) -> Answer:
         return Answer((), time.perf_counter() - begin, 0, 0, None)
     found, compared = space.fastest(max(best, _RANKED))
     ranked = space.ranked(space.simulated(found))
-    plans = tuple(space.plan(one) for one in ranked[:best])
+    shown = (ranked if alike else space.unlike(ranked))[:best]
+    plans = tuple(space.plan(one) for one in shown)
     nearest = None if plans else space.plan(space.smallest())
-    return Answer(plans, time.perf_counter() - begin, space.size, compared, nearest, len(ranked) > best)
+    return Answer(plans, time.perf_counter() - begin, space.size, compared, nearest, len(ranked) > len(shown))
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,15 @@ class Space:
             taken.add(simplest)
             ranked.append(left[simplest])
         return ranked
+
+    def unlike(self, ranked: list[Split]) -> list[Split]:
+        """Of those that share axes, ZeRO stage and recomputation the best, in the same order."""
+        base = self.bases
+        axes = (base.tensor, base.context, base.pipeline, base.expert, base.data, base.recompute)
+        first: dict[tuple[int, ...], Split] = {}
+        for one in ranked:
+            first.setdefault((*(int(axis[one.base]) for axis in axes), one.fsdp, one.zero), one)
+        return list(first.values())
 
     def plan(self, one: Split) -> Plan:
         candidate, known = self.alone(one)

@@ -124,8 +124,8 @@ def remarks(question: Question, answer: Answer) -> str:
     found.append(_failing(question, best))
     found += _unlike(question, best)
     found.append(
-        f"The fastest of {answer.candidates:,} layouts, of those that fit with 10 % of memory to spare, each with "
-        f"another cut of the model; found in {short(answer.seconds)}. Columns: docs/planning.md."
+        f"The fastest of {answer.candidates:,} layouts, of those that would fit if they took a tenth more memory; "
+        f"found in {short(answer.seconds)}. Columns: docs/planning.md."
     )
     return "\n".join(found)
 
