@@ -137,7 +137,7 @@ count = 64
         (f"{GOOD}[device.mine]\nlike = 'h100'\ninside = 'x'  # !", "device.mine.inside='x' is no kind", "known"),
         (f"{GOOD}[device.mine]\nlike = 'h100'\npeak = {{ fp8 = 9 }}  # !", "peak has neither bf16", "TFLOP/s"),
         (f"{GOOD}[device.mine]\nlike = 'h100'\npeak = {{ int8 = 9 }}  # !", "unknown key 'device.mine.peak.int8'", ""),
-        (f"{GOOD}[device.mine]\nlike = 'h100'\npeak = {{ bf16 = nan }}  # !", "peak.bf16=nan is not a finite number", ""),
+        (f"{GOOD}[device.mine]\nlike = 'h100'\npeak = {{ bf16 = nan }}  # !", "bf16=nan is not a finite number", ""),
         (f"{GOOD}[device.mine]\nlike = 'h100'\nmeasured = {{ bf16 = 80 }}  # !", "more than all of the peak", "0.8"),
         (f"{GOOD}site = 'x'\n[pool.b]  # !\ndevice = 'h100'\ncount = 8", "pool.b has no site", "NAME"),
         (f"{GOOD}site = 'x'\n[pool.b]\ndevice = 'h100'\ncount = 8\nsite='y'", "'x' and 'y' have no link", "x.y"),

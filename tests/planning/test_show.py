@@ -104,6 +104,20 @@ def test_what_is_said_to_be_saved_is_more_than_what_is_said_to_be_lost(saved: di
     assert f"because it spends {said.format(**_CALLED)}; the step takes" in found
 
 
+def test_a_simpler_layout_that_is_hardly_slower_is_pointed_out():
+    deep = plan("pipeline=2,context=4,zero=1,micro_batch=2,schedule=zbv", 10.0, chunks=2)
+    flat = plan("fsdp=4,tensor=2,zero=1,micro_batch=1", 10.14)
+    text = show.remarks(QUESTION, answer(deep, replace(deep, seconds=10.05), flat))
+    assert "\n3, fsdp=4,tensor=2,zero=1, has no pipeline and is predicted 1.4 % slower, less than what" in text
+    few = plan("fsdp=8,zero=2,micro_batch=1", 10.2)
+    assert "\n2, fsdp=8,zero=2, has fewer axes and is predicted 0.6 % slower" in show.remarks(
+        QUESTION, answer(flat, few)
+    )
+    # As simple, much slower, or the first itself the simplest.
+    for others in ((deep, deep), (deep, replace(flat, seconds=10.4)), (few, flat)):
+        assert "predictions tell apart" not in show.remarks(QUESTION, answer(*others))
+
+
 def test_a_nearly_full_device_is_warned_of():
     assert "nearly full (90 % predicted)" in show.remarks(QUESTION, answer(plan("fsdp=8", 1.0, gib=72.0)))
     assert "nearly full" not in show.remarks(QUESTION, answer(plan("fsdp=8", 1.0, gib=60.0)))

@@ -8,7 +8,7 @@ from typing import Any
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
 from shoal.planning import failures, syncs, uneven
-from shoal.planning.plan import Answer, Plan, Question, why
+from shoal.planning.plan import Answer, Plan, Question, simpler, why
 
 _GIB = 2.0**30
 # A layout of which this share of the memory or more is predicted to be used may not fit, or be slowed by its allocator.
@@ -105,6 +105,8 @@ def remarks(question: Question, answer: Answer) -> str:
     best = answer.plans[0]
     found = [f"{why(best, other)}." for other in answer.plans[1:2]]
     found += [] if found or answer.more else ["No other layout fits."]
+    if easier := simpler(answer.plans):
+        found.append(_easier(best, *easier))
     found.append(f"What limits it: {best.limit}.")
     if best.total > _NEAR * best.capacity:
         found.append(
@@ -128,6 +130,15 @@ def remarks(question: Question, answer: Answer) -> str:
         f"found in {short(answer.seconds)}. Columns: docs/planning.md."
     )
     return "\n".join(found)
+
+
+def _easier(best: Plan, at: int, plan: Plan) -> str:
+    slower = max(0.0, plan.seconds / best.seconds - 1)
+    without = "has no pipeline" if best.layout.pipeline > plan.layout.pipeline == 1 else "has fewer axes"
+    return (
+        f"{at + 1}, {layout_of(plan.layout)}, {without} and is predicted {100 * slower:.1f} % slower, less than "
+        "what predictions tell apart."
+    )
 
 
 def _unlike(question: Question, plan: Plan) -> list[str]:
