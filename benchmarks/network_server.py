@@ -48,11 +48,15 @@ def train(job: Job, hosts: Hosts | None, steps: int, least: int, target: float |
         )  # fmt: skip
         recipe = Path(folder) / "job.toml"
         recipe.write_text(write(job))
-        first = ending.enter_context(_process(hosts, 0, ["train", str(recipe)], Path(folder) / "train.log"))
-        for number, (name, host) in enumerate(parts.items() if hosts else ()):
-            words = ["join", str(run), name, "--wait", f"{_BEGIN:g}", "--host", hosts.addresses[host] if hosts else ""]
-            ending.enter_context(_process(hosts, host, words, Path(folder) / f"join-{number}.log"))
-        return _followed(first, run, Path(folder) / "train.log", least, target)
+        logs = [Path(folder) / "train.log"]
+        started = [ending.enter_context(_process(hosts, 0, ["train", str(recipe)], logs[0]))]
+        for name, host in parts.items() if hosts else ():
+            words = ["join", str(run), name, "--wait", f"{_BEGIN:g}"]
+            # Workers listen to nobody.
+            words += ["--host", hosts.addresses[host]] if hosts and name.startswith("server") else []
+            logs.append(Path(folder) / f"{name.replace(' ', '-')}.log")
+            started.append(ending.enter_context(_process(hosts, host, words, logs[-1])))
+        return _followed(started, run, logs, least, target)
 
 
 def placed(job: Job, hosts: int) -> dict[str, int]:
@@ -87,9 +91,9 @@ def _process(hosts: Hosts | None, host: int, words: Sequence[str], log: Path) ->
 
 
 def _followed(
-    process: subprocess.Popen[bytes], run: Path, log: Path, least: int, target: float | None
+    started: Sequence[subprocess.Popen[bytes]], run: Path, logs: Sequence[Path], least: int, target: float | None
 ) -> dict[str, Any]:
-    """What the run's metrics say, when it has come far enough."""
+    """What the run's metrics say, when it has come far enough. started: `shoal train`, and parts that join it."""
     deadline = time.monotonic() + _BEGIN
     while True:
         rows = metrics.read(run)
@@ -97,12 +101,13 @@ def _followed(
         reached = target is not None and any(row["val_loss"] <= target for row in looks)
         if reached and rows[-1]["step"] >= least:
             break
-        if process.poll() is not None:
-            if process.returncode:
-                raise RuntimeError(f"shoal train ended with code {process.returncode}:\n{log.read_text()[-4000:]}")
+        for process, log in zip(started, logs, strict=True):
+            if process.poll():
+                raise RuntimeError(f"{log.stem} ended with code {process.returncode}:\n{log.read_text()[-4000:]}")
+        if started[0].poll() is not None:
             break
         if not rows and time.monotonic() > deadline:
-            raise RuntimeError(f"no step within {_BEGIN:g} s:\n{log.read_text()[-4000:]}")
+            raise RuntimeError(f"no step within {_BEGIN:g} s:\n{logs[0].read_text()[-4000:]}")
         time.sleep(0.5)
     rows = metrics.read(run)
     since, elapsed = 0.0, {}

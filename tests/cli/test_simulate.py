@@ -51,6 +51,22 @@ def test_a_codec_is_in_the_table(capsys: pytest.CaptureFixture):
     assert "asp int4 " in capsys.readouterr().out
 
 
+def test_bsp_beside_meets_the_same_faults_and_bsp_itself_is_beside_itself_without(capsys: pytest.CaptureFixture):
+    def both(*words: str) -> tuple[float, float, str]:
+        assert main([*SMALL, "--workers", "2", *words, "--format", "json"]) == 0
+        out, err = capsys.readouterr()
+        found = json.loads(out.splitlines()[-1])
+        return found["outcome"]["seconds"], found["bsp"]["seconds"], out + err
+
+    _, plain, _ = both("--mode", "asp")
+    _, killed, text = both("--mode", "asp", "--kill", "worker:1@3")
+    assert killed > plain
+    assert "nobody killed" not in text
+    itself, without, text = both("--mode", "bsp", "--kill", "worker:1@3")
+    assert (itself, without) == (killed, plain)
+    assert "times as fast as bsp, nobody killed over the same samples" in text
+
+
 def test_kills_of_every_role_are_survived(capsys: pytest.CaptureFixture):
     kill = "worker:1@3,shard:0@5,coordinator@7"
     assert main([*SMALL, "--mode", "asp", "--workers", "2", "--copies", "2", "--kill", kill, "--format", "json"]) == 0

@@ -28,6 +28,20 @@ def of_llama() -> Question:
     return asked.of_model("llama3-8b", cluster.named("h100x8"), Wanted())
 
 
+def test_a_new_job_is_the_one_that_was_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its text with another layout, and all of it where something else was asked for; no model that lies about."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 512}')
+    job = read(RECIPE)
+    said = written.of_layout("one.toml", of_recipe(), plan(LAYOUT, 1.0), job=job, recipe=str(RECIPE))
+    assert said == f"one.toml: a new job with that layout; all else as in {RECIPE}"
+    assert Path("one.toml").read_text() == RECIPE.read_text().replace('"replicas=2" ', f'"{LAYOUT}" ', 1)
+    question = asked.of_job(job, cluster.named("h100x8"), Wanted(sequence=128))
+    written.of_layout("two.toml", question, plan(LAYOUT, 1.0), job=job, recipe=str(RECIPE))
+    longer = replace(job.data, sequence_length=128)
+    assert read("two.toml") == replace(job, layout=Layout.parse(LAYOUT), data=longer)
+
+
 def test_a_job_keeps_all_but_its_layout(tmp_path: Path):
     file = tmp_path / "job.toml"
     file.write_text(RECIPE.read_text())

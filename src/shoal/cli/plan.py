@@ -105,24 +105,27 @@ def run(args: list[str]) -> answer.Answer:
     job = agreed if job else None
     question = _question(options, job, agreed)
     found = answered.plans(question, options.best, job, options.alike)
-    print(answered.text(question, found, options.explain, job))
-    result = show.result(question, found)
+    texts, result = [answered.text(question, found, options.explain, job)], show.result(question, found)
     if others := answered.alone(question, job):
         result["alone"] = {name: plan and show.told(question, plan) for name, plan in others}
     if options.what_if:
         other, after = answered.instead(question, options.what_if, options.best, job, options.alike)
-        print(f"\n{answered.text(other, after, options.explain, job)}\n\n{show.compared(found, after)}")
+        texts += [answered.text(other, after, options.explain, job), show.compared(found, after)]
         result["what_if"] = {"change": options.what_if} | show.result(other, after)
     if options.out:
-        print(f"\n{written.of_layout(options.out, question, found.plans[0], options.model)}")
+        best = found.plans[0]
+        said = written.of_layout(options.out, question, best, options.model, job, options.job)
+        texts.append(said + show.better_alone(best, others))
         result["out"] = options.out
+    # Whatever is wrong with the options has been said by now.
+    print("\n\n".join(texts))
     return answer.Answer(result)
 
 
 def _with_number(args: list[str]) -> list[str]:
     """`--explain` without one is `--explain 1`, `--alike` is `--alike True`."""
     found: list[str] = []
-    for word, after in zip(args, [*args[1:], ""], strict=True):
+    for word, after in zip(args, [*args, ""][1:], strict=True):
         found += [word, _USUAL[word]] if word in _USUAL and _none(after) else [word]
     return found
 

@@ -105,7 +105,7 @@ class SimulateCluster:
             )
         for name in ("steps", "drawn"):
             at_least(f"--{name}", getattr(self, name), 1)
-        for name in ("spread", "jitter", "restart", "every"):
+        for name in ("spread", "jitter", "restart", "every", "seed"):
             at_least(f"--{name}", getattr(self, name), 0)
         if self.mtbf != math.inf:
             at_least("--mtbf", self.mtbf, 0)

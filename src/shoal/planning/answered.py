@@ -9,6 +9,7 @@ from typing import Any
 
 from shoal.errors import JobError
 from shoal.job import Job
+from shoal.job.check import at_least
 from shoal.job.layout import Layout
 from shoal.planning import asked, show, spanning, uneven, unfit, whatif
 from shoal.planning.cluster import Cluster
@@ -39,6 +40,7 @@ def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, alike:
 def plans(question: Question, best: int, job: Job | None = None, alike: bool = False) -> Answer:
     """At most `best` of them, and one at least. alike: as in `search`. JobError where no layout fits, with what would
     make one fit; or where the job's own options refuse all that do."""
+    at_least("best", best, 1)
     several = len(question.cluster.pools) > 1
     found = (_of_pools if several else search)(question, best * _SPARE if job else best, alike)
     if several and not found.plans:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from shoal.job.layout import Layout
@@ -109,7 +109,7 @@ def why(first: Plan, second: Plan) -> str:
     it needs most more; as many as are needed for what it saves to be more."""
     saved = {name: second.parts.get(name, 0.0) - first.parts.get(name, 0.0) for name in {**first.parts, **second.parts}}
     part, *further = sorted(saved, key=lambda name: -saved[name])
-    one, other = first.layout, second.layout
+    one, other = brief(first.layout), brief(second.layout)
     if saved[part] <= 0:
         return f"{one} wins over {other} because it is simpler, at a step that is no slower"
     difference = second.seconds - first.seconds
@@ -125,6 +125,11 @@ def why(first: Plan, second: Plan) -> str:
     if saved[lost] < -0.1 * saved[part]:
         beginning += f", though {_told(-saved[lost])} more on {_CALLED[lost]}"
     return f"{beginning}; the step takes {_told(difference)} less"
+
+
+def brief(layout: Layout) -> str:
+    """For a sentence: without what is a number for each stage or replica."""
+    return str(replace(layout, stages="", replica_share=""))
 
 
 # Predictions do not tell steps apart that differ by less: rows of the best-fitted stack are off by more.

@@ -8,7 +8,7 @@ from typing import Any
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
 from shoal.planning import failures, syncs, uneven
-from shoal.planning.plan import Answer, Plan, Question, simpler, why
+from shoal.planning.plan import Answer, Plan, Question, brief, simpler, why
 
 _GIB = 2.0**30
 # A layout of which this share of the memory or more is predicted to be used may not fit, or be slowed by its allocator.
@@ -181,8 +181,17 @@ def _mfu(question: Question, plan: Plan) -> str:
     return (
         f"MFU = tokens/s × {si(each, 'FLOP')} a token (forward and backward; computing again does not count) "
         f"÷ ({counted(devices, 'device')} × {si(peak, 'FLOP/s')}, "
-        f"the {question.precision} peak in the catalogue or the cluster's file)."
+        f"the {question.precision} peak in the catalogue or the cluster's file).{_instead(question)}"
     )
+
+
+def _instead(question: Question) -> str:
+    """Of a device that has no peak in the precision: which one stands for it."""
+    others = [p.device for p in question.cluster.pools if question.precision not in p.device.peak]
+    if not others:
+        return ""
+    has = next(name for name in ("bf16", "fp16", "fp32") if name in others[0].peak)
+    return f" No {question.precision} is known of {others[0].name}: its {has} peak stands for it."
 
 
 def pools(question: Question, plan: Plan, alone: Sequence[tuple[str, Plan | None]]) -> str:
@@ -226,9 +235,20 @@ def _shares(question: Question, plan: Plan) -> list[str]:
     return lines
 
 
+def better_alone(best: Plan, alone: Sequence[tuple[str, Plan | None]]) -> str:
+    """Of a layout that goes over several pools and is slower than one of them by itself."""
+    faster = [(plan.seconds, name) for name, plan in alone if plan is not None and plan.seconds < best.seconds]
+    if not faster:
+        return ""
+    seconds, name = min(faster)
+    than = f"{_seconds(seconds)} a step instead of {_seconds(best.seconds)}"
+    return f". It goes over all pools; {name} alone is faster: {than}"
+
+
 def explained(plan: Plan, number: int) -> str:
     """Where a plan's time and memory go, largest first."""
-    time = [[name, _seconds(part), f"{100 * part / plan.seconds:.1f} %"] for name, part in _largest(plan.parts)]
+    parts = {name: part for name, part in plan.parts.items() if part > 1e-6 * plan.seconds}
+    time = [[name, _seconds(part), f"{100 * part / plan.seconds:.1f} %"] for name, part in _largest(parts)]
     memory = [
         [name, f"{_three(part / _GIB)} GiB", f"{100 * part / plan.capacity:.1f} %"]
         for name, part in _largest(plan.memory)
@@ -251,7 +271,7 @@ def compared(before: Answer, after: Answer) -> str:
     text += f", {other.per_device / one.per_device:.2f} times a device's"
     if one.cost and other.cost:
         text += f", {other.cost / one.cost:.2f} times the cost of a token"
-    moved = "the same layout" if one.layout == other.layout else f"{one.layout} -> {other.layout}"
+    moved = "the same layout" if one.layout == other.layout else f"{brief(one.layout)} -> {brief(other.layout)}"
     return f"{text}; {moved}."
 
 
@@ -273,7 +293,8 @@ def told(question: Question, plan: Plan) -> dict[str, Any]:
 def _plan(plan: Plan, failing: failures.Expected | None) -> dict[str, Any]:
     layout = plan.layout
     return {
-        "layout": str(layout), "micro_batch": layout.micro_batch, "schedule": layout.schedule,
+        "layout": str(layout), "micro_batch": layout.micro_batch,
+        "schedule": layout.schedule if layout.pipeline > 1 else "",
         "recompute": layout.recompute, "chunks": plan.chunks, "step_seconds": plan.seconds, "low_seconds": plan.low,
         "high_seconds": plan.high, "tokens_per_second": plan.tokens_per_second,
         "tokens_per_second_per_device": plan.per_device, "mfu": plan.mfu, "memory_gib": plan.total / _GIB,

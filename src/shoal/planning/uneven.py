@@ -252,10 +252,17 @@ class Search:
             tokens_per_second=rate, per_device=rate / question.cluster.count,
             mfu=question.shape.flops_per_token(question.sequence) * rate / peak, memory=of_memory,
             capacity=self.pools[fullest].device.memory, parts=parts, bubble=parts["bubble"] / seconds,
-            exposed=exposed / seconds, limit=f"the replicas of pool {self.pools[last].name}, which are done last",
+            exposed=exposed / seconds, limit=_limit(parts, self.pools[last]),
             cost=None if price is None else price / 3600 / rate * 1e9,
             days=None if question.tokens is None else question.tokens / rate / 86400,
         )  # fmt: skip
+
+
+def _limit(parts: dict[str, float], last: Pool) -> str:
+    """last: the pool whose replicas are done last."""
+    if parts["data"] > sum(part for name, part in parts.items() if name != "data"):
+        return "reducing of gradients over the slowest link between replicas"
+    return f"the replicas of pool {last.name}, which are done last"
 
 
 def search(question: Question, best: int = 10) -> Answer:

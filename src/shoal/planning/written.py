@@ -31,17 +31,21 @@ _OF_TIME = {
 }
 
 
-def of_layout(path: str | Path, question: Question, plan: Plan, model: str) -> str:
-    """Writes it. model: as it was named, where no job said it. Returns what was done, in a sentence. JobError where
-    the job there is not what was planned, or cannot have the layout; the file is then as it was."""
+def of_layout(
+    path: str | Path, question: Question, plan: Plan, model: str = "", job: Job | None = None, recipe: str = ""
+) -> str:
+    """Writes it. model: as it was named; or job: what was planned, read from the file `recipe`. Returns what was done,
+    in a sentence. JobError where the job there is not what was planned, or cannot have the layout; the file is then as
+    it was."""
     file = Path(path)
     require_toml(file)
     if file.exists():
         return _into(file, question, plan)
-    text = _new(file, question, plan, model)
+    text = _of_job(question, plan, job, recipe) if job else _new(file, question, plan, model)
     _check(text, file)
     _put(file, text)
-    return f"{file}: a new job with that layout; its data and its length are still to be chosen"
+    chosen = f"all else as in {recipe}" if job else "its data and its length are still to be chosen"
+    return f"{file}: a new job with that layout; {chosen}"
 
 
 def require_toml(file: Path) -> None:
@@ -117,6 +121,21 @@ def with_layout(text: str, layout: Layout, path: str) -> str:
         fix = f'write it yourself: layout = "{layout}", above all tables'
         raise JobError("the layout there is written in a way that cannot be changed here", where=path, fix=fix)
     return changed
+
+
+def _of_job(question: Question, plan: Plan, job: Job, recipe: str) -> str:
+    """The job that was planned with that layout: the recipe's own text where the two differ in nothing else."""
+    with _reported(Path(recipe)), open(recipe, encoding="utf-8", newline="") as opened:
+        text = opened.read()
+    planned = replace(
+        job,
+        data=replace(job.data, sequence_length=question.sequence),
+        train=replace(job.train, global_batch=question.global_batch),
+    )
+    before = read(recipe)
+    if replace(before, layout=None) == replace(planned, layout=None):
+        return with_layout(text, plan.layout, recipe)
+    return write(replace(planned, layout=plan.layout))
 
 
 def _new(file: Path, question: Question, plan: Plan, model: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +191,7 @@ class Scripted:
     def __init__(self, far: int, full: int = 0):
         """full: times that other readers have all places first."""
         self.far, self.full = far, full
+        self.book = Book(Path("run"))
         self.asked: list[int] = []
         self._events: list[Said] = []
 

@@ -175,7 +175,7 @@ def test_strangers_are_told_why_and_disturb_nothing(ranks, tiny, tmp_path, frame
     assert max(grown.values()) < 32 << 20
     assert not any("given up" in line or "started again" in line for line in said), said
     model, tokenizer = plan.model_hash(read(run / "job.toml")), plan.tokenizer_hash(run)
-    fix = "start it with the job.toml of this run"
+    fix = "join from the run's own folder, or from a copy of it in which nothing was changed"
     assert told[0] == f"worker 9 has another model: another instead of {model} → {fix}"
     assert told[1] == f"worker 9 has another tokenizer: another instead of {tokenizer} → {fix}"
     assert told[2] == "the listener refuses this side's job token → give both sides the same token"

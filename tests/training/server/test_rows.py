@@ -138,6 +138,21 @@ def test_time_without_anything_to_compute_is_no_steps(monkeypatch):
     assert seconds == [3.5, 3.0], "the first waited and computed for 1.5 s before anybody heard of it"
 
 
+def test_a_run_that_goes_on_counts_no_time_in_which_it_waited_for_workers(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    rows = Rows(2, 0, 2)
+    rows.take(commit(1, 0, 0))
+    assert rows.row() is not None, "told before, by the journal"
+    rows.live()
+    now[0] = 500.0
+    rows.pushed(push(0, 2, 0.5, 1.5))
+    rows.take(commit(2, 0, 2))
+    row = rows.row()
+    assert row is not None
+    assert row["seconds"] == 2.0
+
+
 def test_the_first_step_begins_after_a_time_without_anything_to_compute(monkeypatch):
     """The coordinator was started again in it; the worker says that it waited all the time."""
     now = [100.0]

@@ -14,7 +14,7 @@ from shoal.sync.server.standing import Standing
 
 def refusal(message: Join, model: str, tokenizer: str) -> Refused | None:
     """Why this worker cannot take part in a job with these hashes, if it cannot."""
-    fix = "start it with the job.toml of this run"
+    fix = "join from the run's own folder, or from a copy of it in which nothing was changed"
     for what, theirs, ours in (("model", message.model, model), ("tokenizer", message.tokenizer, tokenizer)):
         if theirs != ours:
             why = f"worker {message.worker} has another {what}: {theirs or 'none'} instead of {ours or 'none'}"

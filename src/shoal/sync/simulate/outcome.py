@@ -52,7 +52,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A mode and, on the same machines, network and data, bsp. `str()` of it is the table that people see."""
+    """A mode and, on the same machines, network and data, bsp; beside bsp itself, where somebody was killed, bsp
+    without that. `str()` of it is the table that people see."""
 
     outcome: Outcome
     bsp: Outcome
@@ -60,29 +61,30 @@ class Simulation:
     """Seconds of bsp by seconds of the mode, for the same samples."""
 
     def __str__(self) -> str:
-        rows = [self.outcome] if self.outcome.mode == "bsp" else [self.outcome, self.bsp]
+        beside = "bsp, nobody killed" if self.outcome.mode == "bsp" else "bsp"
+        rows = [(self.outcome.mode, self.outcome), *([] if self.bsp is self.outcome else [(beside, self.bsp)])]
         lines = [_HEAD.format("", "seconds", "updates", "updates/s", "staleness", "max", "rejected", "loss")]
-        for row in rows:
+        for name, row in rows:
             rejected = f"{row.rejected} ({row.wasted:.0%})"
             lines.append(_HEAD.format(
-                row.mode, f"{row.seconds:.1f}", row.updates, f"{row.updates_per_second:.3f}",
+                name, f"{row.seconds:.1f}", row.updates, f"{row.updates_per_second:.3f}",
                 f"{row.staleness_mean:.2f}", row.staleness_max, rejected, f"{row.loss:.5f}",
             ))  # fmt: skip
-        for row in rows:
+        for name, row in rows:
             waits = "  ".join(f"{number}: {share:.0%}" for number, share in enumerate(row.wait))
-            lines += ["", f"{row.mode}: wait of each worker  {waits}"]
+            lines += ["", f"{name}: wait of each worker  {waits}"]
             counts = "  ".join(f"{late}: {count}" for late, count in row.staleness.items())
-            lines.append(f"{row.mode}: pushes by staleness  {counts}")
+            lines.append(f"{name}: pushes by staleness  {counts}")
         if self.outcome.bound is not None:
             unless = ", but for workers that come or go" if self.outcome.given_up else ""
             lines += ["", f"staleness is never above {self.outcome.bound}{unless}"]
         if len(rows) > 1:
-            lines.append(f"{self.speedup:.2f} times as fast as bsp over the same samples")
+            lines.append(f"{self.speedup:.2f} times as fast as {beside} over the same samples")
         return "\n".join(lines)
 
 
 def simulate(scenario: Scenario, options: OptimOptions, global_batch: int) -> Simulation:
-    """Trains least squares in the scenario, and again in bsp without faults.
+    """Trains least squares in the scenario, and again in bsp, with the same faults; if it is bsp, without them.
 
     global_batch: samples of all workers' whole gradients together. Raises JobError where it does not end.
     """
@@ -90,7 +92,8 @@ def simulate(scenario: Scenario, options: OptimOptions, global_batch: int) -> Si
     rules = replace(scenario.rules, mode="bsp", max_staleness=None, compensation="none", strength=None)
     bsp = outcome
     if scenario.rules != rules or scenario.faults:
-        bsp = _run(replace(scenario, rules=rules, faults=()), options, global_batch)
+        faults = () if scenario.rules == rules else scenario.faults
+        bsp = _run(replace(scenario, rules=rules, faults=faults), options, global_batch)
     return Simulation(outcome, bsp, bsp.seconds / outcome.seconds)
 
 

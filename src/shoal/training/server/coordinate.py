@@ -148,6 +148,7 @@ class _Lead:
             self.rows.take(record)
             if (row := self.rows.row()) is not None:
                 self.before.append(row)
+        self.rows.live()
         self._saved = self.rows.step
         # A journal begins at a checkpoint that is complete.
         self._kept = self.machine.version if self.machine.version == self.machine.at.opened.version else -1

@@ -67,6 +67,10 @@ class Rows:
             self._since += time.perf_counter() - self._paused
         self._paused, self._resumed = None, time.perf_counter()
 
+    def live(self) -> None:
+        """What has been taken in was a journal of before; workers are still to come, and time counts from then on."""
+        self._since = None
+
     def pushed(self, push: m.Push) -> None:
         """What a worker says of its push; known when it is decided on."""
         worker, said = push.key.worker, self._said.get(push.key.worker)

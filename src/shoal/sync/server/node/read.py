@@ -65,7 +65,7 @@ class Reader:
             time.sleep(found.pause)
         raise RankError(
             f"no version could be had of all shards in {_TRIES} attempts",
-            fix="try again; or take the run's newest checkpoint (`shoal ckpt show RUN`)",
+            fix=f"try again; or take a checkpoint: `shoal ckpt show {self._station.book.folder.parent}`",
         )
 
     def _look(self) -> m.Seen:
@@ -95,7 +95,9 @@ class Reader:
         if isinstance(event, Lost) and event.address == COORDINATOR:
             self._lost += 1
             if self._lost > 1:
-                raise JobError("its coordinator has ended", fix="the run's newest checkpoint: `shoal ckpt show RUN`")
+                run = self._station.book.folder.parent
+                fix = f"its checkpoints: `shoal ckpt show {run}`"
+                raise JobError("its coordinator has ended", where=str(run), fix=fix)
             self._station.send(COORDINATOR, m.Look())
         return None
 

@@ -70,7 +70,9 @@ class Credentials:
             context.load_cert_chain(files["certificate"], files["key"], password=_no_passphrase)
         except (OSError, ValueError) as error:
             where = ", ".join(map(str, files.values()))
-            raise JobError(f"TLS cannot use these files: {error}", where=where, fix="give readable PEM files") from None
+            mismatch = getattr(error, "reason", None) == "KEY_VALUES_MISMATCH"
+            fix = "the key has to be the certificate's own" if mismatch else "give readable PEM files"
+            raise JobError(f"TLS cannot use these files: {error}", where=where, fix=fix) from None
         context.check_hostname = False
         context.verify_mode = ssl.CERT_REQUIRED
         context.minimum_version = ssl.TLSVersion.TLSv1_3
