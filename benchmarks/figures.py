@@ -70,7 +70,8 @@ def roofline() -> dict[str, Any]:
     def point(m: int, n: float) -> tuple[float, float]:
         k = float(shape.columns["hidden"])
         low, sides = np.zeros(1), [np.array([float(side)]) for side in (m, n, k)]
-        took = products.seconds(one, rates, known.shared("odd"), known.shared("align"), *sides, low)
+        even = products.aligned(*sides[1:], known.shared("odd"), known.shared("align"))
+        took = products.seconds(one, rates, even, *sides, low)
         return 2 * m * n * k / (2 * (m * k + k * n + m * n)), float(2 * m * n * k / took[0])
 
     feed = shape.columns["feed"]

@@ -7,8 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shoal.planning import collectives, constants, products, published, step
+from shoal.job import Layout
+from shoal.planning import asked, cluster, collectives, constants, products, published, step
 from shoal.planning.constants import Rates
+from shoal.planning.search import Space
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +76,18 @@ def test_a_product_is_no_faster_than_its_flops_or_its_traffic(rows):
     rates = Rates.of(constants.load(), work)
     for m, n, k in ((4096.0, 4096.0, 4096.0), (16.0, 4096.0, 4096.0), (8192.0, 50257.0, 1024.0)):
         sizes = [np.full(len(work), size) for size in (m, n, k)]
-        found = products.seconds(work, rates, 0.3, 0.1, *sizes, work.low)
+        found = products.seconds(work, rates, products.aligned(*sizes[1:], 0.3, 0.1), *sizes, work.low)
         assert (found >= 2 * m * n * k / (work.peak * (1 + work.low))).all()
         assert (found >= 2 * (m * k + k * n + m * n) / work.bandwidth).all()
+
+
+def test_how_long_rows_are_is_about_features_and_not_about_tokens():
+    ranks = asked.of_model("llama3-8b", cluster.named("h100x8"), asked.Wanted(global_batch=8))
+    spaces = [Space(replace(ranks, sequence=length)) for length in (8192, 8190, 8191)]
+    found = [space.find(Layout.parse("fsdp=8,zero=2,micro_batch=1")).seconds for space in spaces]
+    assert found[1:] == pytest.approx([found[0]] * 2, rel=0.01)
+    odd = products.aligned(np.array([4096.0, 4096.0]), np.array([1024.0, 1021.0]), 0.25, 0.125)
+    assert odd == pytest.approx([1.0, 0.25])
 
 
 def test_a_ring_of_eight():

@@ -216,6 +216,14 @@ def test_totals_by_kind():
         memory.cost(of(), "zb")
 
 
+def test_what_is_beside_the_allocator_is_a_tenth_of_a_small_device_at_most():
+    found = memory.Memory(*(np.array([2.0**30]) for _ in memory.Memory._fields))
+    reserved = found.total("reserved")[0]
+    beside = [found.total("device", gib * 2**30)[0] - reserved for gib in (16, 24, 80, 192)]
+    assert beside == pytest.approx([1.6 * 2**30, 2.4 * 2**30, 8 * 2**30, 8 * 2**30])
+    assert found.total("device")[0] - reserved == pytest.approx(8 * 2**30)
+
+
 def test_published_rows_are_met_and_the_constants_are_those_of_a_fit():
     rows = published.read(published.FIT).filled
     assert len(rows.rows) == 70

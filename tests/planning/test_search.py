@@ -165,7 +165,7 @@ def all_computed(space: search.Space) -> list[list[search.Split]]:
             alone = step.cost(many, space.known, schedule)
             rates = Rates.of(space.known, many)
             seconds = syncs.exchanged(alone, many, space.known, rates, space.question).seconds
-            total = memory.cost(many, schedule).total("device")
+            total = memory.cost(many, schedule).total("device", space.pool.device.memory)
             for n, row in enumerate(rows):
                 one = search.Split(int(which[row]), int(fsdp[row]), int(zero[row]), float(seconds[n]), float(total[n]))
                 found[which[row]].append(one)

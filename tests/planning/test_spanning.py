@@ -79,9 +79,10 @@ def test_blocks_that_a_rank_has_memory_for(order):
             some, which = int(most[candidate, rank]), np.array([candidate])
             room = stages.pools[pool].device.memory
             if 0 < some < 32:
-                assert stages.memory(pool, which, rank, some).total("device")[0] * search.SPARE <= room * (1 + 1e-9)
+                held = stages.memory(pool, which, rank, some).total("device", room)[0]
+                assert held * search.SPARE <= room * (1 + 1e-9)
             if some < 32:
-                over = stages.memory(pool, which, rank, some + 1).total("device")[0] * search.SPARE
+                over = stages.memory(pool, which, rank, some + 1).total("device", room)[0] * search.SPARE
                 assert over > room * (1 - 1e-9)
                 checked += 1
     assert checked > 100

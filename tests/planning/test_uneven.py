@@ -148,11 +148,11 @@ def test_advice_says_when_a_pool_does_better_alone():
 
 def test_what_cannot_be(monkeypatch):
     with pytest.raises(JobError, match=r"replicas of all pools .* and in no pipeline through") as caught:
-        answered.plans(question("h100x8+l4x1", batch=72), 1)
+        answered.plans(question("h100x8+l4x1", batch=8), 1)
     assert "h100 alone" in str(caught.value.fix)
     monkeypatch.setattr(answered, "alone", lambda question: [("h100", None)])
     with pytest.raises(JobError) as caught:
-        answered.plans(question("h100x8+l4x1", batch=72), 1)
+        answered.plans(question("h100x8+l4x1", batch=8), 1)
     assert "what would do" in str(caught.value.fix)
     sync = replace(question(), sync=replace(question().sync, name="local"))
     with pytest.raises(JobError, match="not planned on several pools"):

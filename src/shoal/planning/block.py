@@ -85,17 +85,18 @@ def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Arra
     ]  # fmt: skip
     odd, align = constants.shared("odd"), constants.shared("align")
 
-    def product(m: Array, n: Array, k: Array) -> Array:
+    def product(rows: Array, m: Array, n: Array, k: Array) -> Array:
         """0 where a block has none of this shape."""
         some = (m > 0) & (n > 0) & (k > 0)
         m, n, k = (np.where(some, size, 1.0) for size in (m, n, k))
-        return np.where(some, products.seconds(work, rates, odd, align, m, n, k, work.low), 0.0)
+        return np.where(some, products.seconds(work, rates, rows, m, n, k, work.low), 0.0)
 
     zero = np.zeros(len(work))
     forward, backward, weights = zero, zero, zero
     for n, k in shapes:
-        forward = forward + product(m_T, n, k)
-        backward = backward + product(m_T, k, n) + product(k, n, m_T)
+        rows = products.aligned(n, k, odd, align)
+        forward = forward + product(rows, m_T, n, k)
+        backward = backward + product(rows, m_T, k, n) + product(rows, k, n, m_T)
         weights = weights + n * k
     # What enters a product in fp8 is cast and transposed, 4 bytes a value; weights once a step.
     casts = work.low * constants.shared("quant") * 4 / rates.memory

@@ -84,6 +84,16 @@ class Constants:
         return np.array([known.get(str(one), usual) for one in names], dtype=np.float64)[where]
 
 
+def chip(device: str) -> str:
+    """Whose constants a device has: of all that are called `h100-…` the same; of a die by another name that die's."""
+    group = device.partition("-")[0]
+    return _CHIPS.get(group, group)
+
+
+# Of the same die, with other links (devices.toml says so).
+_CHIPS = {"h800": "h100"}
+
+
 @functools.cache
 def load() -> Constants:
     """Those of time."""
@@ -122,7 +132,7 @@ class Rates:
 
     @classmethod
     def of(cls, constants: Constants, work: Work) -> Rates:
-        device = np.array([name.partition("-")[0] for name in work.device])
+        device = np.array([chip(name) for name in work.device])
         sustained = constants.shared("sustained")
 
         def share(name: str) -> Array:

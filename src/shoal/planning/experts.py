@@ -39,9 +39,10 @@ def computing(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Ar
     )
     forward, backward = np.zeros(len(work)), np.zeros(len(work))
     for m, n, k, times, low in shapes:
-        forward = forward + times * products.seconds(work, rates, odd, align, m, n, k, low)
-        backward = backward + times * products.seconds(work, rates, odd, align, m, k, n, low)
-        backward = backward + times * products.seconds(work, rates, odd, align, k, n, m, low)
+        even = products.aligned(n, k, odd, align)
+        forward = forward + times * products.seconds(work, rates, even, m, n, k, low)
+        backward = backward + times * products.seconds(work, rates, even, m, k, n, low)
+        backward = backward + times * products.seconds(work, rates, even, k, n, m, low)
     # Read and written on the way there and back, 2 bytes a value; what is between the products, as in a dense block.
     element = constants.shared("elem") * rates.fuse / rates.memory * m_T
     forward = forward + element * (8 * work.hidden + work.expert_feed * (4 + 4 * work.gated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -40,14 +41,16 @@ class Memory(NamedTuple):
     def allocated(self) -> Array:
         return np.asarray(sum(self), dtype=np.float64)
 
-    def total(self, kind: str = "reserved") -> Array:
+    def total(self, kind: str = "reserved", capacity: float | Array = math.inf) -> Array:
         """kind: one of KINDS. Fragments are a share of what is allocated; beside the allocator is what has the same
-        size on every device: its context, libraries, communicators."""
+        size on every device: its context, libraries, communicators. capacity: bytes of the device, of which that is a
+        tenth at most: it was fitted on devices of 80 GiB, and smaller ones are not used so."""
         if kind not in KINDS:
             raise JobError(f"no memory is called {kind!r}", fix=f"one of {', '.join(KINDS)}")
         known = constants.memory()
         factor = 1.0 if kind == "allocated" else known["fragments"].value
-        return self.allocated * factor + (known["beside"].value * 2**30 if kind == "device" else 0.0)
+        beside = np.minimum(known["beside"].value * 2**30, 0.1 * np.asarray(capacity))
+        return self.allocated * factor + (beside if kind == "device" else 0.0)
 
 
 def cost(work: Work, schedule: str = "1f1b") -> Memory:

@@ -31,6 +31,13 @@ def power_of_two(sizes: Array) -> Array:
     return found
 
 
+def aligned(one: Array, other: Array, odd: float, align: float) -> Array:
+    """Share of its rate that a product reaches by the length of its operands' rows. These are numbers of features: an
+    activation has a row for each token, and so has its gradient. odd, align: the shared constants of these names."""
+    power = np.minimum(power_of_two(one), power_of_two(other))
+    return np.where(power < 8, odd, (power / 64) ** align)
+
+
 def filled(m: Array, n: Array, units: Array) -> Array:
     """Share of the units' time that is useful with the best tile: the last wave, and edges, are not full."""
     best = np.zeros(np.broadcast(m, n, units).shape)
@@ -42,10 +49,8 @@ def filled(m: Array, n: Array, units: Array) -> Array:
     return best
 
 
-def seconds(work: Work, rates: Rates, odd: float, align: float, m: Array, n: Array, k: Array, low: Array) -> Array:
-    """Of an m × k by k × n product. low: 1 where it is in fp8. odd, align: the shared constants of these names."""
-    power = np.minimum(np.minimum(power_of_two(n), power_of_two(k)), power_of_two(m))
-    rows = np.where(power < 8, odd, (power / 64) ** align)
+def seconds(work: Work, rates: Rates, rows: Array, m: Array, n: Array, k: Array, low: Array) -> Array:
+    """Of an m × k by k × n product. low: 1 where it is in fp8. rows: as of `aligned`."""
     share = filled(m, n, work.units) ** WAVE * k / (k + DEPTH * (1 + low)) * rows
     rate = np.where(low > 0, rates.product_low, rates.product) * rates.speed
     traffic = 2 * (m * k + k * n + m * n) / rates.memory

@@ -282,7 +282,7 @@ class Space:
         for schedule, rows in self._by_schedule(which):
             candidate, known = self.work(which[rows], fsdp[rows], zero[rows])
             seconds[rows] = self._cost(candidate, schedule, known).seconds
-            total[rows] = memory.cost(candidate, schedule).total("device")
+            total[rows] = memory.cost(candidate, schedule).total("device", self.pool.device.memory)
         at = 0
         for base, some in zip(bases, splits, strict=True):
             end = at + len(some)
@@ -371,5 +371,5 @@ def _least_bytes(plain: Work, shared: Work, schedule: str) -> Array:
         least = kept._replace(
             weights=states.weights, gradients=states.gradients, optimizer=states.optimizer, sync=states.sync
         )
-        found = np.maximum(found, least.total("device"))
+        found = np.maximum(found, least.total("device", plain.memory))
     return found

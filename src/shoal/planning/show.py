@@ -8,6 +8,7 @@ from typing import Any
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
 from shoal.planning import failures, syncs, uneven
+from shoal.planning.cluster import Pool
 from shoal.planning.plan import Answer, Plan, Question, brief, simpler, why
 
 _GIB = 2.0**30
@@ -37,12 +38,20 @@ def title(question: Question) -> str:
     shape, where = question.shape, question.cluster
     tokens = question.global_batch * question.sequence
     batch = f"a step of {counted(question.global_batch, 'sequence')} × {counted(question.sequence, 'token')}"
-    devices = " + ".join(f"{pool.count:,} {pool.device.title}" for pool in where.pools)
+    devices = " + ".join(f"{pool.count:,} {pool.device.title}{_nodes(pool)}" for pool in where.pools)
     active = f" ({_large(shape.active)} a token)" if shape.active < shape.parameters else ""
     return (
         f"{shape.name}: {_large(shape.parameters)} parameters{active}, on {where.name}: {devices}\n"
         f"{batch} = {_large(tokens)} tokens, {question.precision}{_agreeing(question)}"
     )
+
+
+def _nodes(pool: Pool) -> str:
+    """How many of them are in a node, where there are several nodes, and what is between these."""
+    if pool.per_node == pool.count:
+        return ""
+    rate = si(8 * pool.between.bandwidth, "bit/s")
+    return f" ({pool.per_node} a node, {pool.between.kind} of {rate} each between nodes)"
 
 
 def _agreeing(question: Question) -> str:

@@ -16,7 +16,7 @@ from shoal.observe.units import counted, percent, short
 from shoal.observe.units import duration as whole_seconds
 from shoal.planning import failures, goodput, pictured, show, simulation
 from shoal.planning.goodput import Goodput
-from shoal.planning.plan import Question
+from shoal.planning.plan import Question, brief
 from shoal.planning.scene import Staged
 from shoal.planning.simulation import Failures, Outcome
 
@@ -86,7 +86,7 @@ def text(found: Simulated) -> str:
     actor = f" of {counted(scene.devices, 'device')}" if scene.devices > 1 else ""
     lines = [
         show.title(question),
-        f"{plan.layout}",
+        f"{brief(plan.layout)}",
         f"{counted(found.steps, 'step')}, {counted(scene.pipelines, 'pipeline')} of {counted(scene.ranks, 'rank')}"
         f"{actor}, seed {found.seed}",
         "",

@@ -10,7 +10,7 @@ import numpy as np
 from shoal.observe.units import counted, duration, percent, short
 from shoal.planning import asynchrony, goodput, show, simulation
 from shoal.planning.asynchrony import Crew, Run
-from shoal.planning.plan import Question
+from shoal.planning.plan import Question, brief
 from shoal.planning.scene import Staged
 
 _NAMED = {
@@ -66,7 +66,7 @@ def text(found: SimulatedWorkers) -> str:
     step = run.seconds / found.steps
     lines = [
         show.title(found.question),
-        f"{plan.layout}",
+        f"{brief(plan.layout)}",
         f"{counted(found.steps, 'step')} of {counted(workers, 'worker')} of {counted(each, 'device')}, "
         f"seed {found.seed}: {counted(sum(run.staleness.values()), 'update')} in {duration(run.seconds)}",
         "",

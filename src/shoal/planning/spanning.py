@@ -22,7 +22,7 @@ from shoal.planning.through import Through
 
 # Candidates whose blocks are divided, at most; of these how many are simulated for each that is wanted; pools of which
 # every order is tried.
-_DIVIDED, _SIMULATED, _ORDERED = 400, 5, 4
+_DIVIDED, _SIMULATED, _ORDERED = 1000, 5, 4
 
 
 class Search:

@@ -110,11 +110,12 @@ class Stages:
             ends = sorted({*inner[:1], *inner[-1:], *(set(held) - set(inner))})
             first, more = {}, {}
             for rank in ends:
-                one, two = (self.memory(pool, every, rank, blocks).total("device") for blocks in (1, 2))
+                room = self.pools[pool].device.memory
+                one, two = (self.memory(pool, every, rank, blocks).total("device", room) for blocks in (1, 2))
                 first[rank], more[rank] = one, two - one
             for rank in held:
                 one, each = (_between(of, rank, inner) for of in (first, more))
-                free = self.pools[pool].device.memory / SPARE - one
+                free = room / SPARE - one
                 found[:, rank] = np.where(free < 0, 0, 1 + np.floor(free / np.maximum(each, 1.0)))
         return np.minimum(found, self.question.shape.layers).astype(np.int64)
 

@@ -176,10 +176,11 @@ def _head(work: Work, constants: Constants, rates: Rates) -> Array:
     odd, align = constants.shared("odd"), constants.shared("align")
     m_T, n, k = block.tokens(work), work.vocab / work.tensor, work.hidden
     zero = np.zeros(len(work))
+    rows = products.aligned(n, k, odd, align)
     three = (
-        products.seconds(work, rates, odd, align, m_T, n, k, zero)
-        + products.seconds(work, rates, odd, align, m_T, k, n, zero)
-        + products.seconds(work, rates, odd, align, n, k, m_T, zero)
+        products.seconds(work, rates, rows, m_T, n, k, zero)
+        + products.seconds(work, rates, rows, m_T, k, n, zero)
+        + products.seconds(work, rates, rows, n, k, m_T, zero)
     )
     # Logits, their softmax in fp32, its gradient: 20 bytes each. The embedding: 16 bytes a value.
     element = constants.shared("elem") / rates.memory

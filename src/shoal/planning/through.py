@@ -59,7 +59,7 @@ class Through:
 
     def _bytes(self, rank: int, blocks: int) -> float:
         found = self.stages.memory(self.places[rank], np.array([self.candidate]), rank, blocks)
-        return float(found.total("device")[0])
+        return float(found.total("device", self.stages.pools[self.places[rank]].device.memory)[0])
 
     @cached_property
     def divisions(self) -> Numbers:

@@ -166,7 +166,7 @@ class Search:
         for number in np.unique(schedules):
             rows = np.flatnonzero(schedules == number)
             work, _ = self.work(pool, which[rows], micro_batches[rows])
-            total[rows] = memory.cost(work, NAMES[number]).total("device")
+            total[rows] = memory.cost(work, NAMES[number]).total("device", self.pools[pool].device.memory)
         return total
 
     def fastest(self, best: int) -> list[Uneven]:
