@@ -172,11 +172,17 @@ def main() -> None:
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    if asked.rows and rows:
+    if not rows:
+        skipped = ", ".join(f"{count} with {reason}" for reason, count in found["skipped"].items()) or "there is none"
+        print(f"error: {asked.csv}: no row can be scored: {skipped}", file=sys.stderr)
+        raise SystemExit(2)
+    if asked.rows:
         with asked.rows.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()
-            writer.writerows(rows)
+            # Five digits, as no measurement has more.
+            exact = [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
+            writer.writerows(exact)
     print(json.dumps(without_nan(found)) if asked.format == "json" else shown(found))
 
 

@@ -35,6 +35,11 @@ def parse(text: str, path: str = "<text>") -> Cluster:
     """The cluster in a TOML text; `path` is named in errors, and gives the name of one that has none."""
     source = Source(path, text)
     top = _Table(source, (), source.tables())
+    if "machine" in top.values and "pool" not in top.values:
+        fix = 'a job with layout = "auto" is planned by it as it starts; what clusters are: docs/clusters.md'
+        raise JobError(
+            "this is what `shoal calibrate` wrote of one machine, and no cluster", where=f"{path}:1", fix=fix
+        )
     top.knows(("name", "pool", "device", "across"))
     own = {table.name: _device(table) for table in top.inner("device").tables()}
     pools = tuple(_pool(table, own) for table in top.inner("pool").tables())
