@@ -64,7 +64,7 @@ def test_what_would_only_say_zero_is_left_out():
     assert not extra & set(drawn(rows))
     assert "Waiting" in drawn(rows)
     assert not server_charts([row(1), row(2)])
-    assert set(told(SERVER, rows)) == {"network", "gradients"}
+    assert set(told(SERVER, rows)) == {"network", "waiting", "gradients"}
 
 
 def test_work_in_vain():
@@ -101,12 +101,12 @@ def test_who_waits_without_a_server():
     assert "Waiting" not in found
     assert "waiting" not in told(JOB, [row(1)])
     assert "Waiting for other replicas" not in drawn([row(1)]) | drawn(ASP)
-    assert "waiting" not in told(SERVER, ASP)
 
 
 def test_the_sentences_of_a_server():
     assert told(SERVER, ASP) == {
         "network": "1.91 MiB sent and 2.86 MiB received a step, by all workers; both together 4.88 KiB a token",
+        "waiting": "worker 1 waited for pushes, pulls and others most, 36.7 % of the run; worker 0 least, 26.7 %",
         "gradients": "6 gradients; 2 more (25.0 %) rejected",
         "staleness": "1.67 in the mean, 4 at most",
     }

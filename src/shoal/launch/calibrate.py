@@ -24,6 +24,7 @@ _ENTRY = "shoal.launch.measure:side"
 # many times what they were given.
 _KEPT, _HANGS = 0.15, 4.0
 _LEAST = 5.0
+_MOST = 3600
 
 
 def worlds(ranks: int) -> list[int]:
@@ -42,6 +43,9 @@ def calibrate(
     at_least("--ranks", ranks, 1)
     require(ranks <= MOST_RANKS, f"--ranks {ranks} is more than {MOST_RANKS}", "calibrate as many as will run here")
     at_least("--seconds", seconds, _LEAST)
+    require(
+        seconds <= _MOST, f"--seconds {seconds:g} is more than an hour", f"--seconds {_MOST} or less; 60 are enough"
+    )
     begin = time.monotonic()
     path = Path(out).expanduser() if out else entry.home()
     # Before a minute is spent for nothing.

@@ -94,13 +94,15 @@ def _times(job: Job, rows: Rows) -> dict[str, float]:
 
 
 def _waiting(rows: Rows) -> Facts:
-    """Of replicas without a server: who waited for the others most, and for whom they waited."""
-    of_each = shares([row for row in rows if "commits" not in row])
+    """Of replicas who waited for the others most, and for whom they waited; so of a server's workers."""
+    served = of_server(rows)
+    of_each = shares([row for row in rows if ("commits" in row) == served])
     if not of_each:
         return []
     most, least = (choose(of_each, key=of_each.__getitem__) for choose in (max, min))
-    text = f"replica {most} waited for others most, {percent(of_each[most])} of the run"
-    return [("waiting", f"{text}; replica {least} least, {percent(of_each[least])}")]
+    who, whom = ("worker", "pushes, pulls and others") if served else ("replica", "others")
+    text = f"{who} {most} waited for {whom} most, {percent(of_each[most])} of the run"
+    return [("waiting", f"{text}; {who} {least} least, {percent(of_each[least])}")]
 
 
 def _gradients(rows: Rows) -> Facts:

@@ -38,9 +38,9 @@ def usual_batch(parameters: float, sequence: int, devices: int) -> int:
     return odd * 2 ** max(0, round(math.log2(tokens / sequence / odd)))
 
 
-def tokens_of(text: str) -> float | None:
+def tokens_of(told: str | float) -> float | None:
     """`15T`, `300B`, `1e12` -> a number; None of nothing."""
-    if not text:
+    if (text := str(told)) == "":
         return None
     found = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([kmbgt]?)\s*", text.lower())
     if found is None:
@@ -63,13 +63,13 @@ def cluster_of(text: str, price: float) -> Cluster:
 
 @dataclass(frozen=True)
 class Wanted:
-    """sequence, global_batch: 0 = the job's, or by rule. precision: empty = the job's, or bf16. tokens: as text.
-    restart, storage, replicas: as in Question. sync, server: None = the job's, or all-reduce."""
+    """sequence, global_batch: 0 = the job's, or by rule. precision: empty = the job's, or bf16. tokens: `15T` or
+    1e12. restart, storage, replicas: as in Question. sync, server: None = the job's, or all-reduce."""
 
     sequence: int = 0
     global_batch: int = 0
     precision: str = ""
-    tokens: str = ""
+    tokens: str | float = ""
     restart: float = RESTART
     storage: float = STORAGE
     replicas: int = 0
