@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shoal.planning import answered, asked, cluster, search, show, spanning, uneven
+from shoal.planning import answered, asked, cluster, search, show, show_pools, spanning, uneven
 from shoal.planning.cluster import Cluster, Link
 from shoal.planning.spanning import Search
 from shoal.planning.stages import Stages
@@ -103,7 +103,7 @@ def test_a_model_that_no_pool_holds_lies_in_both():
     assert best.total * search.SPARE <= best.capacity * (1 + 1e-9)
     assert sum(best.parts.values()) == pytest.approx(best.seconds)
     best.layout.validate()
-    assert "of the pipeline, 56 of 80 blocks" in show.pools(asked_, best, [])
+    assert "of the pipeline, 56 of 80 blocks" in show_pools.pools(asked_, best, [])
     assert show.told(asked_, best)["along"] == dict(best.along)
 
 
@@ -138,7 +138,7 @@ def test_slower_devices_have_fewer_blocks():
 
 def test_what_stands_below_the_table():
     found = plan("replicas=2,pipeline=3,stages=2+5+3", 1.0, along=(("old", 1), ("new", 2)))
-    told = show.pools(question(), found, [("old", None), ("new", None)])
+    told = show_pools.pools(question(), found, [("old", None), ("new", None)])
     assert "pool old: rank 0 of each replica's pipeline, 2 of 10 blocks" in told
     assert "pool new: ranks 1 to 2 of each replica's pipeline, 8 of 10 blocks" in told
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import JobError
 from shoal.job import Layout
-from shoal.planning import answered, asked, cluster, search, show, uneven
+from shoal.planning import answered, asked, cluster, search, show_pools, uneven
 from shoal.planning.cluster import Cluster, Link
 from tests.planning.plans import plan
 
@@ -138,12 +138,12 @@ def test_what_is_answered():
 def test_advice_says_when_a_pool_does_better_alone():
     mixed = plan("replicas=3,replica_share=2+1+1,fsdp=8", 2.0)
     for seconds, words in ((1.0, "Take h100 alone: together they are slower, 0.50 times"), (3.0, "are 1.50 times as")):
-        told = show.pools(question(), mixed, [("h100", plan("fsdp=8", seconds)), ("a100-80", None)])
+        told = show_pools.pools(question(), mixed, [("h100", plan("fsdp=8", seconds)), ("a100-80", None)])
         assert words in told
         assert "pool h100: replica 0, 50.0 % of the batch" in told
         assert "pool a100-80: replicas 1 to 2, 50.0 % of the batch" in told
         assert "a100-80 alone: nothing fits" in told
-    assert "No pool would do alone." in show.pools(question(), mixed, [("h100", None), ("a100-80", None)])
+    assert "No pool would do alone." in show_pools.pools(question(), mixed, [("h100", None), ("a100-80", None)])
 
 
 def test_what_cannot_be(monkeypatch):

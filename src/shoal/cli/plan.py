@@ -97,7 +97,7 @@ def run(args: list[str]) -> answer.Answer:
     at_least("--best", options.best, 1)
     at_least("--explain", options.explain, 0)
 
-    from shoal.planning import answered, asked, show, written
+    from shoal.planning import answered, asked, show, show_pools, written
 
     if options.out:
         written.require_toml(Path(options.out))
@@ -115,7 +115,7 @@ def run(args: list[str]) -> answer.Answer:
     if options.out:
         best = found.plans[0]
         said = written.of_layout(options.out, question, best, options.model, job, options.job)
-        texts.append(said + show.better_alone(best, others))
+        texts.append(said + show_pools.better_alone(best, others))
         result["out"] = options.out
     # Whatever is wrong with the options has been said by now.
     print("\n\n".join(texts))

@@ -11,7 +11,7 @@ from shoal.errors import JobError
 from shoal.job import Job
 from shoal.job.check import at_least
 from shoal.job.layout import Layout
-from shoal.planning import asked, show, spanning, uneven, unfit, whatif
+from shoal.planning import asked, show, show_pools, spanning, uneven, unfit, whatif
 from shoal.planning.cluster import Cluster
 from shoal.planning.plan import Answer, Plan, Question
 from shoal.planning.search import search
@@ -133,6 +133,6 @@ def text(question: Question, answer: Answer, explain: int, job: Job | None = Non
     width = shutil.get_terminal_size((200, 24)).columns
     parts = [show.title(question), show.table(question, answer, width), show.remarks(question, answer)]
     if len(question.cluster.pools) > 1:
-        parts.insert(2, show.pools(question, answer.plans[0], alone(question, job)))
+        parts.insert(2, show_pools.pools(question, answer.plans[0], alone(question, job)))
     parts += [show.explained(plan, number) for number, plan in enumerate(answer.plans[:explain], 1)]
     return "\n\n".join(parts)

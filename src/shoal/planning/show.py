@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.job.layout import AXES, Layout
 from shoal.observe.units import counted, short, si
-from shoal.planning import failures, syncs, uneven
+from shoal.planning import failures, syncs
 from shoal.planning.cluster import Pool
 from shoal.planning.plan import Answer, Plan, Question, brief, simpler, why
 
@@ -79,8 +79,8 @@ def table(question: Question, answer: Answer, width: int | None = None) -> str:
         ("micro-batch", lambda p: str(p.layout.micro_batch or "whole")),
         ("schedule", schedule_of if any(p.layout.pipeline > 1 for p in answer.plans) else None),
         ("recompute", lambda p: p.layout.recompute),
-        ("step", lambda p: _seconds(p.seconds)),
-        ("80 %", lambda p: f"{_seconds(p.low)} to {_seconds(p.high)}"),
+        ("step", lambda p: seconds_of(p.seconds)),
+        ("80 %", lambda p: f"{seconds_of(p.low)} to {seconds_of(p.high)}"),
         ("tok/s/device", lambda p: _three(p.per_device)),
         ("MFU %", lambda p: f"{100 * p.mfu:.1f}"),
         ("GiB", lambda p: _three(p.total / _GIB)),
@@ -203,66 +203,15 @@ def _instead(question: Question) -> str:
     return f" No {question.precision} is known of {others[0].name}: its {has} peak stands for it."
 
 
-def pools(question: Question, plan: Plan, alone: Sequence[tuple[str, Plan | None]]) -> str:
-    """Of a plan on several pools: who computes how much, and whether each pool by itself would do better."""
-    lines = _stages(plan) if plan.along else _shares(question, plan)
-    for name, one in alone:
-        told = "nothing fits" if one is None else f"{_seconds(one.seconds)} a step, {layout_of(one.layout)}"
-        lines.append(f"pool {name} alone: {told}")
-    known = [(one.seconds, name) for name, one in alone if one is not None]
-    if not known:
-        return "\n".join([*lines, "No pool would do alone."])
-    seconds, name = min(known)
-    times = seconds / plan.seconds
-    gain = f"Together they are {times:.2f} times as fast as {name} alone."
-    worse = f"Take {name} alone: together they are slower, {times:.2f} times as fast."
-    return "\n".join([*lines, gain if times > 1 else worse])
-
-
-def _stages(plan: Plan) -> list[str]:
-    """Of a pipeline through several pools."""
-    lines, first, blocks = [], 0, plan.layout.blocks_per_stage
-    of = "the pipeline" if plan.layout.replicas == 1 else "each replica's pipeline"
-    for name, ranks in plan.along:
-        last = first + ranks - 1
-        numbered = f"ranks {first} to {last}" if last > first else f"rank {first}"
-        lines.append(f"pool {name}: {numbered} of {of}, {sum(blocks[first : last + 1])} of {sum(blocks)} blocks")
-        first = last + 1
-    return lines
-
-
-def _shares(question: Question, plan: Plan) -> list[str]:
-    """Of replicas that each lie in one pool."""
-    of_pools = uneven.shares(question, plan)
-    whole = sum(sum(shares) for _, shares in of_pools)
-    lines, first = [], 0
-    for pool, shares in of_pools:
-        last = first + len(shares) - 1
-        numbered = f"replicas {first} to {last}" if last > first else f"replica {first}"
-        lines.append(f"pool {pool.name}: {numbered}, {100 * sum(shares) / whole:.1f} % of the batch")
-        first = last + 1
-    return lines
-
-
-def better_alone(best: Plan, alone: Sequence[tuple[str, Plan | None]]) -> str:
-    """Of a layout that goes over several pools and is slower than one of them by itself."""
-    faster = [(plan.seconds, name) for name, plan in alone if plan is not None and plan.seconds < best.seconds]
-    if not faster:
-        return ""
-    seconds, name = min(faster)
-    than = f"{_seconds(seconds)} a step instead of {_seconds(best.seconds)}"
-    return f". It goes over all pools; {name} alone is faster: {than}"
-
-
 def explained(plan: Plan, number: int) -> str:
     """Where a plan's time and memory go, largest first."""
     parts = {name: part for name, part in plan.parts.items() if part > 1e-6 * plan.seconds}
-    time = [[name, _seconds(part), f"{100 * part / plan.seconds:.1f} %"] for name, part in _largest(parts)]
+    time = [[name, seconds_of(part), f"{100 * part / plan.seconds:.1f} %"] for name, part in _largest(parts)]
     memory = [
         [name, f"{_three(part / _GIB)} GiB", f"{100 * part / plan.capacity:.1f} %"]
         for name, part in _largest(plan.memory)
     ]
-    total = [["together", _seconds(plan.seconds), "100 %"]]
+    total = [["together", seconds_of(plan.seconds), "100 %"]]
     full = [["together", f"{_three(plan.total / _GIB)} GiB", f"{100 * plan.total / plan.capacity:.1f} %"]]
     return (
         f"{number}: {plan.layout}\n"
@@ -276,7 +225,7 @@ def compared(before: Answer, after: Answer) -> str:
     """Of two clusters, the best plans."""
     one, other = before.plans[0], after.plans[0]
     rate = other.tokens_per_second / one.tokens_per_second
-    text = f"{_seconds(one.seconds)} -> {_seconds(other.seconds)} a step: {rate:.2f} times the tokens/s"
+    text = f"{seconds_of(one.seconds)} -> {seconds_of(other.seconds)} a step: {rate:.2f} times the tokens/s"
     text += f", {other.per_device / one.per_device:.2f} times a device's"
     if one.cost and other.cost:
         text += f", {other.cost / one.cost:.2f} times the cost of a token"
@@ -327,7 +276,7 @@ def _largest(parts: Any) -> list[tuple[str, float]]:
     return sorted(((name, part) for name, part in parts.items() if part), key=lambda item: -item[1])
 
 
-def _seconds(value: float) -> str:
+def seconds_of(value: float) -> str:
     return f"{value:,.0f} s" if value >= 1000 else short(value)
 
 
