@@ -169,7 +169,9 @@ def _failing(question: Question, plan: Plan) -> str:
     """What failures make of the first plan's days and cost."""
     found = failures.expected(question)
     if found is None:
-        return "No failures: the cluster does not say how often its devices fail (`mtbf` of a pool in its file)."
+        silent = [pool for pool in question.cluster.pools if pool.mtbf is None]
+        whose = "its devices" if len(silent) == len(question.cluster.pools) else f"those of pool {silent[0].name}"
+        return f"No failures: the cluster does not say how often {whose} fail (`mtbf` of a pool in its file)."
     often = f"a device fails every {_while(found.mtbf)}, a restart takes {_while(found.restart)}"
     if found.shares is None:
         return f"With failures: no run would get on, where {often}."
