@@ -14,7 +14,7 @@ from shoal.job import Job, Layout
 from shoal.launch import auto_layout
 from shoal.observe import machine as this
 from shoal.observe.units import short
-from shoal.planning import entry, local
+from shoal.planning import entry, here, local
 from tests.planning.test_local import JOB, line, machine, precision
 
 OPEN = replace(JOB, layout=None, train=replace(JOB.train, precision="auto", compile="auto"))
@@ -60,10 +60,11 @@ def test_the_next_one_and_why_it_lost():
     """Exchanges of a second each: whoever has fewest comes next, and has nothing but them against it."""
     known = calibrated(exchanges={name: line(1.0) for name in entry.EXCHANGES})
     steps = {}
-    for layout in auto_layout.layouts([1, 2, 4]):
+    for layout in here.layouts([1, 2, 4], JOB.train.global_batch):
         with contextlib.suppress(LayoutError):  # a pipeline with fsdp is not predicted
             steps[layout] = local.predict(replace(JOB, layout=layout), known)
-    best = steps.pop(Layout())
+    best = steps[Layout()]
+    steps = {layout: step for layout, step in steps.items() if layout.world > 1}
     second = min(steps, key=lambda layout: steps[layout].seconds)
     lost = steps[second].parts["exchange"] - best.parts["exchange"]
     assert chosen()[1].endswith(f", which spends {short(lost)} more on exchanges")
@@ -71,15 +72,19 @@ def test_the_next_one_and_why_it_lost():
     assert chosen()[1].endswith(", about the same")
 
 
-def test_every_part_of_a_step_has_a_name():
-    assert set(auto_layout._CALLED) == set(local.PARTS)
-
-
 def test_without_an_entry_one_replica_for_each_core():
     found, said = chosen()
     assert found == Layout(replicas=4)
     assert "one replica for each core; not predicted: `shoal calibrate` has not measured this machine" in said
     assert chosen(replace(OPEN, train=replace(OPEN.train, global_batch=6)))[0] == Layout(replicas=3)
+
+
+def test_a_model_of_fewer_blocks_than_ranks():
+    """No pipeline of four ranks has three blocks; the others are compared all the same."""
+    calibrated(exchanges={name: line(1.0) for name in entry.EXCHANGES})
+    found, said = chosen(replace(OPEN, model=replace(OPEN.model, num_hidden_layers=3)))
+    assert found == Layout()
+    assert "a step predicted" in said
 
 
 def test_what_is_not_predicted_has_its_reason():

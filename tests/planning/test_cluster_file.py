@@ -143,7 +143,7 @@ count = 64
         (f"{GOOD}site = 'x'\n[pool.b]\ndevice = 'h100'\ncount = 8\nsite='y'", "'x' and 'y' have no link", "x.y"),
         (f"{GOOD}[across.x.y]  # !\nbandwidth = '1 GB/s'", "no pool is at 'x'", "site ="),
         (f"{GOOD}site = 'x'\n[across.x]\ny = {{}}  # !", "no pool is at 'y'", "known: x"),
-        ("machine = 'mine'  # !\nranks = 2", "what `shoal calibrate` wrote of one machine", 'layout = "auto"'),
+        ("machine = 'mine'  # !\nranks = 2", "what `shoal calibrate` wrote of one machine", "shoal plan JOB"),
         (f"{GOOD}site = 'x'\n[across.x.x]  # !\nbandwidth = '1 GB/s'", "a link of a site to itself", ""),
     ],
 )  # fmt: skip

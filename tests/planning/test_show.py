@@ -11,7 +11,7 @@ from shoal.job.server import ServerOptions
 from shoal.job.sync import SyncOptions
 from shoal.planning import asked, cluster, failures, show
 from shoal.planning.asked import Wanted
-from shoal.planning.plan import _CALLED, Answer, why
+from shoal.planning.plan import CALLED, Answer, why
 from tests.planning.plans import plan
 
 QUESTION = asked.of_model("llama3-8b", cluster.named("h100x8"), Wanted())
@@ -101,7 +101,7 @@ def test_what_is_said_to_be_saved_is_more_than_what_is_said_to_be_lost(saved: di
     parts = {name: 3.0 + more for name, more in saved.items()}
     second = replace(PIPE, parts=parts, seconds=10.0 + sum(saved.values()))
     found = why(first, second)
-    assert f"because it spends {said.format(**_CALLED)}; the step takes" in found
+    assert f"because it spends {said.format(**CALLED)}; the step takes" in found
 
 
 def test_a_simpler_layout_that_is_hardly_slower_is_pointed_out():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +11,10 @@ import tyro
 from shoal.cli import answer, flags
 from shoal.errors import JobError
 from shoal.job import Job, read
-from shoal.job.check import at_least
+from shoal.job.check import at_least, require
 
 if TYPE_CHECKING:
+    from shoal.planning.entry import Entry
     from shoal.planning.plan import Question
 
 _LISTED = "several changes have commas between them: --what-if devices=2x,network=0.5x"
@@ -37,7 +38,8 @@ class PlanOptions:
     """A model's name (`llama3-70b`, `gpt3-175b`, `deepseek-v3`, ...: docs/planning-models.md), or a Hugging Face
     config.json."""
     cluster: str = ""
-    """A file (docs/clusters.md), or so many devices: `h100x64`, `a100-80x512`."""
+    """A file (docs/clusters.md), or so many devices: `h100x64`, `a100-80x512`; `here`, or the file of an entry: a
+    machine that `shoal calibrate` has measured."""
     global_batch: int = 0
     """Sequences of a step; 0 = the job's, or by rule: 4 Mi tokens (half a Mi below 1 B parameters), and no less than
     1,024 for each device."""
@@ -97,12 +99,14 @@ def run(args: list[str]) -> answer.Answer:
     at_least("--best", options.best, 1)
     at_least("--explain", options.explain, 0)
 
-    from shoal.planning import answered, asked, show, show_pools, written
+    from shoal.planning import answered, asked, here, show, show_pools, written
 
     if options.out:
         written.require_toml(Path(options.out))
     agreed = asked.synced(job or Job(), *_of_sync(options))
     job = agreed if job else None
+    if known := here.machine(options.cluster):
+        return _of_machine(options, job, known)
     question = _question(options, job, agreed)
     found = answered.plans(question, options.best, job, options.alike)
     texts, result = [answered.text(question, found, options.explain, job)], show.result(question, found)
@@ -118,6 +122,26 @@ def run(args: list[str]) -> answer.Answer:
         texts.append(said + show_pools.better_alone(best, others))
         result["out"] = options.out
     # Whatever is wrong with the options has been said by now.
+    print("\n\n".join(texts))
+    return answer.Answer(result)
+
+
+def _of_machine(options: PlanOptions, job: Job | None, known: Entry) -> answer.Answer:
+    """Of one that `shoal calibrate` has measured."""
+    from shoal.planning import asked, here, show, written
+
+    if job is None:
+        raise JobError("a measured machine is planned for a job", fix="shoal plan JOB.toml --cluster here")
+    given = {"--what-if": options.what_if, "--price": options.price}
+    what = next((name for name, value in given.items() if value), "")
+    require(not what, f"{what}: a measured machine is what it is", f"leave out {what}; or name a cluster: h100x8")
+    size = asked.Wanted(options.sequence, options.global_batch, options.precision, options.tokens)
+    question, settled = here.question(job, known, replace(size, replicas=options.replicas))
+    found = here.plans(question, settled, known, options.best, options.alike)
+    texts, result = [here.text(question, found, known, options.explain)], show.result(question, found)
+    if options.out:
+        texts.append(written.of_layout(options.out, question, found.plans[0], job=job, recipe=options.job))
+        result["out"] = options.out
     print("\n\n".join(texts))
     return answer.Answer(result)
 

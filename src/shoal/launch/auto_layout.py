@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 from shoal.errors import JobError, ShoalError
@@ -10,19 +10,11 @@ from shoal.job import Job, Layout
 from shoal.launch.cores import cores, has_driver
 from shoal.observe import machine
 from shoal.observe.units import counted, short
-from shoal.planning import answered, asked, cluster, devices, entry, local
+from shoal.planning import answered, asked, cluster, devices, entry, here, local
 from shoal.planning.local import Predicted
-from shoal.planning.plan import why
+from shoal.planning.plan import CALLED, why
 
 _MOST_CPU_RANKS = 8
-# Layouts that differ by less are equal, and the simpler one is taken.
-_EQUAL = 0.005
-# What the parts of a step (local.PARTS) are called in a sentence.
-_CALLED = {
-    "products": "matrix products", "attention": "attention", "elements": "operations of each number by itself",
-    "launch": "Python between operations", "exchange": "exchanges", "update": "the update",
-    "bubble": "waiting for the pipeline",
-}  # fmt: skip
 
 
 def choose(job: Job, say: Callable[[str], None]) -> Layout:
@@ -48,53 +40,24 @@ def _measured(job: Job, most: int) -> tuple[Layout, str]:
     known = entry.read(path)
     if known.kind != "cpu" or known.machine != machine.host():
         raise JobError(f"{path} is of another machine")
-    # As a run decides it where nothing is gained by anything else.
-    train = replace(job.train, compile="off" if job.train.compile == "auto" else job.train.compile)
-    train = replace(train, precision="fp32" if train.precision == "auto" else train.precision)
-    found: list[tuple[Predicted, int, Layout]] = []
-    refused: ShoalError | None = None
-    for layout in layouts([side.ranks for side in known.sides if side.ranks <= most]):
-        try:
-            step = local.predict(replace(job, train=train, layout=layout), known)
-        except ShoalError as error:
-            refused = refused or error
-        else:
-            found.append((step, _axes(layout), layout))
-    if not found:
-        raise refused or JobError("none fits this machine")
-    least = min(step.seconds for step, _, _ in found)
-    equal = (one for one in found if one[0].seconds <= least * (1 + _EQUAL))
-    best = min(equal, key=lambda one: (one[1], one[0].seconds))
-    rest = min((one for one in found if one is not best), default=None, key=lambda one: one[0].seconds)
-    after = f"; next {rest[2]} with {short(rest[0].seconds)}{_because(best[0], rest[0])}" if rest else ""
+    found = here.ranked(here.settled(job, known, most), known, most)
+    best, rest = found[0], next((one for one in found[1:] if not _alike(one.layout, found[0].layout)), None)
+    after = f"; next {rest.layout} with {short(rest.step.seconds)}{_because(best.step, rest.step)}" if rest else ""
     of = f"of {counted(len(found), 'layout')} that the machine's entry knows the fastest"
-    return best[2], f"{of}, {short(best[0].seconds)} a step predicted{after}"
+    return best.layout, f"{of}, {short(best.step.seconds)} a step predicted{after}"
+
+
+def _alike(one: Layout, other: Layout) -> bool:
+    return replace(one, micro_batch=0) == replace(other, micro_batch=0)
 
 
 def _because(first: Predicted, second: Predicted) -> str:
     """The part of a step on which the second spends most more, or that the first was taken as the simpler of equals."""
-    if second.seconds <= first.seconds * (1 + _EQUAL):
+    if second.seconds <= first.seconds * (1 + here.EQUAL):
         return ", about the same"
     more = {name: second.parts[name] - first.parts[name] for name in local.PARTS}
     part = max(more, key=lambda name: more[name])
-    return f", which spends {short(more[part])} more on {_CALLED[part]}"
-
-
-def layouts(worlds: list[int]) -> Iterator[Layout]:
-    """Of so many ranks all by replicas, fsdp, tensor and pipeline."""
-    for world in worlds:
-        for replicas, fsdp, tensor in _triples(world):
-            yield Layout(replicas=replicas, fsdp=fsdp, tensor=tensor, pipeline=world // (replicas * fsdp * tensor))
-
-
-def _triples(world: int) -> Iterator[tuple[int, int, int]]:
-    """Factors whose product divides it."""
-    parts = [n for n in range(1, world + 1) if world % n == 0]
-    return ((a, b, c) for a in parts for b in parts for c in parts if world % (a * b * c) == 0)
-
-
-def _axes(layout: Layout) -> int:
-    return sum(getattr(layout, axis) > 1 for axis in ("replicas", "fsdp", "tensor", "pipeline"))
+    return f", which spends {short(more[part])} more on {CALLED[part]}"
 
 
 def _planned(job: Job, gpus: int) -> tuple[Layout, str]:

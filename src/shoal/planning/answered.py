@@ -10,10 +10,9 @@ from typing import Any
 from shoal.errors import JobError
 from shoal.job import Job
 from shoal.job.check import at_least
-from shoal.job.layout import Layout
-from shoal.planning import asked, show, show_pools, spanning, uneven, unfit, whatif
+from shoal.planning import asked, here, show, show_pools, spanning, uneven, unfit, whatif
 from shoal.planning.cluster import Cluster
-from shoal.planning.plan import Answer, Plan, Question
+from shoal.planning.plan import Answer, Plan, Question, refused, unlike
 from shoal.planning.search import search
 
 # Plans that are looked through for those that a job can have, for each that is wanted.
@@ -23,7 +22,8 @@ _SPARE = 5
 def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, alike: bool = False, **wanted: Any) -> Answer:
     """The fastest layouts of a model on a cluster, as `shoal plan` finds them: `.plans`, the fastest first.
 
-    what: a job, or a model by name or by the path of its config.json. where: a cluster's file, or `h100x64`. price: of
+    what: a job, or a model by name or by the path of its config.json. where: a cluster's file, or `h100x64`; `here`, or
+    the file of an entry: a machine that `shoal calibrate` has measured (jobs alone). price: of
     a device for an hour; 0 = as the file says. alike: also those that differ from a better one in nothing but
     schedule, stages or micro-batch. wanted: fields of `asked.Wanted`, such as sequence (tokens),
     global_batch (sequences), precision, tokens (as text, `15T`), replicas.
@@ -31,7 +31,12 @@ def plan(what: Job | str, where: str, best: int = 10, price: float = 0.0, alike:
     Raises JobError, with what would do, where no layout fits; for what is unknown or absurd; for several pools with
     another sync than all-reduce.
     """
-    devices, options = asked.cluster_of(where, price), asked.Wanted(**wanted)
+    options = asked.Wanted(**wanted)
+    if known := here.machine(where):
+        if not isinstance(what, Job):
+            raise JobError("a measured machine is planned for a job", fix="shoal.plan(shoal.Job(...), 'here')")
+        return here.plans(*here.question(what, known, options), known, best, alike)
+    devices = asked.cluster_of(where, price)
     if isinstance(what, Job):
         return plans(asked.of_job(what, devices, options), best, what, alike)
     return plans(asked.of_model(what, devices, options), best, alike=alike)
@@ -54,11 +59,11 @@ def plans(question: Question, best: int, job: Job | None = None, alike: bool = F
         data=replace(job.data, sequence_length=question.sequence),
         train=replace(job.train, global_batch=question.global_batch),
     )
-    refused = [_refused(wanted, plan) for plan in found.plans]
-    kept = tuple(plan for plan, error in zip(found.plans, refused, strict=True) if error is None)
+    reasons = [refused(wanted, plan.layout) for plan in found.plans]
+    kept = tuple(plan for plan, error in zip(found.plans, reasons, strict=True) if error is None)
     if not kept:
-        assert refused[0] is not None
-        raise JobError(f"the job refuses the layouts that fit: {refused[0].what}", fix=refused[0].fix)
+        assert reasons[0] is not None
+        raise JobError(f"the job refuses the layouts that fit: {reasons[0].what}", fix=reasons[0].fix)
     return replace(found, plans=kept[:best], more=found.more or len(kept) > best)
 
 
@@ -67,19 +72,10 @@ def _of_pools(question: Question, best: int, alike: bool) -> Answer:
     looked = best if alike or best == 1 else best * _SPARE
     each, through = uneven.search(question, looked), spanning.search(question, looked)
     plans = sorted((*each.plans, *through.plans), key=lambda plan: plan.seconds)
-    plans = plans if alike else _unlike(plans)
+    plans = plans if alike else unlike(plans)
     seconds, candidates = each.seconds + through.seconds, each.candidates + through.candidates
     compared, more = each.compared + through.compared, len(plans) > best or each.more or through.more
     return Answer(tuple(plans[:best]), seconds, candidates, compared, None, more)
-
-
-def _unlike(plans: list[Plan]) -> list[Plan]:
-    """As `Space.unlike`."""
-    first: dict[Layout, Plan] = {}
-    for plan in plans:
-        usual = replace(plan.layout, micro_batch=0, schedule="1f1b", stages="", replica_share="")
-        first.setdefault(usual, plan)
-    return list(first.values())
 
 
 def alone(question: Question, job: Job | None = None) -> list[tuple[str, Plan | None]]:
@@ -106,15 +102,6 @@ def _fits_nowhere(question: Question) -> JobError:
         "and in no pipeline through all of them"
     )
     return JobError(what, fix=f"{fix}; or numbers of devices that have a larger divisor in common")
-
-
-def _refused(job: Job, plan: Plan) -> JobError | None:
-    """Why the job cannot have the layout."""
-    try:
-        replace(job, layout=plan.layout).validate()
-    except JobError as error:
-        return error
-    return None
 
 
 def instead(

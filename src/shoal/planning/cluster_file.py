@@ -36,7 +36,7 @@ def parse(text: str, path: str = "<text>") -> Cluster:
     source = Source(path, text)
     top = _Table(source, (), source.tables())
     if "machine" in top.values and "pool" not in top.values:
-        fix = 'a job with layout = "auto" is planned by it as it starts; what clusters are: docs/clusters.md'
+        fix = "shoal plan JOB.toml takes it; what clusters are: docs/clusters.md"
         raise JobError(
             "this is what `shoal calibrate` wrote of one machine, and no cluster", where=f"{path}:1", fix=fix
         )

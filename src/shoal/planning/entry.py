@@ -169,6 +169,15 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shoal" / FILE
 
 
+def is_one(path: str | Path) -> bool:
+    """Whether a file is an entry's, and no cluster's, by what it begins with; `read` says what is wrong with it."""
+    try:
+        tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return "machine" in tables and "pool" not in tables
+
+
 def read(path: str | Path) -> Entry:
     """JobError, with the line where one is known, for a file that is not there or is no entry."""
     if not Path(path).is_file():

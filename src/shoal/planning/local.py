@@ -15,7 +15,7 @@ import numpy as np
 
 from shoal.errors import JobError, LayoutError
 from shoal.job import Job, Layout
-from shoal.job.fits import check_layout
+from shoal.job.fits import check_layout, check_model
 from shoal.job.model import ModelOptions
 from shoal.models.spec import count
 from shoal.parallel.stages import layers_of_stages
@@ -69,6 +69,7 @@ def predict(job: Job, entry: Entry) -> Predicted:
     """
     job = replace(job, layout=check_layout(job))
     assert job.layout is not None
+    check_model(job.model, job.data.sequence_length, job.layout)
     _refuse(job)
     side = entry.side(job.layout.world)
     if job.run.threads not in (0, side.threads):

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from shoal.errors import JobError
+from shoal.job import Job
 from shoal.job.layout import Layout
 from shoal.job.server import ServerOptions
 from shoal.job.sync import SyncOptions
@@ -19,14 +21,16 @@ RESTART = 600.0
 STORAGE = 0.12e9
 """Bytes/s of a device: 2 TB/s for 16,384 (Llama 3, 2024, section 3.3.1)."""
 
-# What a part of a step is called in a sentence.
-_CALLED = {
+CALLED = {
     "compute": "computing", "tensor": "exchanges of the tensor and expert groups",
     "context": "exchanges of the context group",
     "fsdp": "gathering and scattering of fsdp", "bubble": "pipeline bubble",
     "messages": "messages of the pipeline", "data": "reducing of gradients", "optimizer": "the optimizer",
     "sync": "what replicas exchange",
+    "products": "matrix products", "attention": "attention", "elements": "operations of each number by itself",
+    "launch": "Python between operations", "exchange": "exchanges", "update": "the update",
 }  # fmt: skip
+"""What a part of a step is called in a sentence: of `step.PARTS`, and of `local.PARTS`."""
 
 
 @dataclass(frozen=True)
@@ -113,23 +117,41 @@ def why(first: Plan, second: Plan) -> str:
     if saved[part] <= 0:
         return f"{one} wins over {other} because it is simpler, at a step that is no slower"
     difference = second.seconds - first.seconds
-    beginning = f"{one} wins over {other} because it spends {_told(saved[part])} less of a step on {_CALLED[part]}"
+    beginning = f"{one} wins over {other} because it spends {_told(saved[part])} less of a step on {CALLED[part]}"
     if difference <= 0:
         return f"{beginning}, and is simpler at about the same step time"
     lost, sum_ = min(saved, key=lambda name: saved[name]), saved[part]
     for name in further:
         if sum_ > -saved[lost] or saved[name] <= 0:
             break
-        beginning += f" and {_told(saved[name])} less on {_CALLED[name]}"
+        beginning += f" and {_told(saved[name])} less on {CALLED[name]}"
         sum_ += saved[name]
     if saved[lost] < -0.1 * saved[part]:
-        beginning += f", though {_told(-saved[lost])} more on {_CALLED[lost]}"
+        beginning += f", though {_told(-saved[lost])} more on {CALLED[lost]}"
     return f"{beginning}; the step takes {_told(difference)} less"
 
 
 def brief(layout: Layout) -> str:
     """For a sentence: without what is a number for each stage or replica."""
     return str(replace(layout, stages="", replica_share=""))
+
+
+def refused(job: Job, layout: Layout) -> JobError | None:
+    """Why the job cannot have the layout."""
+    try:
+        replace(job, layout=layout).validate()
+    except JobError as error:
+        return error
+    return None
+
+
+def unlike(plans: Sequence[Plan]) -> list[Plan]:
+    """Of those that differ in nothing but schedule, stages, shares or micro-batch the first."""
+    first: dict[Layout, Plan] = {}
+    for plan in plans:
+        usual = replace(plan.layout, micro_batch=0, schedule="1f1b", stages="", replica_share="")
+        first.setdefault(usual, plan)
+    return list(first.values())
 
 
 # Predictions do not tell steps apart that differ by less: rows of the best-fitted stack are off by more.

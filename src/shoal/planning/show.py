@@ -74,6 +74,7 @@ def _agreeing(question: Question) -> str:
 def table(question: Question, answer: Answer, width: int | None = None) -> str:
     """Of the plans, the best first; columns of which nothing is known are left out. Where it is wider than `width`
     characters, it is two: layouts, and what is predicted of them."""
+    remembered = all(plan.memory for plan in answer.plans)
     columns: list[tuple[str, Callable[[Plan], str] | None]] = [
         ("layout", lambda p: layout_of(p.layout)),
         ("micro-batch", lambda p: str(p.layout.micro_batch or "whole")),
@@ -83,8 +84,8 @@ def table(question: Question, answer: Answer, width: int | None = None) -> str:
         ("80 %", lambda p: f"{seconds_of(p.low)} to {seconds_of(p.high)}"),
         ("tok/s/device", lambda p: _three(p.per_device)),
         ("MFU %", lambda p: f"{100 * p.mfu:.1f}"),
-        ("GiB", lambda p: _three(p.total / _GIB)),
-        ("free %", lambda p: f"{100 * (1 - p.total / p.capacity):.0f}"),
+        ("GiB", (lambda p: _three(p.total / _GIB)) if remembered else None),
+        ("free %", (lambda p: f"{100 * (1 - p.total / p.capacity):.0f}") if remembered else None),
         ("bubble %", lambda p: f"{100 * p.bubble:.1f}"),
         ("exposed %", lambda p: f"{100 * p.exposed:.1f}"),
         ("cost/1e9", _known(answer, "cost")),
