@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from shoal.job import Layout
-from shoal.planning import asked, cluster, collectives, constants, products, published, step
+from shoal.planning import asked, block, cluster, collectives, constants, devices, products, published, step
 from shoal.planning.constants import Rates
 from shoal.planning.search import Space
 
@@ -57,6 +58,39 @@ def test_twice_the_micro_batches_of_one_device_take_twice_the_time_without_the_u
     for name in ("compute", "tensor"):
         first, second = (step.cost(one, constants.load()).parts[name] for one in (alone, twice))
         assert second == pytest.approx(2 * first)
+
+
+def fields(work, **changed):
+    columns = {name: np.full(len(work), float(value)) for name, value in changed.items()}
+    return replace(work, columns={**work.columns, **columns})
+
+
+def test_computing_operators_again_lies_between_nothing_and_all(rows):
+    """And what it adds to attention's and every second product's time is the other products' share, and no more."""
+    work = fields(rows.work, recompute=0, selective=0)
+    none, some, every = (
+        step.cost(fields(work, **change), constants.load()).seconds
+        for change in ({}, {"operators": 1}, {"recompute": 1})
+    )
+    assert (none < some).all()
+    assert (some < every).all()
+
+
+def test_which_products_are_computed_again():
+    """Of Llama 3 8B's seven: keys, attention's output, the up-projection; 19,456 of 53,248 columns."""
+    shape = asked.shapes.named("llama3-8b")
+    row = {**shape.columns, "sequence": 8192.0}
+    work = SimpleNamespace(**row)
+    again = (1024 + 4096 + 14336) / (2 * (4096 + 1024) + 3 * 14336)
+    assert block.repeated_products(work) == pytest.approx(again)
+
+
+def test_attention_by_kernels_of_the_generation_before(rows):
+    """FlashAttention-2 on an H100 is slower than kernels of its own; on an A100 it is of its own."""
+    for device, slower in (("h100", True), ("a100-80", False)):
+        work = fields(rows.work.take(rows.work.device == device), **devices.device(device).columns)
+        old, own = (step.cost(fields(work, flash=kind), constants.load()).seconds for kind in (2, 3))
+        assert (old > own).all() if slower else (old == own).all()
 
 
 def test_a_whole_tile_on_every_unit_is_a_full_wave():

@@ -102,6 +102,39 @@ def test_activations_are_those_of_the_paper(changed, per_token):
     assert found == pytest.approx(11 * tokens * given + tokens * per_token)
 
 
+def test_every_second_product_is_kept():
+    """torchtitan's policy: of each token the block's input, queries, values, what attention gives with its statistics,
+    the first product of the feed-forward and its output; but of one block all, while it is computed again. The gated
+    block's up-projection is computed again, and so are keys and the output of attention."""
+    tokens = 2 * 2048
+    kept = 2 * 1024 + 2 * (16 + 4 + 16) * 64 + 4 * 16 + 2 * 4096 + 2 * 1024
+    one = {"gated": 1, "key_heads": 4, "flash": 2, "operators": 1}
+    found = float(memory.cost(of(**one)).activations[0])
+    whole = float(memory.cost(of(**{**one, "operators": 0, "layers": 1})).activations[0])
+    assert found == pytest.approx(11 * tokens * kept + whole)
+    assert whole == pytest.approx(tokens * (10 * 1024 + 2 * (16 + 8) * 64 + 2 * 16 * 64 + 6 * 4096 + 4 * 16))
+    # Cut by tensor: what a group shares by sequences, too.
+    cut = float(memory.cost(of(**one, tensor=4, shards=1)).activations[0])
+    assert cut == pytest.approx(found / 4)
+
+
+def test_every_second_block_is_computed_again():
+    none, half, whole = (float(memory.cost(of(recompute=share)).activations[0]) for share in (0, 0.5, 1))
+    assert half == pytest.approx((none + whole) / 2)
+
+
+def test_a_pipeline_that_adds_up_whole_gradients():
+    """torchtitan's: a stage's weights and gradients stay whole for the step, only the optimizer is shared."""
+    shared = {"pipeline": 4, "fsdp": 8, "data": 8, "zero": 3, "layers": 12, "gated": 1, "context": 2}
+    plain = memory.cost(of(**shared, shares_context=1))
+    adds = memory.cost(of(**shared, shares_context=1, adds_whole=1))
+    assert adds.weights == pytest.approx(16 * plain.weights)
+    assert adds.gradients == pytest.approx(16 * plain.gradients)
+    assert adds.optimizer == pytest.approx(plain.optimizer)
+    alone = {**shared, "pipeline": 1}
+    assert memory.cost(of(**alone, adds_whole=1)).weights == memory.cost(of(**alone)).weights
+
+
 @settings(deadline=None, max_examples=100)
 @given(layouts(), st.sampled_from(list(SCHEDULES)))
 def test_what_saves_memory_never_costs_any(layout, schedule):

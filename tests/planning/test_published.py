@@ -54,6 +54,23 @@ def test_a_row_is_read(tmp_path):
         ({"precision": "FP8"}, "low", 1),
         ({"activation_ckpt": "full"}, "recompute", 1),
         ({"activation_ckpt": "selective"}, "selective", 1),
+        ({"activation_ckpt": "selective"}, "operators", 0),
+        ({"activation_ckpt": "selective layer"}, "recompute", 0.5),
+        ({"activation_ckpt": "selective (op)", "software": "torchtitan, FSDP2"}, "operators", 1),
+        ({"activation_ckpt": "selective (op)", "software": "torchtitan, FSDP2"}, "selective", 0),
+        ({"activation_ckpt": "full", "software": "torchtitan, FSDP2"}, "operators", 0),
+        ({"software": "PyTorch FSDP1"}, "flash", 1),
+        ({"software": "PyTorch FSDP1, SDPA"}, "flash", 2),
+        ({"software": "PyTorch FSDP1, FlashAttention-2"}, "flash", 2),
+        ({"software": "Megatron-LM 2021, no FlashAttention"}, "flash", 0),
+        ({"interconnect": "8x HDR 200Gbps IB"}, "nic", 200e9 / 8),
+        ({"interconnect": "8×100 Gbit/s, NVLink 900 GB/s"}, "nic", 100e9 / 8),
+        ({"interconnect": "NVLink 900 GB/s"}, "nic", 400e9 / 8),
+        ({"interconnect": "50 GB/s InfiniBand"}, "nic", 50e9),
+        ({"interconnect": "1600 Gbps per node"}, "nic", 200e9 / 8),
+        ({"interconnect": "RoCE, 200 Gb/s a GPU"}, "nic", 200e9 / 8),
+        ({"interconnect": "4 NICs of 200 Gbit/s"}, "nic", 100e9 / 8),
+        ({"gpu": "TPU v5p", "gpus_per_node": ""}, "per_node", 8960),
         ({"heads": ""}, "heads", 32),
         ({"gpu": "A100-40GB"}, "nic", 50e9 / 8),
         ({"gpu": "A100-40GB", "interconnect": "8x HDR 200Gbps"}, "nic", 200e9 / 8),
@@ -134,7 +151,7 @@ def test_of_the_fitted_file_898_rows_are_used():
     assert np.isfinite(rows.seconds).all()
     assert (rows.seconds > 0).all()
     for name, column in rows.work.columns.items():
-        assert np.isfinite(column).all(), name
+        assert (np.isfinite(column) | (name == "older")).all(), name
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,8 @@ def test_faster_devices_get_more_and_all_end_together():
     found = uneven.Search(question(batch=960)).fastest(1)[0]
     new, old = found.held
     assert min(new.micro_batches) > max(old.micro_batches)
-    assert min(found.seconds) > 0.9 * max(found.seconds) == 0.9 * found.plan.seconds
+    assert min(found.seconds) > 0.9 * max(found.seconds)
+    assert max(found.seconds) == pytest.approx(found.plan.seconds)
     assert sum(found.plan.parts.values()) == pytest.approx(found.plan.seconds)
     assert found.plan.total * 1.1 <= found.plan.capacity
     layout = found.plan.layout

@@ -35,7 +35,7 @@ def cost(work: Work, constants: Constants, rates: Rates, *, routed: bool = False
     """routed: of a block with experts, whose shared ones are its dense feed-forward."""
     if routed:
         work = replace(work, columns={**work.columns, "feed": work.shared_feed})
-    linear_forward, linear_backward = _linear(work, constants, rates)
+    linear_forward, linear_backward, repeatable = _linear(work, constants, rates)
     core_forward, core_backward = _attention(work, constants, rates)
     forward, backward = linear_forward + core_forward, linear_backward + core_backward
     tensor_forward, tensor_backward = _tensor(work, constants, rates)
@@ -49,9 +49,9 @@ def cost(work: Work, constants: Constants, rates: Rates, *, routed: bool = False
         kernels = kernels + experts.KERNELS
     forward_all = forward + tensor_forward + around_forward
     # What is computed again in backward (Chen et al. 2016; attention alone: Korthikanti et al. 2022, section 5).
-    again = work.recompute * forward_all + work.selective * core_forward
+    again = work.recompute * forward_all + work.selective * core_forward + work.operators * repeatable
     backward_all = backward + tensor_backward + around_backward + again
-    repeated = work.recompute * kernels
+    repeated = (work.recompute + work.operators) * kernels
     calls = 2 * (work.tensor > 1)
     return Cost(
         forward=products.corner(forward_all + GAP * kernels, rates.host * (kernels + calls), _CORNER),
@@ -61,7 +61,10 @@ def cost(work: Work, constants: Constants, rates: Rates, *, routed: bool = False
             _CORNER,
         ),
         compute_forward=forward,
-        compute_backward=backward + work.recompute * forward + work.selective * core_forward,
+        compute_backward=backward
+        + work.recompute * forward
+        + work.selective * core_forward
+        + work.operators * repeatable,
         tensor=tensor_forward * (1 + work.recompute) + tensor_backward,
         context=around_forward * (1 + work.recompute) + around_backward,
     )
@@ -72,8 +75,9 @@ def tokens(work: Work) -> Array:
     return work.micro_batch * work.sequence / work.context
 
 
-def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Array]:
-    """All but attention's core: its matrices' products, element-wise operations, and casts to fp8."""
+def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Array, Array]:
+    """All but attention's core, forward and backward: its matrices' products, element-wise operations, and casts to
+    fp8; and what of forward is computed again where every second product is kept."""
     t, d = work.tensor, work.head_size
     m_T = tokens(work)
     shared_T = np.where(work.shards > 0, m_T / t, m_T)
@@ -98,6 +102,7 @@ def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Arra
         forward = forward + product(rows, m_T, n, k)
         backward = backward + product(rows, m_T, k, n) + product(rows, k, n, m_T)
         weights = weights + n * k
+    repeatable = forward * repeated_products(work)
     # What enters a product in fp8 is cast and transposed, 4 bytes a value; weights once a step.
     casts = work.low * constants.shared("quant") * 4 / rates.memory
     inner = m_T * (work.heads * d + work.feed) / t
@@ -106,9 +111,18 @@ def _linear(work: Work, constants: Constants, rates: Rates) -> tuple[Array, Arra
     # Bytes of norms, activations, residuals, rotations; twice as many and more backward.
     element = constants.shared("elem") * rates.fuse / rates.memory
     whole, cut = shared_T * work.hidden, m_T / t
-    forward = forward + element * (24 * whole + cut * (work.feed * (4 + 4 * work.gated) + 8 * work.heads * d))
+    between = element * (24 * whole + cut * (work.feed * (4 + 4 * work.gated) + 8 * work.heads * d))
+    forward, repeatable = forward + between, repeatable + between
     backward = backward + element * (36 * whole + cut * (work.feed * (6 + 6 * work.gated) + 10 * work.heads * d))
-    return forward, backward
+    return forward, backward, repeatable
+
+
+def repeated_products(work: Work) -> Array:
+    """Share of a block's products (by what they multiply) that are computed again where every second one is kept:
+    keys, attention's output and, where the feed-forward has a gate, the one beside it."""
+    heads, keys, d = work.heads, work.key_heads, work.head_size
+    again = (heads + keys) * d + work.feed
+    return again / (2 * (heads + keys) * d + (2 + work.gated) * work.feed)
 
 
 def _latent(work: Work) -> list[tuple[Array, Array]]:
@@ -138,7 +152,9 @@ def _attention(work: Work, constants: Constants, rates: Rates) -> tuple[Array, A
     pairs = work.micro_batch * work.heads / work.tensor * own * work.sequence * constants.shared("score") / rates.memory
     newer = work.flash >= 2
     flash = np.where(newer, constants.shared("flash2"), constants.shared("flash1") * (_HEAD / d) ** 0.25)
-    fused = flops / 2 / (rates.product * flash)
+    # FlashAttention-2 is written for A100 (Shah et al. 2024, "FlashAttention-3").
+    most = np.where(work.flash == 2, work.older * constants.shared("sustained"), np.inf)
+    fused = flops / 2 / np.minimum(rates.product * flash, most)
     unfused = work.flash == 0
     return (
         np.where(unfused, flops / rate + 11 * pairs, fused),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 import re
 import tomllib
 from collections.abc import Mapping
@@ -13,8 +14,9 @@ from typing import Any
 
 from shoal.errors import JobError
 
-# What a large product alone reaches of the peak, where nobody has published it: its maker's other devices' mean.
-_MEASURED = {"NVIDIA": 0.80, "AMD": 0.58, "Intel/Habana": 0.85}
+# What a large product alone reaches of the peak, where nobody has published it: its maker's other devices' mean. Of
+# TPUs none is published; their clock is fixed, and whole training steps reach 0.78 (MaxText's v5p page).
+_MEASURED = {"NVIDIA": 0.80, "AMD": 0.58, "Intel/Habana": 0.85, "Google": 0.95}
 _MEASURED_LOW = {"NVIDIA": 0.74, "Intel/Habana": 0.86}
 _ELSE = 0.80
 
@@ -28,7 +30,8 @@ class Device:
     product alone reaches; is_measured: published, and not its maker's mean. memory: bytes. bandwidth: of it, bytes/s.
     link, nic: one device's, in one direction, bytes/s, within its node and beyond; inside, between: kinds of these
     (links.toml). units: what tiles of a product are dealt to. mtbf: seconds between failures of one that stop a run,
-    None where nobody published it."""
+    None where nobody published it. older: FLOP/s that attention reaches with kernels written for the generation before
+    it, infinite where these are its own, or nothing is known."""
 
     name: str
     title: str
@@ -46,6 +49,7 @@ class Device:
     between: str
     mtbf: float | None
     source: str
+    older: float = math.inf
 
     @property
     def peak_16(self) -> float:
@@ -57,6 +61,7 @@ class Device:
         """What `work.DEVICE` names, and per_node."""
         return {
             "peak": self.peak_16, "measured": self.measured["bf16"], "measured_low": self.measured["fp8"],
+            "older": self.older,
             "memory": self.memory, "bandwidth": self.bandwidth, "link": self.link, "nic": self.nic,
             "units": float(self.units), "per_node": float(self.per_node),
         }  # fmt: skip
@@ -90,6 +95,7 @@ def of_table(name: str, table: Mapping[str, Any]) -> Device:
         "bf16" in told, table["memory"] * 2.0**30, table["bandwidth"] * 1e9, table["link"] * 1e9,
         table["nic"] * 1e9 / 8, table["per_node"], table["units"], table["inside"], table["between"],
         3600.0 * table["mtbf"] if "mtbf" in table else None, str(table["source"]),
+        1e12 * table["older"] if "older" in table else math.inf,
     )  # fmt: skip
 
 
@@ -98,8 +104,9 @@ def device(name: str) -> Device:
     found = catalogue().get(name.lower())
     if found is None and name.lower() in tables():
         lacks = ", ".join(missing(tables()[name.lower()]))
-        fix = f'measure it (`shoal doctor`) and describe it in a cluster file: [device.NAME], like = "{name.lower()}"'
-        raise JobError(f"the catalogue has no {lacks} of a {name.lower()}", fix=f"{fix}; see {HOW}")
+        fix = f'say it in a cluster file: [device.NAME], like = "{name.lower()}"; see {HOW}; or `shoal calibrate` this '
+        fix += "machine, and plan a job with --cluster here"
+        raise JobError(f"the catalogue has no {lacks} of a {name.lower()}", fix=fix)
     if found is None:
         near = difflib.get_close_matches(name.lower(), catalogue(), n=3) or list(catalogue())
         what = f"no device is called {name!r}"

@@ -164,7 +164,19 @@ def _activations(work: Work, layers: Array, dense: Array, live: Array) -> Array:
     more = kept_routed * (routed - rest)
     part = kept * rest + more + there * scores
     whole = kept * (rest + scores) + more
-    return np.where(work.recompute > 0, again, np.where(work.selective > 0, part, whole))
+    operators = np.maximum(kept - 1, 0) * (given + _every_second(work)) + there * (most + scores)
+    held = np.where(work.operators > 0, operators, np.where(work.selective > 0, part, whole))
+    return work.recompute * again + (1 - work.recompute) * held
+
+
+def _every_second(work: Work) -> Array:
+    """Bytes of what is kept of a block beside its input where all is computed again but attention and every second
+    product: queries, values, the gate's or the first of the feed-forward, its output (torch.utils.checkpoint's policy
+    as torchtitan has it, 2024), and what attention gives, with 4 of each head."""
+    t, tokens = work.tensor, block.tokens(work)
+    sharing = np.where(work.shards > 0, t, 1.0)
+    cut = 2 * (2 * work.heads + work.key_heads) * work.head_size + 2 * work.feed + 4 * work.heads
+    return tokens * (cut / t + 2 * work.hidden / sharing)
 
 
 def dense_layers(work: Work, rank: Array, schedule: str = "1f1b") -> Array:

@@ -9,7 +9,7 @@ import csv
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -26,10 +26,13 @@ FIT = Path(str(files("shoal.planning").joinpath("published_fit.csv")))
 """The rows that constants were fitted on."""
 
 NEEDED = ("table", "software", "gpu", "num_gpus", "layers", "hidden", "seq_len", "micro_batch", "global_batch")
+# FlashAttention's second version, said of a stack that is older.
+_SECOND = re.compile(r"flash[- ]?(?:attention|attn)[- ]?v?2|sdpa")
 # Tables of devices on which every stack has FlashAttention's second version or later.
 _NEW = ("h100", "h200", "h800", "b200", "gb200", "b300", "gb300", "gh200", "mi3", "tpu", "gaudi3")
-# Gbit/s of one device to other nodes, by words of a row's interconnect; else the device's usual ones.
-_NETWORKS = ((r"4x ?(omni|100)", 50.0), (r"8x ?(hdr|200)", 200.0), (r"8x ?400|400 ?gbps", 400.0))
+# A node's network cards, `8x HDR 200Gbps`; a rate of one device, or of a whole node, `1600 Gbps per node`.
+_CARDS = re.compile(r"(\d+) ?(?:x|×|nics of) ?(?:[a-z-]+ )?(\d+) ?g")
+_RATE = re.compile(r"(\d+) ?(g(?:bps|b/s|bit/s|bit)|GB/s)\b(.{0,12}node)?", re.IGNORECASE)
 # A100 of 40 GB are mostly those of clouds, with 4 × 100 Gbit/s for eight.
 _CLOUD = {"a100-40": 50.0}
 
@@ -171,6 +174,8 @@ def _case(row: Row) -> _Case | str:
         return f"unknown device {row['gpu']!r}"
     sharded = bool(re.search(r"fsdp|zero-?3", f"{row.get('zero_stage_or_fsdp', '')} {row['software']}".lower()))
     stack, known = stacks.of(row["software"], sharded=sharded, flash_age=device.name.startswith(_NEW))
+    if stack.flash == 1 and _SECOND.search(row["software"].lower()):
+        stack = replace(stack, flash=2)
     columns = model | _device(row, device) | {name: float(getattr(stack, name)) for name in work.STACK}
     if stack.kept_bf16 is not None and "bf16" in row.get("precision", "").lower():
         columns["kept_bytes"] = stack.kept_bf16
@@ -189,11 +194,21 @@ def _case(row: Row) -> _Case | str:
 
 
 def _device(row: Row, device: Device) -> dict[str, float]:
-    wires = row.get("interconnect", "").lower()
-    told = next((rate for words, rate in _NETWORKS if re.search(words, wires)), None)
-    usual = _CLOUD.get(device.name)
+    each = either(number(row, "gpus_per_node"), float(device.per_node))
+    told, usual = _network(row.get("interconnect", ""), each), _CLOUD.get(device.name)
     nic = device.nic if told is None and usual is None else (told or usual or 0.0) * 1e9 / 8
-    return device.columns | {"nic": nic, "per_node": either(number(row, "gpus_per_node"), float(device.per_node))}
+    return device.columns | {"nic": nic, "per_node": each}
+
+
+def _network(wires: str, each: float) -> float | None:
+    """Gbit/s of one device to other nodes, of `each` in a node; None where a row does not tell."""
+    beyond = re.sub(r"nvlink[^,;+(]*", "", wires, flags=re.IGNORECASE)
+    if cards := _CARDS.search(beyond.lower()):
+        return float(cards[1]) * float(cards[2]) / each
+    found = _RATE.search(beyond)
+    if found is None:
+        return None
+    return float(found[1]) * (8.0 if "GB" in found[2] else 1.0) / (each if found[3] else 1.0)
 
 
 def _layout(row: Row, columns: dict[str, float], stack: Stack) -> dict[str, float]:
@@ -206,15 +221,25 @@ def _layout(row: Row, columns: dict[str, float], stack: Stack) -> dict[str, floa
         # The paper interleaves and does not print how many chunks.
         each = columns["layers"] / pipeline
         chunks = max(v for v in (1.0, 2.0, 3.0) if each % v == 0) if batch / data / micro % pipeline == 0 else 1.0
-    again = row.get("activation_ckpt", "").lower()
+    again, half, operators = _again(row.get("activation_ckpt", "").lower(), stack)
     shares = row.get("sp", "").lower()
     return {
         "devices": devices_, "tensor": tensor, "pipeline": pipeline, "chunks": chunks, "context": context,
         "data": data, "zero": zero, "fsdp": fsdp,
         "shards": float(shares in ("yes", "true", "1") or (stack.shards and tensor > 1 and not shares)),
-        "recompute": float(again.startswith("full") or again == "block"), "selective": float("selective" in again),
+        "recompute": again, "selective": half, "operators": operators,
         "micro_batch": micro, "global_batch": batch, "low": float("fp8" in row.get("precision", "").lower()),
     }  # fmt: skip
+
+
+def _again(said: str, stack: Stack) -> tuple[float, float, float]:
+    """(recompute, selective, operators) of `work.LAYOUT`."""
+    if said.startswith("full") or said == "block":
+        return 1.0, 0.0, 0.0
+    if "selective" in said and "layer" in said:  # every second block
+        return 0.5, 0.0, 0.0
+    operators = stack.operators and "selective" in said
+    return 0.0, float("selective" in said and not operators), float(operators)
 
 
 def _sharding(said: str, data: float) -> tuple[float, float]:

@@ -134,4 +134,16 @@ def regret(
 
 
 # What a choice of layout is of.
-LAYOUT = ("tensor", "pipeline", "chunks", "context", "data", "micro_batch", "recompute", "selective", "zero", "shards")
+LAYOUT = (
+    "tensor",
+    "pipeline",
+    "chunks",
+    "context",
+    "data",
+    "micro_batch",
+    "recompute",
+    "selective",
+    "operators",
+    "zero",
+    "shards",
+)

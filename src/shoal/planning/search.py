@@ -76,6 +76,7 @@ class Space:
         same = {**question.shape.columns, **self.pool.columns, "sequence": question.sequence}
         same |= {name: float(getattr(self.stack, name)) for name in work.STACK}
         same |= {"devices": self.pool.count, "global_batch": question.global_batch, "selective": 0.0}
+        same["operators"] = 0.0
         sent = self.stack.gradient_bytes
         same |= {"sent": sent, "returned": sent, "moments": 12.0, "synced": 0.0}
         self._same = same | {"low": float(question.precision == "fp8")}

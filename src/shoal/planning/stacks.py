@@ -12,9 +12,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Stack:
     """kernels: that a dense block's forward pass launches; its backward pass twice as many. flash: 0 where attention
-    scores go through memory, 1 FlashAttention, 2 its successors and cuDNN's. fused: bytes that element-wise operations
-    move, against the count in `block`. gradient_bytes: of one gradient when it is reduced; kept_bytes: while kept;
-    kept_bf16: in bf16, where that is another number.
+    scores go through memory, 1 FlashAttention, 2 FlashAttention-2, 3 kernels written for the device (cuDNN's, Pallas).
+    fused: bytes that element-wise operations move, against the count in `block`. gradient_bytes: of one gradient when it
+    is reduced; kept_bytes: while kept; kept_bf16: in bf16, where that is another number.
 
     overlaps_data, overlaps_tensor, overlaps_messages: reduces gradients under backward, sums of a tensor group under
     products, a pipeline's messages under computing. shards: tensor groups share sequences where a table does not say.
@@ -22,6 +22,9 @@ class Stack:
     does not say how many. reduces_whole: gradients of sharded optimizers by all-reduce.
     shares_context: ZeRO spreads over the context axis too.
     gathers_once: FSDP gathers a pipeline's stages once a step, and reduces gradients each micro-batch under ZeRO 2.
+    adds_whole: it gathers them once and adds gradients up before it reduces them, once.
+    operators: computing again selectively keeps attention and every second product of a block, and not all but
+    attention.
     tiles: the loss never has all logits at once. constants: those of a class.
     """
 
@@ -41,6 +44,8 @@ class Stack:
     reduces_whole: bool = False
     shares_context: bool = False
     gathers_once: bool = False
+    adds_whole: bool = False
+    operators: bool = False
     tiles: bool = False
     kept_bf16: float | None = None
 
@@ -53,19 +58,26 @@ STACKS = {
         Stack("megatron-deepspeed", 26, 0, 0.85, 2, 2, "deepspeed", pads=True, reduces_whole=True, kept_bf16=6),
         Stack("megatron-unfused", 38, 0, 1.0, 2, 4, "unfused", pads=True),
         Stack(
-            "megatron-core", 16, 2, 0.75, 4, 4, "core",
+            "megatron-core", 16, 3, 0.75, 4, 4, "core",
             overlaps_data=True, overlaps_tensor=True, overlaps_messages=True, shards=True, pads=True,
+            shares_context=True,
         ),
         Stack("fsdp1", 26, 1, 1.4, 4, 4, "fsdp1", overlaps_data=True),
         # Of these no row was fitted: guesses from what their descriptions say.
-        Stack("fsdp2", 26, 2, 1.0, 4, 4, "fsdp1", overlaps_data=True),
-        Stack("fsdp2-compiled", 12, 2, 0.65, 4, 4, "fsdp1", overlaps_data=True),
+        Stack(
+            "fsdp2", 26, 2, 1.0, 4, 4, "fsdp1",
+            overlaps_data=True, shares_context=True, adds_whole=True, operators=True, shards=True,
+        ),
+        Stack(
+            "fsdp2-compiled", 12, 2, 0.65, 4, 4, "fsdp1",
+            overlaps_data=True, shares_context=True, adds_whole=True, operators=True, shards=True,
+        ),
         # Our own: kernels as counted on CPU (a test does), never timed on a GPU.
         Stack(
             "shoal", 32, 2, 1.0, 4, 4, "fsdp1",
             overlaps_data=True, shards=True, shares_context=True, gathers_once=True, tiles=True,
         ),
-        Stack("jax", 12, 2, 0.6, 4, 4, "jax", overlaps_data=True),
+        Stack("jax", 12, 3, 0.6, 4, 4, "jax", overlaps_data=True),
     )
 }  # fmt: skip
 

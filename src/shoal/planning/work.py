@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -23,20 +24,23 @@ MODEL = (
     "value_size",
 )  # fmt: skip
 # How it is laid out. tensor, pipeline, context, fsdp: ranks of each axis; data: replicas × fsdp. chunks: stages that a
-# rank has. zero: 0 where nothing is sharded. shards: 1 where the tensor group shares sequences. recompute,
-# selective: 1 where a block's forward, or its attention alone, is computed again in backward. micro_batch,
-# global_batch: sequences. expert: ranks of a stage that share the experts, of its fsdp × context × tensor.
+# rank has. zero: 0 where nothing is sharded. shards: 1 where the tensor group shares sequences. recompute: share of
+# blocks whose forward is computed again in backward; selective: 1 where attention alone is, operators: 1 where all is
+# but attention and every second product. micro_batch, global_batch: sequences. expert: ranks of a stage that share the
+# experts, of its fsdp × context × tensor.
 LAYOUT = (
     "devices", "per_node", "tensor", "pipeline", "chunks", "context", "data", "fsdp", "zero", "shards",
-    "recompute", "selective", "micro_batch", "global_batch", "low", "expert",
+    "recompute", "selective", "operators", "micro_batch", "global_batch", "low", "expert",
 )  # fmt: skip
 # low: 1 where products are in fp8. The device: peak of 16-bit products, FLOP/s; measured, measured_low: share of the
-# peak (fp8: of twice it) that a large product alone reaches; memory: bytes; bandwidth, link, nic: bytes/s.
-DEVICE = ("peak", "measured", "measured_low", "memory", "bandwidth", "link", "nic", "units")
+# peak (fp8: of twice it) that a large product alone reaches; older: FLOP/s of attention with kernels written for the
+# generation before it, infinite where these are its own; memory: bytes; bandwidth, link, nic: bytes/s.
+DEVICE = ("peak", "measured", "measured_low", "older", "memory", "bandwidth", "link", "nic", "units")
 # Of the software: see `stacks.Stack`.
 STACK = (
     "kernels", "flash", "fused", "gradient_bytes", "kept_bytes", "overlaps_data", "overlaps_tensor",
-    "overlaps_messages", "reduces_whole", "shares_context", "gathers_once", "tiles",
+    "overlaps_messages", "reduces_whole", "shares_context", "gathers_once", "adds_whole",
+    "tiles",
 )  # fmt: skip
 # Of what replicas exchange. sent, returned: bytes of a gradient that each step go to whoever adds them up, during
 # backward, and that come back. moments: bytes of a weight that the optimizer keeps, with its fp32 copy. synced: bytes
@@ -81,8 +85,10 @@ class Work:
 
     @property
     def stage_zero(self) -> Array:
-        """ZeRO's stage while a step runs: 2 instead of 3 where the stack gathers a pipeline's stages once a step."""
-        return np.where((self.gathers_once > 0) & (self.pipeline > 1), np.minimum(self.zero, 2.0), self.zero)
+        """ZeRO's stage while a step runs: 2 instead of 3 where the stack gathers a pipeline's stages once a step, 1
+        where it adds up their gradients whole, too."""
+        most = np.where(self.adds_whole > 0, 1.0, np.where(self.gathers_once > 0, 2.0, 3.0))
+        return np.where(self.pipeline > 1, np.minimum(self.zero, most), self.zero)
 
     @property
     def expert_sharers(self) -> Array:
@@ -134,7 +140,8 @@ class Work:
 def complete(row: Mapping[str, float]) -> dict[str, float]:
     """A row with what a dense model, not laid out by experts, has in columns that it lacks. Of these, models without a
     gate tie the output layer to the embedding, and most gated ones do not."""
-    usual = dict.fromkeys(MODEL[MODEL.index("experts") :], 0.0) | {"expert": 1.0} | dict.fromkeys(STACK[-3:], 0.0)
+    usual = dict.fromkeys(MODEL[MODEL.index("experts") :], 0.0) | {"expert": 1.0} | dict.fromkeys(STACK[-4:], 0.0)
+    usual |= {"operators": 0.0, "older": math.inf}
     usual |= {"sent": row["gradient_bytes"], "returned": row["gradient_bytes"], "moments": 12.0, "synced": 0.0}
     usual |= {"tied": float(row["gated"] == 0), "dense_layers": row["layers"], "value_size": row["head_size"]}
     return {name: row.get(name, usual[name]) if name in usual else row[name] for name in COLUMNS}
