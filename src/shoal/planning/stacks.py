@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class Stack:
     """kernels: that a dense block's forward pass launches; its backward pass twice as many. flash: 0 where attention
     scores go through memory, 1 FlashAttention, 2 FlashAttention-2, 3 kernels written for the device (cuDNN's, Pallas).
-    fused: bytes that element-wise operations move, against the count in `block`. gradient_bytes: of one gradient when it
-    is reduced; kept_bytes: while kept; kept_bf16: in bf16, where that is another number.
+    fused: bytes that element-wise operations move, against the count in `block`. gradient_bytes: of one gradient when
+    it is reduced; kept_bytes: while kept; kept_bf16: in bf16, where that is another number.
 
     overlaps_data, overlaps_tensor, overlaps_messages: reduces gradients under backward, sums of a tensor group under
     products, a pipeline's messages under computing. shards: tensor groups share sequences where a table does not say.
