@@ -101,7 +101,13 @@ def test_what_is_said_to_be_saved_is_more_than_what_is_said_to_be_lost(saved: di
     parts = {name: 3.0 + more for name, more in saved.items()}
     second = replace(PIPE, parts=parts, seconds=10.0 + sum(saved.values()))
     found = why(first, second)
-    assert f"because it spends {said.format(**CALLED)}; the step takes" in found
+    assert (
+        f"because it spends {said.format(**CALLED | {'tensor': 'exchanges of the tensor group'})}; the step takes"
+        in found
+    )
+    routed = replace(first, layout=replace(first.layout, fsdp=2, expert=2))
+    if next(iter(saved)) == "tensor":
+        assert "exchanges of the expert group" in why(routed, second)
 
 
 def test_a_simpler_layout_that_is_hardly_slower_is_pointed_out():

@@ -111,24 +111,31 @@ class Answer:
 def why(first: Plan, second: Plan) -> str:
     """One sentence: the parts of a step of which the better plan saves most against the other one, and the one of which
     it needs most more; as many as are needed for what it saves to be more."""
+    called = CALLED | {"tensor": f"exchanges of the {_cutting(first.layout, second.layout)}"}
     saved = {name: second.parts.get(name, 0.0) - first.parts.get(name, 0.0) for name in {**first.parts, **second.parts}}
     part, *further = sorted(saved, key=lambda name: -saved[name])
     one, other = brief(first.layout), brief(second.layout)
     if saved[part] <= 0:
         return f"{one} wins over {other} because it is simpler, at a step that is no slower"
     difference = second.seconds - first.seconds
-    beginning = f"{one} wins over {other} because it spends {_told(saved[part])} less of a step on {CALLED[part]}"
+    beginning = f"{one} wins over {other} because it spends {_told(saved[part])} less of a step on {called[part]}"
     if difference <= 0:
         return f"{beginning}, and is simpler at about the same step time"
     lost, sum_ = min(saved, key=lambda name: saved[name]), saved[part]
     for name in further:
         if sum_ > -saved[lost] or saved[name] <= 0:
             break
-        beginning += f" and {_told(saved[name])} less on {CALLED[name]}"
+        beginning += f" and {_told(saved[name])} less on {called[name]}"
         sum_ += saved[name]
     if saved[lost] < -0.1 * saved[part]:
-        beginning += f", though {_told(-saved[lost])} more on {CALLED[lost]}"
+        beginning += f", though {_told(-saved[lost])} more on {called[lost]}"
     return f"{beginning}; the step takes {_told(difference)} less"
+
+
+def _cutting(*layouts: Layout) -> str:
+    """`tensor group`, `expert group`, or both, as far as one of them has it."""
+    tensor, expert = (max(getattr(layout, axis) for layout in layouts) > 1 for axis in ("tensor", "expert"))
+    return "tensor and expert groups" if tensor and expert else "expert group" if expert else "tensor group"
 
 
 def brief(layout: Layout) -> str:
