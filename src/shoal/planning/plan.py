@@ -110,7 +110,7 @@ class Answer:
 
 def why(first: Plan, second: Plan) -> str:
     """One sentence: the parts of a step of which the better plan saves most against the other one, and the one of which
-    it needs most more; as many as are needed for what it saves to be more."""
+    it needs most more; as many as are needed to come to half of the difference."""
     called = CALLED | {"tensor": f"exchanges of the {_cutting(first.layout, second.layout)}"}
     saved = {name: second.parts.get(name, 0.0) - first.parts.get(name, 0.0) for name in {**first.parts, **second.parts}}
     part, *further = sorted(saved, key=lambda name: -saved[name])
@@ -123,7 +123,7 @@ def why(first: Plan, second: Plan) -> str:
         return f"{beginning}, and is simpler at about the same step time"
     lost, sum_ = min(saved, key=lambda name: saved[name]), saved[part]
     for name in further:
-        if sum_ > -saved[lost] or saved[name] <= 0:
+        if sum_ + min(0.0, saved[lost]) >= difference / 2 or saved[name] <= 0:
             break
         beginning += f" and {_told(saved[name])} less on {called[name]}"
         sum_ += saved[name]
