@@ -92,8 +92,9 @@ def run(
             world._do(COORDINATOR, host, host.machine.drain(world.now))
 
     def leave() -> None:
-        if not world.hosts[COORDINATOR].machine.at.started:
-            # Others would wait for who takes its place, and here nobody does.
+        host = world.hosts[COORDINATOR]
+        if not (host.up and host.machine.at.started):
+            # Others would wait for who takes its place, and here nobody does. What one that is down knew may be lost.
             world._at(world.now + 0.1, leave)
             return
         address = world.live_workers[1]

@@ -122,7 +122,7 @@ def no_message(session: Session, chance: random.Random) -> bytes:
 
 def fuzz(run: Path, frames: int) -> dict[int, int]:
     """Malformed frames of all kinds, from somebody who has the token, to the coordinator and to the shard. Bytes that
-    each of these processes has grown by since the first tenth of them."""
+    each of these processes has grown by since the first half of them."""
     chance, token = random.Random(frames), (run / "server" / "token").read_text()
     entries = [Book(run).find(address) for address in (COORDINATOR, Address("shard"))]
     held = [runs.pids(name)[0] for name in ("shoal-coordinat", "shoal-server0")]
@@ -133,7 +133,7 @@ def fuzz(run: Path, frames: int) -> dict[int, int]:
         sock, session = raw_at((entry.host, entry.port), token, "worker 9 7")
         with sock:
             attack(sock, chance.choice([*KINDS, *[no_message] * len(KINDS)])(session, chance))
-        if number == frames // 10:
+        if number == frames // 2:  # buffers of as many as ever come at a time have been made by then
             before = {pid: resident(pid) for pid in held}
     return {pid: resident(pid) - before[pid] for pid in held}
 

@@ -31,6 +31,9 @@ OPTIONS = {
     "sync": {"name": "server", "codec": "topk:0.02+int2"},
 }  # fmt: skip
 
+# At a rate of 0, with which other schedules end, a rest would move no weight, and none is pushed.
+ENDS_ABOVE_0 = {"lr": 1e-3, "schedule": "constant"}
+
 
 def sums(run) -> dict[str, torch.Tensor]:
     """Of all gradients that its workers have computed since it began, or was resumed: whole parameters."""
@@ -102,7 +105,7 @@ def test_and_of_one_that_goes_on_with_other_workers_and_ends(ranks, tiny, tmp_pa
 def test_with_rounds_all_rests_are_one_update(ranks, tiny, tmp_path, server):
     run = tmp_path / "run"
     train = {"steps": 6, "validate_every": 1000}
-    options = {**OPTIONS, "optim": {"lr": 1e-3}, "sync": {"name": "server", "codec": "int8"}}
+    options = {**OPTIONS, "optim": ENDS_ABOVE_0, "sync": {"name": "server", "codec": "int8"}}
     runs.run(ranks, tiny(run, "replicas=3", server={"shards": 2, **server}, train=train, **options))
     commits = runs.audit(run, 6 * 12)
     assert commits[-1].samples == (NOTHING,) * len(commits[-1].keys)
@@ -126,7 +129,7 @@ def test_without_feedback_there_is_none(ranks, tiny, tmp_path):
 )
 def test_a_run_of_which_processes_are_killed_comes_to_its_end(ranks, tiny, tmp_path, server):
     run = tmp_path / "run"
-    options = {**OPTIONS, "optim": {"lr": 1e-3}, "train": {"steps": 30, "validate_every": 1000}}
+    options = {**OPTIONS, "optim": ENDS_ABOVE_0, "train": {"steps": 30, "validate_every": 1000}}
     job = tiny(run, "replicas=3", server={"shards": 2, **server}, **options)
     with Killer(run, [(4, "shoal-worker1"), (10, "shoal-coordinat"), (16, "shoal-server0"), (28, "shoal-worker2")]):
         assert runs.run(ranks, job)["step"] == 30
