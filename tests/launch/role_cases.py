@@ -96,8 +96,11 @@ def follow(seat: Seat, folder: str, life: int, name: str, bug: bool) -> None:
 def seats(seat: Seat, folder: str, life: int, name: str) -> None:
     """Writes down its seat and how the process is called, as it ends in good order."""
     comm = Path("/proc/self/comm").read_text().strip()
-    hosts = mesh.build(Layout(replicas=seat.world), seat, timeout=PATIENCE)._hosts
-    text = f"{seat.member} {seat.world} {seat.local} {seat.neighbours} {hosts}, {torch.get_num_threads()}, {comm}"
+    ranks = mesh.build(Layout(replicas=seat.world), seat, timeout=PATIENCE)
+    # Whoever returns closes its connections, and a rank that still waits to be connected takes that for a lost peer.
+    assert ranks.largest(1.0) == 1.0
+    hosts, threads = ranks._hosts, torch.get_num_threads()
+    text = f"{seat.member} {seat.world} {seat.local} {seat.neighbours} {hosts}, {threads}, {comm}"
     atexit.register(_write, Path(folder, f"{name}.{seat.member}"), text)
 
 

@@ -92,8 +92,8 @@ def test_the_sentences():
         ({"data": 0.5, "tensor": 0.25}, "0.5 s less of a step on {data}"),
         (
             {"data": 0.5, "tensor": 0.4, "bubble": 0.3, "compute": -0.8},
-            "0.5 s less of a step on {data} and 0.4 s less on {tensor} and 0.3 s less on {bubble}, though 0.8 s more on "
-            "{compute}",
+            "0.5 s less of a step on {data} and 0.4 s less on {tensor} and 0.3 s less on {bubble}, though 0.8 s more "
+            "on {compute}",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from shoal.observe import metrics
-from tests.training.server import noted, runs
+from tests.training.server import gradients, noted, runs
 from tests.training.server.runs import Killer
 from tests.training.server.test_faults import BATCH, GOES_ON, OPTIONS
 
@@ -59,6 +59,7 @@ def test_shards_are_killed_within_a_push_and_within_a_pull_and_a_worker_comes_an
     anew = [note["key"] for note in noted.notes(run, "pull")[1, 0] if note["key"] and note["key"][1] > 0]
     assert anew, "it came in the middle"
     assert_follows(run, workers=(0, 1))
+    assert gradients.assert_follow(run) > steps
 
 
 @pytest.mark.nightly
