@@ -62,6 +62,11 @@ def test_the_page_s_example():
     assert old.between == Link("roce", 12.5e9, pytest.approx(8e-6))
 
 
+def test_a_rack_without_all_its_trays_or_as_the_file_says():
+    racks = "[pool.a]\ndevice = 'gb200'\ncount = 128\n"
+    assert [parse(racks + more).pools[0].per_node for more in ("", "per_node = 32\n")] == [64, 32]
+
+
 def test_the_page_s_latencies():
     told = {kind: float(us) for kind, us in re.findall(r"^\| `(\w+)` \| ([\d.]+) µs \|", PAGE, re.M)}
     assert {kind: us * 1e-6 for kind, us in told.items()} == pytest.approx(dict(cluster.latencies()))

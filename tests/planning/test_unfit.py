@@ -53,6 +53,11 @@ def test_part_of_a_node_becomes_more_of_it():
     assert fix.startswith("2 a10g would do")
 
 
+def test_a_rack_is_taken_to_the_trays_that_a_layout_can_share():
+    fix = refusal(asking("llama3-405b", "gb200x64")).fix
+    assert fix.startswith("128 gb200 would do")
+
+
 def test_a_device_with_more_memory_is_of_the_same_maker():
     question = asking("llama3-405b", "h100x8")
     name = re.search(r"as many (\S+) \(", refusal(question).fix)[1]

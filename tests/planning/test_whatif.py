@@ -48,6 +48,11 @@ def test_part_of_a_node_grows_to_nodes():
     assert (pool.count, pool.per_node) == (16, 8)
 
 
+def test_a_part_of_a_rack_grows_to_racks_of_which_trays_are_left():
+    (pool,) = changed(cluster.named("gb200x64"), "devices=4x").pools
+    assert (pool.count, pool.per_node) == (256, 64)
+
+
 def test_nodes_of_a_file_stay_as_large():
     asked = cluster_file.parse('[pool.a]\ndevice = "h100"\ncount = 16\nper_node = 4\n')
     (pool,) = changed(asked, "devices=2x").pools

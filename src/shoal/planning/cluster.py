@@ -99,15 +99,15 @@ def latencies() -> Mapping[str, float]:
     return {kind: float(table["latency"]) * 1e-6 for kind, table in tables.items()}
 
 
-def nodes_of(name: str, count: int, per_node: int | None, usual: int) -> int:
-    """Devices of a node: usual where it is None, or all where they are fewer. JobError unless all nodes are full."""
+def nodes_of(name: str, count: int, per_node: int | None, usual: int, tray: int = 0) -> int:
+    """Devices of a node: `usual_node` where it is None. JobError unless all nodes are full."""
     at_least(f"{name}.count", count, 1)
     require(count <= MOST, f"{name}.count={count} is more than {MOST}", f"give {MOST} or less")
     if per_node is not None:
         at_least(f"{name}.per_node", per_node, 1)
         fix = f"per_node = {count}, or a larger count"
         require(per_node <= count, f"{name}.per_node={per_node} is more than its {count} devices", fix)
-    each = min(usual, count) if per_node is None else per_node
+    each = usual_node(count, usual, tray) if per_node is None else per_node
     full = count // each * each
     if count != full:
         fix = f"{full} or {full + each} devices, or another per_node"
@@ -115,11 +115,19 @@ def nodes_of(name: str, count: int, per_node: int | None, usual: int) -> int:
     return each
 
 
+def usual_node(count: int, usual: int, tray: int) -> int:
+    """Devices of a node: all where they are fewer than usual. tray: of nodes that are racks, of which a job takes as
+    many trays of each as it needs, 64 devices of 72, say; 0: always whole."""
+    if tray and count > usual and count % usual:
+        return max((each for each in range(tray, usual, tray) if count % each == 0), default=usual)
+    return min(usual, count)
+
+
 def usual(name: str, device: Device, count: int) -> Pool:
     """A pool with all that the catalogue says."""
     inside = Link(device.inside, device.link, latencies()[device.inside])
     between = Link(device.between, device.nic, latencies()[device.between])
-    each = nodes_of(name, count, None, device.per_node)
+    each = nodes_of(name, count, None, device.per_node, device.tray)
     return Pool(name, device, count, each, inside, between, mtbf=device.mtbf)
 
 

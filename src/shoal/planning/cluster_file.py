@@ -139,7 +139,7 @@ def _pool(table: _Table, own: Mapping[str, Device]) -> Pool:
     device = _which(table, own)
     count, per_node = table.must("count", int, "64"), table.get("per_node", int)
     with table.at("per_node" if _too_many(count, per_node) else "count"):
-        each = cluster.nodes_of(".".join(table.keys), count, per_node, device.per_node)
+        each = cluster.nodes_of(".".join(table.keys), count, per_node, device.per_node, device.tray)
     price, mtbf = table.get("price", float), table.quantity("mtbf", _SPANS)
     if price is not None:
         with table.at("price"):

@@ -31,7 +31,7 @@ class Device:
     link, nic: one device's, in one direction, bytes/s, within its node and beyond; inside, between: kinds of these
     (links.toml). units: what tiles of a product are dealt to. mtbf: seconds between failures of one that stop a run,
     None where nobody published it. older: FLOP/s that attention reaches with kernels written for the generation before
-    it, infinite where these are its own, or nothing is known."""
+    it, infinite where these are its own, or nothing is known. tray: as of `cluster.usual_node`."""
 
     name: str
     title: str
@@ -50,6 +50,7 @@ class Device:
     mtbf: float | None
     source: str
     older: float = math.inf
+    tray: int = 0
 
     @property
     def peak_16(self) -> float:
@@ -95,7 +96,7 @@ def of_table(name: str, table: Mapping[str, Any]) -> Device:
         "bf16" in told, table["memory"] * 2.0**30, table["bandwidth"] * 1e9, table["link"] * 1e9,
         table["nic"] * 1e9 / 8, table["per_node"], table["units"], table["inside"], table["between"],
         3600.0 * table["mtbf"] if "mtbf" in table else None, str(table["source"]),
-        1e12 * table["older"] if "older" in table else math.inf,
+        1e12 * table["older"] if "older" in table else math.inf, table.get("tray", 0),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.errors import JobError
-from shoal.planning import devices, published_model, stacks, work
+from shoal.planning import cluster, devices, published_model, stacks, work
 from shoal.planning.devices import Device
 from shoal.planning.published_model import either, number
 from shoal.planning.stacks import Stack
@@ -166,6 +166,8 @@ def _case(row: Row) -> _Case | str:
     for name in ("layers", "hidden", "seq_len", "num_gpus", "micro_batch", "global_batch"):
         if not number(row, name) > 0:
             return f"no {name}"
+    if "fp4" in row.get("precision", "").lower():
+        return "products in 4 bits are not modelled"
     model = published_model.columns(row)
     if isinstance(model, str):
         return model
@@ -194,9 +196,11 @@ def _case(row: Row) -> _Case | str:
 
 
 def _device(row: Row, device: Device) -> dict[str, float]:
-    each = either(number(row, "gpus_per_node"), float(device.per_node))
-    told, usual = _network(row.get("interconnect", ""), each), _CLOUD.get(device.name)
-    nic = device.nic if told is None and usual is None else (told or usual or 0.0) * 1e9 / 8
+    count = int(either(number(row, "num_gpus"), 1.0))
+    node = cluster.usual_node(count, device.per_node, device.tray) if device.tray else device.per_node
+    each = either(number(row, "gpus_per_node"), float(node))
+    told, cloud = _network(row.get("interconnect", ""), each), _CLOUD.get(device.name)
+    nic = device.nic if told is None and cloud is None else (told or cloud or 0.0) * 1e9 / 8
     return device.columns | {"nic": nic, "per_node": each}
 
 

@@ -84,7 +84,7 @@ def _smallest(question: Question) -> int | None:
     pool = question.cluster.pools[0]
     for count in _sizes(question):
         # Part of a node has the links of a full one.
-        each = cluster.nodes_of("count", count, None, max(pool.per_node, pool.device.per_node))
+        each = cluster.nodes_of("count", count, None, max(pool.per_node, pool.device.per_node), pool.device.tray)
         larger = replace(pool, count=count, per_node=each)
         if _fits(replace(question, cluster=replace(question.cluster, pools=(larger,)))):
             return count
@@ -95,6 +95,8 @@ def _sizes(question: Question) -> list[int]:
     """Counts above the cluster's: parts of a node, then 1, 2, 3, 4, 6, 8, 12 … nodes, which layouts can share."""
     pool = question.cluster.pools[0]
     node = max(pool.per_node, pool.device.per_node)
+    if pool.device.tray:
+        node = 1 << node.bit_length() - 1  # 64 of 72
     parts = [2**n for n in range(node.bit_length()) if 2**n < node]
     nodes = sorted({node * step * 2**n for step in (1, 3) for n in range(_MOST.bit_length())})
     return [count for count in (*parts, *nodes) if pool.count < count <= _MOST][:_CLUSTERS]

@@ -71,7 +71,8 @@ def _devices(asked: Cluster, text: str) -> Cluster:
         )
         # A part of a node becomes nodes again as the device has them.
         usual = pool.device.per_node if pool.count == pool.per_node else pool.per_node
-        return replace(pool, count=int(count), per_node=cluster.nodes_of("what-if devices", int(count), None, usual))
+        each = cluster.nodes_of("what-if devices", int(count), None, usual, pool.device.tray)
+        return replace(pool, count=int(count), per_node=each)
 
     return _each(asked, more)
 
