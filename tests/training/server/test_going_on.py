@@ -93,12 +93,12 @@ def test_every_mode_comes_to_its_end_within_its_bound(ranks, tiny, tmp_path, opt
     run = tmp_path / "run"
     job = tiny(
         run, "replicas=3", sync={"name": "server"}, server=options, train={"steps": 40, "validate_every": 7},
-        data={"validation": 0.1}, checkpoint={"every": 9},
+        data={"validation": 0.1}, checkpoint={"every": 9}, optim={"lr": 5e-4},
     )  # fmt: skip
     with Killer(run, [(8, "shoal-worker1")]):
         figures = runs.run(ranks, job)
     assert figures["step"] == 40
-    assert figures["validation"]["nats"] < 5.0
+    assert figures["validation"]["nats"] < 4.5  # of 5.58 at the start
     runs.audit(run, 40 * BATCH)
     rows = metrics.read(run)
     late = {int(late) for row in rows for late in row["staleness"]}
